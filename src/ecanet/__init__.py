@@ -1,0 +1,31 @@
+"""Channel attention for convolutional networks: modules, lossless attach, ECA-Nets."""
+
+from ecanet.attention import (
+    ECA,
+    ECANS,
+    SE,
+    SEGC,
+    ChannelAttention,
+    SEVar1,
+    SEVar2,
+    SEVar3,
+    adaptive_kernel_size,
+    list_attentions,
+    make_attention,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ECA",
+    "ECANS",
+    "SE",
+    "SEGC",
+    "ChannelAttention",
+    "SEVar1",
+    "SEVar2",
+    "SEVar3",
+    "adaptive_kernel_size",
+    "list_attentions",
+    "make_attention",
+]

@@ -1,0 +1,293 @@
+"""Squeeze, gate, scale: every module of the paper's Table 2, each of which says only its gate.
+
+p = mean of x over its spatial axes      # N C
+g = gain * gate(p)                       # N C
+y = x * g                                # N C ...
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ecanet import ops
+from ecanet.errors import AttachError, ConfigError
+
+
+def adaptive_kernel_size(channels: int, gamma: float = 2, b: float = 1) -> int:
+    """The paper's rule (Eq. 12): ``|(log2(C) + b) / gamma|`` to the nearest odd number, ties upward.
+
+    >>> [adaptive_kernel_size(c) for c in (64, 128, 256, 1024, 2048)]
+    [3, 5, 5, 5, 7]
+
+    Raises:
+        ConfigError: ``channels`` is not a positive integer, or ``gamma`` is 0.
+    """
+    _check_channels(channels)
+    if gamma == 0:
+        raise ConfigError("gamma must not be 0: the kernel size is (log2(C) + b) / gamma")
+    t = int(abs((math.log2(channels) + b) / gamma))
+    return t if t % 2 else t + 1
+
+
+class ChannelAttention(nn.Module):
+    """Scale each channel of (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) by a gate on the channel means.
+
+    A subclass says only ``gate(p)``, from means (N, C) to weights (N, C). ``gain`` multiplies the gate: 1 is the
+    paper's form; 2 is the lossless one, in which a gate with zeroed last weights is ``2 * sigmoid(0) = 1`` exactly.
+    It is a buffer, in the state dict only when it is not 1.
+    """
+
+    gain: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = _check_channels(channels)
+        self.set_gain(1.0)
+
+    def gate(self, p: Tensor) -> Tensor:
+        """Channel weights (N, C) for channel means ``p`` (N, C), both float32 or wider."""
+        raise NotImplementedError
+
+    def last(self) -> Iterable[Tensor]:
+        """The parameters of the gate's last layer: all zero means that the gate is sigmoid(0) for any input."""
+        raise NotImplementedError
+
+    def weigh(self, p: Tensor) -> Tensor:
+        """``gain * gate(p)``: what each channel is multiplied by."""
+        return self.gain * self.gate(p)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``x * gain * gate(mean(x))``, in ``x``'s dtype and memory format.
+
+        ``mask`` (N, ...) is boolean, True where a position counts: padding then has no influence on the gate.
+
+        Raises:
+            ConfigError: the channel count, dtype or rank of ``x`` is not what this module was built for.
+        """
+        if x.dim() >= 2 and x.shape[1] != self.channels:
+            raise ConfigError(
+                f"{type(self).__name__}(channels={self.channels}) got {x.shape[1]} channels "
+                f"(shape {tuple(x.shape)}); channels are axis 1"
+            )
+        return ops.squeeze_scale(x, self.weigh, mask=mask)
+
+    def set_gain(self, gain: float) -> None:
+        """Make the constant factor ``gain``; it enters the state dict unless it is 1."""
+        device = next((p.device for p in self.parameters()), None)
+        self.register_buffer("gain", torch.tensor(float(gain), device=device), persistent=gain != 1)
+
+    def neutralize(self) -> None:
+        """Make this module the identity, bit for bit, with gradients that flow: zero last layer, gain 2.
+
+        Raises:
+            AttachError: the gate has no parameters to zero (SE-Var1).
+        """
+        with torch.no_grad():
+            for parameter in self.last():
+                parameter.zero_()
+        self.set_gain(2.0)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """Take ``gain`` from the file; weights without it mean 1; neither leaves the gate as it is."""
+        if prefix + "gain" in state_dict:
+            self.set_gain(float(state_dict[prefix + "gain"]))
+        elif any(prefix + name in state_dict for name, _ in self.named_parameters()):
+            self.set_gain(1.0)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Show the channel count, and the gain when it is not the paper's."""
+        gain = float(self.gain)
+        return f"{self.channels}" + (f", gain={gain:g}" if gain != 1 else "")
+
+
+class ECA(ChannelAttention):
+    """Efficient channel attention (Eq. 9): ``sigmoid(conv1d_k(p))``, one kernel shared by all channels.
+
+    ``kernel_size=None`` derives k from ``channels`` by `adaptive_kernel_size`; an explicit one always wins.
+    ``conv.weight`` is (1, 1, k), no bias, as in the authors' and timm's checkpoints.
+
+    >>> eca = ECA(256)
+    >>> eca.kernel_size, sum(p.numel() for p in eca.parameters())
+    (5, 5)
+    >>> eca(torch.randn(2, 256, 7, 7)).shape
+    torch.Size([2, 256, 7, 7])
+
+    Raises:
+        ConfigError: an even or non-positive ``kernel_size``, or a ``padding_mode`` other than zeros and circular.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | None = None,
+        *,
+        gamma: float = 2,
+        b: float = 1,
+        padding_mode: str = "zeros",
+    ):
+        super().__init__(channels)
+        k = _check_kernel(kernel_size, channels, gamma, b)
+        if padding_mode not in ("zeros", "circular"):
+            raise ConfigError(f"padding_mode must be 'zeros' or 'circular', got {padding_mode!r}")
+        if padding_mode == "circular" and k // 2 > channels:
+            raise ConfigError(f"circular padding of kernel_size {k} wraps more than once around {channels} channels")
+        self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
+        self.padding_mode = padding_mode
+
+    @property
+    def kernel_size(self) -> int:
+        """Number of neighbouring channels, k, that decide one channel's weight."""
+        return self.conv.weight.shape[-1]
+
+    def gate(self, p: Tensor) -> Tensor:
+        """``sigmoid(conv1d_k(p))``."""
+        weight, r = self.conv.weight.to(p.dtype), self.kernel_size // 2
+        if self.padding_mode == "circular":
+            return F.conv1d(F.pad(p[:, None], (r, r), mode="circular"), weight)[:, 0].sigmoid()
+        return F.conv1d(p[:, None], weight, padding=r)[:, 0].sigmoid()
+
+    def last(self) -> Iterable[Tensor]:
+        """The kernel."""
+        return (self.conv.weight,)
+
+    def extra_repr(self) -> str:
+        """Channels, kernel size, and what is not the default."""
+        circular = ", padding_mode='circular'" if self.padding_mode == "circular" else ""
+        return f"{super().extra_repr()}, kernel_size={self.kernel_size}{circular}"
+
+
+class ECANS(ChannelAttention):
+    """ECA-NS (Eq. 7): ``sigmoid(sum_j w[c, j] p[c + j])``, k taps of its own for every channel, kC parameters."""
+
+    def __init__(self, channels: int, kernel_size: int | None = None, *, gamma: float = 2, b: float = 1):
+        super().__init__(channels)
+        k = _check_kernel(kernel_size, channels, gamma, b)
+        self.conv = nn.Conv1d(channels, channels, k, groups=channels, bias=False)  # weight: C 1 k
+
+    @property
+    def kernel_size(self) -> int:
+        """Number of neighbouring channels, k, that decide one channel's weight."""
+        return self.conv.weight.shape[-1]
+
+    def gate(self, p: Tensor) -> Tensor:
+        """Each channel's neighbourhood, weighted by that channel's own taps."""
+        r = self.kernel_size // 2
+        neighbours = F.pad(p, (r, r)).unfold(1, self.kernel_size, 1)  # N C k
+        return (neighbours * self.conv.weight[:, 0].to(p.dtype)).sum(-1).sigmoid()
+
+    def last(self) -> Iterable[Tensor]:
+        """The taps."""
+        return (self.conv.weight,)
+
+
+class SE(ChannelAttention):
+    """Squeeze-and-excitation (Eq. 1, 2): ``sigmoid(W2 relu(W1 p))`` through ``max(1, C // reduction)`` numbers.
+
+    Without biases by default, as in the paper's parameter counts (2 C^2 / r).
+    """
+
+    def __init__(self, channels: int, reduction: int = 16, *, bias: bool = False):
+        super().__init__(channels)
+        if reduction < 1:
+            raise ConfigError(f"reduction must be at least 1, got {reduction}")
+        hidden = max(1, channels // reduction)
+        self.fc1 = nn.Linear(channels, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, channels, bias=bias)
+
+    def gate(self, p: Tensor) -> Tensor:
+        """``sigmoid(W2 relu(W1 p))``."""
+        return _linear(self.fc2, _linear(self.fc1, p).relu()).sigmoid()
+
+    def last(self) -> Iterable[Tensor]:
+        """The second layer."""
+        return self.fc2.parameters()
+
+
+class SEVar1(ChannelAttention):
+    """SE-Var1: ``sigmoid(p)``, no parameters."""
+
+    def gate(self, p: Tensor) -> Tensor:
+        """The sigmoid of the mean itself."""
+        return p.sigmoid()
+
+    def last(self) -> Iterable[Tensor]:
+        """Refuse: there is nothing to zero."""
+        raise AttachError("SE-Var1 has no parameter to zero, so it cannot be inserted losslessly; pass preserve=False")
+
+
+class SEVar2(ChannelAttention):
+    """SE-Var2 (Eq. 4, diagonal): ``sigmoid(w * p)``, one weight a channel, uniform in ±1 at first."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.weight = nn.Parameter(torch.empty(channels).uniform_(-1, 1))
+
+    def gate(self, p: Tensor) -> Tensor:
+        """``sigmoid(w * p)``."""
+        return (self.weight.to(p.dtype) * p).sigmoid()
+
+    def last(self) -> Iterable[Tensor]:
+        """The weights."""
+        return (self.weight,)
+
+
+class SEVar3(ChannelAttention):
+    """SE-Var3 (Eq. 4, full): ``sigmoid(W p)`` with W of C x C."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.fc = nn.Linear(channels, channels, bias=False)
+
+    def gate(self, p: Tensor) -> Tensor:
+        """``sigmoid(W p)``."""
+        return _linear(self.fc, p).sigmoid()
+
+    def last(self) -> Iterable[Tensor]:
+        """The matrix."""
+        return self.fc.parameters()
+
+
+class SEGC(ChannelAttention):
+    """SE-GC (Eq. 5): ``sigmoid(W_G p)`` with W_G block-diagonal in ``groups`` blocks, C^2 / G parameters."""
+
+    def __init__(self, channels: int, groups: int = 16):
+        super().__init__(channels)
+        if groups < 1 or channels % groups:
+            raise ConfigError(f"groups must divide the {channels} channels, got {groups}")
+        width = channels // groups
+        bound = 1 / math.sqrt(width)
+        self.weight = nn.Parameter(torch.empty(groups, width, width).uniform_(-bound, bound))  # G out in
+
+    def gate(self, p: Tensor) -> Tensor:
+        """``sigmoid(W_g p_g)`` in each group g."""
+        grouped = p.unflatten(1, self.weight.shape[:2])  # N G in
+        return torch.einsum("ngi,goi->ngo", grouped, self.weight.to(p.dtype)).flatten(1).sigmoid()
+
+    def last(self) -> Iterable[Tensor]:
+        """The blocks."""
+        return (self.weight,)
+
+
+def _linear(layer: nn.Linear, p: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.to(p.dtype)
+    return F.linear(p, layer.weight.to(p.dtype), bias)
+
+
+def _check_channels(channels: int) -> int:
+    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+        raise ConfigError(f"channels must be a positive integer, got {channels!r}")
+    return channels
+
+
+def _check_kernel(kernel_size: int | None, channels: int, gamma: float, b: float) -> int:
+    if kernel_size is None:
+        return adaptive_kernel_size(channels, gamma, b)
+    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1:
+        raise ConfigError(f"kernel_size must be a positive odd integer, got {kernel_size!r}")
+    if kernel_size % 2 == 0:
+        raise ConfigError(f"kernel_size must be odd, got {kernel_size}; try {kernel_size + 1}")
+    return kernel_size

@@ -1,0 +1,51 @@
+"""The specification: what every faster path must equal, in plain PyTorch.
+
+Sums run in float32 or wider, autocast is off, and the output has the input's dtype and memory format.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+Gate = Callable[[Tensor], Tensor]
+"""Maps channel means (N, C) to channel weights (N, C)."""
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums of ``dtype`` values run: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast leaves ``x``'s device alone (none when it is off: exports stay free of it)."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def squeeze(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over the spatial axes: (N, C, ...) -> (N, C), float32 or wider.
+
+    With ``mask``, boolean and of shape (N, ...) like ``x`` without its channel axis, only True positions count;
+    what stands at the others (padding, even NaN) has no influence. A sample without a True position gives 0.
+    """
+    axes = tuple(range(2, x.dim()))
+    wide = widened(x.dtype)
+    if mask is not None:
+        inside = mask[:, None]
+        total = torch.where(inside, x, 0).sum(axes, dtype=wide)
+        return total / inside.sum(axes).clamp(min=1)
+    return x.mean(axes, dtype=wide) if axes else x.to(wide)
+
+
+def scale(x: Tensor, g: Tensor) -> Tensor:
+    """Multiply each channel of ``x`` (N, C, ...) by its weight in ``g`` (N, C); dtype and layout are ``x``'s."""
+    g = g.reshape(g.shape + (1,) * (x.dim() - 2))  # N C 1 ...
+    return (x.to(g.dtype) * g).to(x.dtype)
+
+
+def squeeze_scale(x: Tensor, gate: Gate, mask: Tensor | None = None) -> Tensor:
+    """``y = x * gate(mean(x))``: the three steps of channel attention on ``x`` (N, C, ...)."""
+    with without_autocast(x):
+        return scale(x, gate(squeeze(x, mask)))
