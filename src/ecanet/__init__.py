@@ -13,6 +13,7 @@ from ecanet.attention import (
     list_attentions,
     make_attention,
 )
+from ecanet.models import create_model, list_models, load_checkpoint
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,9 @@ __all__ = [
     "SEVar2",
     "SEVar3",
     "adaptive_kernel_size",
+    "create_model",
     "list_attentions",
+    "list_models",
+    "load_checkpoint",
     "make_attention",
 ]

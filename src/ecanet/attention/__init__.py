@@ -5,7 +5,18 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ecanet.attention.gates import ECA, ECANS, SE, SEGC, ChannelAttention, SEVar1, SEVar2, SEVar3, adaptive_kernel_size
+from ecanet.attention.gates import (
+    ECA,
+    ECANS,
+    SE,
+    SEGC,
+    Attention,
+    ChannelAttention,
+    SEVar1,
+    SEVar2,
+    SEVar3,
+    adaptive_kernel_size,
+)
 from ecanet.errors import ConfigError
 
 __all__ = [
@@ -14,6 +25,7 @@ __all__ = [
     "ECANS",
     "SE",
     "SEGC",
+    "Attention",
     "ChannelAttention",
     "SEVar1",
     "SEVar2",

@@ -32,7 +32,21 @@ def adaptive_kernel_size(channels: int, gamma: float = 2, b: float = 1) -> int:
     return t if t % 2 else t + 1
 
 
-class ChannelAttention(nn.Module):
+class Attention(nn.Module):
+    """What a slot of a network can hold: (N, C, ...) in, the same shape out."""
+
+    channels: int
+
+    def neutralize(self) -> None:
+        """Become the identity, bit for bit, with gradients that flow.
+
+        Raises:
+            AttachError: this attention has no parameters to zero.
+        """
+        raise NotImplementedError
+
+
+class ChannelAttention(Attention):
     """Scale each channel of (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) by a gate on the channel means.
 
     A subclass says only ``gate(p)``, from means (N, C) to weights (N, C). ``gain`` multiplies the gate: 1 is the

@@ -1,0 +1,153 @@
+"""ResNets with an attention slot: torchvision's parameter names, plus the gate inside each block.
+
+Each block puts its gate after the last norm of the residual branch, before the addition, as the paper does.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ecanet.models.slots import KernelRule, Slot
+
+BASIC, BOTTLENECK = "basic", "bottleneck"
+
+LAYERS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "resnet18": (BASIC, (2, 2, 2, 2)),
+    "resnet34": (BASIC, (3, 4, 6, 3)),
+    "resnet50": (BOTTLENECK, (3, 4, 6, 3)),
+    "resnet101": (BOTTLENECK, (3, 4, 23, 3)),
+    "resnet152": (BOTTLENECK, (3, 8, 36, 3)),
+    "resnet20": (BASIC, (3, 3, 3)),
+    "resnet56": (BASIC, (9, 9, 9)),
+}
+"""Block kind and blocks per stage; three stages mean the small-image network (3x3 stem, 16 to 64 channels)."""
+
+OFFICIAL_KERNEL_SIZES: dict[str, tuple[int, ...]] = {
+    "resnet18": (3, 5, 7, 7),
+    "resnet34": (3, 3, 5, 7),
+    "resnet50": (3, 5, 5, 7),
+    "resnet101": (3, 3, 5, 7),
+    "resnet152": (3, 3, 5, 7),
+}
+"""Kernel size per stage in the authors' released checkpoints; no formula gives them."""
+
+
+def official_rule(name: str) -> KernelRule | None:
+    """The released checkpoint's kernel sizes as a rule, None where there is no such checkpoint."""
+    sizes = OFFICIAL_KERNEL_SIZES.get(name)
+    return None if sizes is None else lambda channels, stage: sizes[stage]
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (ResNet-18, 34, 20, 56)."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int, slot: Slot, stage: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.gate_key = slot.key
+        self.add_module(slot.key, slot.build(width, stage))
+        self.downsample = shortcut(in_channels, width, stride)
+
+    @property
+    def attention(self) -> nn.Module:
+        """The gate, whatever its key: `eca`, `se`, …"""
+        return self.get_submodule(self.gate_key)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, width, H / stride, W / stride)."""
+        branch = self.relu(self.bn1(self.conv1(x)))
+        branch = self.bn2(self.conv2(branch))
+        branch = self.attention(branch)
+        return self.relu(branch + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride, as in torchvision and the authors' code) and 1x1 convolutions, and a shortcut."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int, slot: Slot, stage: int):
+        super().__init__()
+        out_channels = width * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.gate_key = slot.key
+        self.add_module(slot.key, slot.build(out_channels, stage))
+        self.downsample = shortcut(in_channels, out_channels, stride)
+
+    @property
+    def attention(self) -> nn.Module:
+        """The gate, whatever its key: `eca`, `se`, …"""
+        return self.get_submodule(self.gate_key)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, 4 * width, H / stride, W / stride)."""
+        branch = self.relu(self.bn1(self.conv1(x)))
+        branch = self.relu(self.bn2(self.conv2(branch)))
+        branch = self.bn3(self.conv3(branch))
+        branch = self.attention(branch)
+        return self.relu(branch + self.downsample(x))
+
+
+def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """The identity, or a 1x1 convolution and a norm where the branch changes shape."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+        nn.BatchNorm2d(out_channels),
+    )
+
+
+class ResNet(nn.Module):
+    """Four stages after a 7x7 stem for images of about 224 px, or three after a 3x3 stem for 8 to 64 px."""
+
+    def __init__(self, kind: str, layers: Sequence[int], slot: Slot, *, num_classes: int, in_channels: int):
+        super().__init__()
+        small = len(layers) == 3
+        block = BasicBlock if kind == BASIC else Bottleneck
+        channels = 16 if small else 64
+        stem = {"kernel_size": 3, "padding": 1} if small else {"kernel_size": 7, "stride": 2, "padding": 3}
+        self.conv1 = nn.Conv2d(in_channels, channels, bias=False, **stem)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
+        self.stages: list[str] = []
+        width = channels
+        for stage, depth in enumerate(layers):
+            blocks = []
+            for index in range(depth):
+                stride = 2 if stage > 0 and index == 0 else 1
+                blocks.append(block(channels, width, stride, slot, stage))
+                channels = width * block.expansion
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            self.stages.append(f"layer{stage + 1}")
+            width *= 2
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, num_classes)
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, in_channels, H, W) -> logits (N, num_classes)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for stage in self.stages:
+            x = self.get_submodule(stage)(x)
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+def initialize(model: nn.Module) -> None:
+    """As in the authors' code: convolutions N(0, 2 / (k k out)), norms 1 and 0; gates and linear keep torch's."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
