@@ -21,7 +21,8 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast leaves ``x``'s device alone (none when it is off: exports stay free of it)."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    enabled = kind != "meta" and torch.is_autocast_enabled(kind)  # asked about "meta", torch raises
+    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
 def squeeze(x: Tensor, mask: Tensor | None = None) -> Tensor:
