@@ -38,7 +38,9 @@ def dies(mutant: dict[str, str]) -> bool:
         path = Path(folder, mutant["file"])
         source = path.read_text()
         if source.count(mutant["find"]) != 1:
-            sys.exit(f"{mutant['name']}: {mutant['find']!r} stands {source.count(mutant['find'])} times in {mutant['file']}")
+            sys.exit(
+                f"{mutant['name']}: {mutant['find']!r} stands {source.count(mutant['find'])} times in {mutant['file']}"
+            )
         path.write_text(source.replace(mutant["find"], mutant["replace"]))
         run = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutant["test"]],
@@ -49,9 +51,15 @@ def dies(mutant: dict[str, str]) -> bool:
             check=False,
         )
         if run.returncode not in (0, 1):  # 1 is "tests failed"; anything else says nothing about the bug
-            sys.exit(f"{mutant['name']}: {mutant['test']} did not run:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+            stop(f"{mutant['name']}: {mutant['test']} did not run:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
         print(f"{'caught  ' if run.returncode else 'SURVIVED'}  {mutant['name']}", flush=True)
         return run.returncode == 1
+
+
+def stop(why: str) -> None:
+    """End with exit code 2: the listing is wrong, which says nothing about the tests."""
+    print(why, file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -106,12 +106,16 @@ def read_file(path: str | Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "not a pickle"
         raise CheckpointError(
-            f"{path} is not a plain weights file and was not loaded, since it may run code: {reason[:120]}"
+            f"{path} is not a plain weights file and was not loaded, since it may run code: {first_line(error)}"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is truncated or not a checkpoint: {str(error).splitlines()[0][:120]}") from error
+    except Exception as error:  # whatever torch's reader meets in a damaged file
+        raise CheckpointError(f"{path} is truncated or not a checkpoint: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 120 characters, or its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str = "state dict") -> LoadReport:

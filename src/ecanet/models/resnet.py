@@ -118,8 +118,8 @@ class ResNet(nn.Module):
         small = len(layers) == 3
         block = BasicBlock if kind == BASIC else Bottleneck
         channels = 16 if small else 64
-        stem = {"kernel_size": 3, "padding": 1} if small else {"kernel_size": 7, "stride": 2, "padding": 3}
-        self.conv1 = nn.Conv2d(in_channels, channels, bias=False, **stem)
+        size, stride = (3, 1) if small else (7, 2)
+        self.conv1 = nn.Conv2d(in_channels, channels, size, stride, padding=size // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)

@@ -1,0 +1,245 @@
+"""Networks: the paper's parameter counts, torchvision's outputs, and the gate where the paper puts it."""
+
+import re
+
+import pytest
+import torch
+import torchvision
+from torch.nn import functional as F
+
+import ecanet
+from ecanet.errors import CheckpointError, ConfigError
+
+PLAIN = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "mobilenet_v2": 3_504_872,
+}
+"""Parameters of torchvision's networks (its documentation); / 2^20 they are the paper's column."""
+
+GATES = {  # official, adaptive, 3 everywhere: paper.md's counts of the released checkpoints and of Eq. 12
+    "resnet18": (44, 36, 24),
+    "resnet34": (72, 74, 48),
+    "resnet50": (80, 86, 48),
+    "resnet101": (157, 171, 99),
+    "resnet152": (234, 256, 150),
+    "mobilenet_v2": (31, 59, 51),
+}
+
+
+def parameters(name, **options):
+    with torch.device("meta"):
+        return sum(p.numel() for p in ecanet.create_model(name, **options).parameters())
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_parameter_counts(name):
+    assert parameters(name, attention="none") == PLAIN[name]
+    added = tuple(parameters(name, kernel_sizes=k) - PLAIN[name] for k in ("official", "adaptive", 3))
+    assert added == GATES[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction", "millions"),
+    [("resnet18", 16, "11.231"), ("resnet34", 16, "20.938"), ("resnet50", 16, "26.77"), ("resnet101", 16, "47.01"),
+     ("resnet152", 16, "63.68"), ("mobilenet_v2", 8, "3.40")],
+)  # fmt: skip
+def test_se_networks_have_the_papers_counts(name, reduction, millions):
+    count = parameters(name, attention="se", reduction=reduction)
+    assert f"{count / 2**20:.{len(millions.split('.')[1])}f}" == millions
+
+
+def randomize(model, seed=0):
+    """Give every tensor of ``model`` a value away from 0 and 1, so that nothing hides behind a fresh network."""
+    g = torch.Generator().manual_seed(seed)
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=g)
+            if name.endswith("running_var") or (tensor.dim() == 1 and name.endswith("weight")):
+                state[name] = (1.0 if name.endswith("running_var") else 0.3) + 0.1 * noise.abs()
+            elif tensor.dim() == 1:
+                state[name] = 0.1 * noise
+            elif tensor.dim() == 3:
+                state[name] = 2 * noise
+            else:
+                state[name] = noise * (2 / max(1, tensor[0].numel())) ** 0.5
+    model.load_state_dict(state)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_networks_are_torchvisions(name):
+    ours = ecanet.create_model(name, attention="none", num_classes=7).eval()
+    theirs = randomize(torchvision.models.get_model(name, num_classes=7))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+
+
+def recompute_gate(x, kernel):
+    """ECA from its definition: means, taps over zero-padded channels, sigmoid, product."""
+    taps = kernel.flatten()
+    means = F.pad(x.flatten(2).mean(2), (len(taps) // 2, len(taps) // 2))
+    logits = sum(taps[j] * means[:, j : j + x.shape[1]] for j in range(len(taps)))
+    return x / (1 + torch.exp(-logits))[:, :, None, None]
+
+
+def recompute(name, state, x):
+    """The network's logits from the tensors of ``state`` alone, by functional calls."""
+
+    def conv(x, key, **options):
+        return F.conv2d(x, state[key + ".weight"], **options)
+
+    def norm(x, key):
+        return F.batch_norm(
+            x, state[key + ".running_mean"], state[key + ".running_var"], state[key + ".weight"], state[key + ".bias"]
+        )
+
+    if name == "mobilenet_v2":
+        return recompute_mobilenet(state, x, conv, norm)
+    x = F.relu(norm(conv(x, "conv1", stride=2, padding=3), "bn1"))
+    x = F.max_pool2d(x, 3, 2, 1)
+    for block in sorted({".".join(k.split(".")[:2]) for k in state if k.startswith("layer")}, key=natural):
+        first = block.endswith(".0") and not block.startswith("layer1")
+        stride = 2 if first else 1
+        if f"{block}.conv3.weight" in state:
+            b = F.relu(norm(conv(x, f"{block}.conv1"), f"{block}.bn1"))
+            b = F.relu(norm(conv(b, f"{block}.conv2", stride=stride, padding=1), f"{block}.bn2"))
+            b = norm(conv(b, f"{block}.conv3"), f"{block}.bn3")
+        else:
+            b = F.relu(norm(conv(x, f"{block}.conv1", stride=stride, padding=1), f"{block}.bn1"))
+            b = norm(conv(b, f"{block}.conv2", padding=1), f"{block}.bn2")
+        b = recompute_gate(b, state[f"{block}.eca.conv.weight"])
+        if f"{block}.downsample.0.weight" in state:
+            x = norm(conv(x, f"{block}.downsample.0", stride=stride), f"{block}.downsample.1")
+        x = F.relu(b + x)
+    return F.linear(x.mean((2, 3)), state["fc.weight"], state["fc.bias"])
+
+
+def recompute_mobilenet(state, x, conv, norm):
+    strides = {2: 2, 4: 2, 7: 2, 14: 2}  # first block of the stages that halve the image
+    x = F.relu6(norm(conv(x, "features.0.0", stride=2, padding=1), "features.0.1"))
+    for n in range(1, 18):
+        at = f"features.{n}.conv"
+        y, depthwise = x, 0
+        if n > 1:
+            y, depthwise = F.relu6(norm(conv(y, f"{at}.0.0"), f"{at}.0.1")), 1
+        stride = strides.get(n, 1)
+        y = conv(y, f"{at}.{depthwise}.0", stride=stride, padding=1, groups=y.shape[1])
+        y = F.relu6(norm(y, f"{at}.{depthwise}.1"))
+        y = norm(conv(y, f"{at}.{depthwise + 1}"), f"{at}.{depthwise + 2}")
+        y = recompute_gate(y, state[f"{at}.{depthwise + 3}.conv.weight"])
+        x = x + y if stride == 1 and x.shape == y.shape else y
+    x = F.relu6(norm(conv(x, "features.18.0"), "features.18.1"))
+    return F.linear(x.mean((2, 3)), state["classifier.1.weight"], state["classifier.1.bias"])
+
+
+def natural(key):
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_networks_are_what_their_tensors_say(name):
+    model = randomize(ecanet.create_model(name, num_classes=5)).double()
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        expected = recompute(name, model.state_dict(), x)
+        torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+        ungated = ecanet.create_model(name, attention="none", num_classes=5).double().eval()
+        ungated.load_state_dict(model.state_dict(), strict=False)
+        assert not torch.allclose(ungated(x), expected, rtol=1e-2)  # the gates do matter
+
+
+def test_every_attention_in_every_kind_of_network():
+    x = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    for attention in ("none", "eca", "eca-ns", "se", "se-var1", "se-var2", "se-var3", "se-gc"):
+        options = {"groups": 4} if attention == "se-gc" else {}
+        for name in ("resnet20", "mobilenet_v2", "resnet18"):
+            model = ecanet.create_model(name, attention=attention, num_classes=3, in_channels=1, **options)
+            model(x).sum().backward()
+            assert all(p.grad is not None for p in model.parameters())
+
+
+def test_small_image_networks():
+    for name, blocks in (("resnet20", 9), ("resnet56", 27)):
+        model = ecanet.create_model(name, num_classes=10, in_channels=1)
+        gates = [m for m in model.modules() if isinstance(m, ecanet.ECA)]
+        assert len(gates) == blocks
+        assert {g.channels for g in gates} == {16, 32, 64}
+        for size in (8, 28, 64):
+            assert model(torch.randn(2, 1, size, size)).shape == (2, 10)
+
+
+def test_kernel_sizes_reach_the_stages():
+    def kernels(**options):
+        model = ecanet.create_model("resnet18", **options)
+        return [model.get_submodule(f"layer{s}.{b}.eca").kernel_size for s in (1, 2, 3, 4) for b in (0, 1)]
+
+    assert kernels() == [3, 3, 5, 5, 7, 7, 7, 7]
+    assert kernels(kernel_sizes="adaptive") == [3, 3, 5, 5, 5, 5, 5, 5]
+    assert kernels(kernel_sizes="adaptive", gamma=1) == [7, 7, 9, 9, 9, 9, 11, 11]
+    assert kernels(kernel_sizes=(1, 3, 5, 9)) == [1, 1, 3, 3, 5, 5, 9, 9]
+    assert kernels(kernel_sizes=9) == [9] * 8
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"name": "resnet51"}, "unknown model 'resnet51'; choose one of resnet18"),
+        ({"attention": "eca2"}, "unknown attention 'eca2'"),
+        ({"kernel_sizes": (3, 5)}, "one integer per stage (4), got 2"),
+        ({"kernel_sizes": "3557"}, "'official', 'adaptive' or integers, got '3557'"),
+        ({"kernel_sizes": (3, 4, 5, 7)}, "must be odd, got 4"),
+        ({"kernel_sizes": 5, "attention": "se"}, "attention 'se' has no kernel"),
+        ({"kernel_size": 5}, "give kernel_sizes="),
+        ({"reduction": 5}, "has no option 'reduction'"),
+        ({"num_classes": 0}, "num_classes must be a positive integer, got 0"),
+        ({"in_channels": -1}, "in_channels must be a positive integer, got -1"),
+    ],
+)
+def test_mistakes_are_named(options, says):
+    with pytest.raises(ConfigError) as error:
+        ecanet.create_model(**{"name": "resnet18", **options})
+    assert says in str(error.value)
+
+
+@pytest.fixture
+def torchvision_file(tmp_path, monkeypatch):
+    """A synthetic file where torchvision keeps ResNet-18's weights, as a user's machine has after one download."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    theirs = randomize(torchvision.models.resnet18())
+    url = torchvision.models.ResNet18_Weights.DEFAULT.url
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(theirs.state_dict(), folder / url.rsplit("/", 1)[1])
+    return theirs
+
+
+@pytest.mark.parametrize("attention", ["none", "eca", "se"])
+def test_torchvision_weights_give_torchvisions_outputs(torchvision_file, attention):
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    model = ecanet.create_model("resnet18", attention=attention, weights="torchvision").eval()
+    with torch.no_grad():
+        assert torch.equal(model(x), torchvision_file(x))
+    small = ecanet.create_model("resnet18", attention=attention, weights="torchvision", num_classes=4)
+    assert torch.equal(small.layer4[1].conv2.weight, torchvision_file.layer4[1].conv2.weight)
+    assert small.fc.weight.shape == (4, 512)
+
+
+def test_weights_that_cannot_be_had_are_an_error(torchvision_file, monkeypatch):
+    with pytest.raises(CheckpointError, match="torchvision has no weights for 'resnet20'"):
+        ecanet.create_model("resnet20", weights="torchvision")
+    with pytest.raises(CheckpointError, match="of another shape, first 'conv1.weight'"):
+        ecanet.create_model("resnet18", weights="torchvision", in_channels=1)
+
+    def refuse(*args, **kwargs):
+        raise OSError("no route")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot get torchvision's weights for 'resnet34' .*as weights="):
+        ecanet.create_model("resnet34", weights="torchvision")
