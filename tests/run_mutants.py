@@ -1,7 +1,8 @@
 """Plant each bug of tests/mutants/*.toml in a copy of the source and see that its test dies: `make mutants`.
 
 One bug is ``[[mutant]]`` with ``name``, ``file`` (from the repository's root), ``find`` (once in that file),
-``replace`` and ``test`` (a pytest node). Exit 1 if a bug survives, exit 2 if one can no longer be planted.
+``replace`` and ``test`` (a pytest node). Arguments name topics (files).
+Exit 1 if a bug survives, exit 2 if one can no longer be planted.
 """
 
 import os
@@ -15,12 +16,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main(patterns: list[str]) -> int:
+def main(topics: list[str]) -> int:
     mutants = [
         mutant
         for listing in sorted((ROOT / "tests" / "mutants").glob("*.toml"))
         for mutant in tomllib.loads(listing.read_text()).get("mutant", [])
-        if not patterns or any(p in listing.stem or p in mutant["name"] for p in patterns)
+        if not topics or listing.stem in topics
     ]
     survivors = [mutant["name"] for mutant in mutants if not dies(mutant)]
     print(f"{len(mutants) - len(survivors)} of {len(mutants)} planted bugs caught")

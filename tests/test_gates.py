@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from budget import assert_within_budget, layout, value_and_gradients
 
 import ecanet
+from budget import assert_within_budget, layout, value_and_gradients
 from ecanet.attention import ATTENTIONS, ChannelAttention
 from ecanet.attention.gates import ECA, ECANS, SE, SEGC, SEVar1, SEVar2, SEVar3, adaptive_kernel_size
 from ecanet.errors import AttachError, ConfigError
