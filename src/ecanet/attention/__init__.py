@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ecanet.attention.base import Attention
 from ecanet.attention.gates import (
     ECA,
     ECANS,
     SE,
     SEGC,
-    Attention,
     ChannelAttention,
     SEVar1,
     SEVar2,

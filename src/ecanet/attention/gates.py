@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecanet import ops
+from ecanet.attention.base import Gated, check_count
 from ecanet.errors import AttachError, ConfigError
 
 
@@ -25,48 +26,21 @@ def adaptive_kernel_size(channels: int, gamma: float = 2, b: float = 1) -> int:
     Raises:
         ConfigError: ``channels`` is not a positive integer, or ``gamma`` is 0.
     """
-    _check_channels(channels)
+    check_count(channels)
     if gamma == 0:
         raise ConfigError("gamma must not be 0: the kernel size is (log2(C) + b) / gamma")
     t = int(abs((math.log2(channels) + b) / gamma))
     return t if t % 2 else t + 1
 
 
-class Attention(nn.Module):
-    """What a slot of a network can hold: (N, C, ...) in, the same shape out."""
-
-    channels: int
-
-    def neutralize(self) -> None:
-        """Become the identity, bit for bit, with gradients that flow.
-
-        Raises:
-            AttachError: this attention has no parameters to zero.
-        """
-        raise NotImplementedError
-
-
-class ChannelAttention(Attention):
+class ChannelAttention(Gated):
     """Scale each channel of (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) by a gate on the channel means.
 
-    A subclass says only ``gate(p)``, from means (N, C) to weights (N, C). ``gain`` multiplies the gate: 1 is the
-    paper's form; 2 is the lossless one, in which a gate with zeroed last weights is ``2 * sigmoid(0) = 1`` exactly.
-    It is a buffer, in the state dict only when it is not 1.
+    A subclass says only ``gate(p)``, from means (N, C) to weights (N, C). What multiplies is ``gain * gate(p)``.
     """
-
-    gain: Tensor
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.channels = _check_channels(channels)
-        self.set_gain(1.0)
 
     def gate(self, p: Tensor) -> Tensor:
         """Channel weights (N, C) for channel means ``p`` (N, C), both float32 or wider."""
-        raise NotImplementedError
-
-    def last(self) -> Iterable[Tensor]:
-        """The parameters of the gate's last layer: all zero means that the gate is sigmoid(0) for any input."""
         raise NotImplementedError
 
     def weigh(self, p: Tensor) -> Tensor:
@@ -81,41 +55,8 @@ class ChannelAttention(Attention):
         Raises:
             ConfigError: the channel count, dtype or rank of ``x`` is not what this module was built for.
         """
-        if x.dim() >= 2 and x.shape[1] != self.channels:
-            raise ConfigError(
-                f"{type(self).__name__}(channels={self.channels}) got {x.shape[1]} channels "
-                f"(shape {tuple(x.shape)}); channels are axis 1"
-            )
+        self.check_channels(x)
         return ops.squeeze_scale(x, self.weigh, mask=mask)
-
-    def set_gain(self, gain: float) -> None:
-        """Make the constant factor ``gain``; it enters the state dict unless it is 1."""
-        device = next((p.device for p in self.parameters()), None)
-        self.register_buffer("gain", torch.tensor(float(gain), device=device), persistent=gain != 1)
-
-    def neutralize(self) -> None:
-        """Make this module the identity, bit for bit, with gradients that flow: zero last layer, gain 2.
-
-        Raises:
-            AttachError: the gate has no parameters to zero (SE-Var1).
-        """
-        with torch.no_grad():
-            for parameter in self.last():
-                parameter.zero_()
-        self.set_gain(2.0)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        """Take ``gain`` from the file; weights without it mean 1; neither leaves the gate as it is."""
-        if prefix + "gain" in state_dict:
-            self.set_gain(float(state_dict[prefix + "gain"]))
-        elif any(prefix + name in state_dict for name, _ in self.named_parameters()):
-            self.set_gain(1.0)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def extra_repr(self) -> str:
-        """Show the channel count, and the gain when it is not the paper's."""
-        gain = float(self.gain)
-        return f"{self.channels}" + (f", gain={gain:g}" if gain != 1 else "")
 
 
 class ECA(ChannelAttention):
@@ -289,12 +230,6 @@ class SEGC(ChannelAttention):
 def _linear(layer: nn.Linear, p: Tensor) -> Tensor:
     bias = None if layer.bias is None else layer.bias.to(p.dtype)
     return F.linear(p, layer.weight.to(p.dtype), bias)
-
-
-def _check_channels(channels: int) -> int:
-    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        raise ConfigError(f"channels must be a positive integer, got {channels!r}")
-    return channels
 
 
 def _check_kernel(kernel_size: int | None, channels: int, gamma: float, b: float) -> int:
