@@ -212,7 +212,7 @@ def test_adaptive_kernel_size_for_every_channel_count():
     }  # fmt: skip
     for channels in range(1, 8193):
         assert adaptive_kernel_size(channels) == paper_rule(channels, 2, 1), channels
-    for gamma, b in ((1, 1), (2, 3), (3, 0.5), (-2, 1)):
+    for gamma, b in ((1, 1), (2, 5), (3, 0.5), (-2, 1)):
         assert adaptive_kernel_size(300, gamma, b) == paper_rule(300, gamma, b)
         assert ECA(300, gamma=gamma, b=b).kernel_size == paper_rule(300, gamma, b)
 

@@ -1,0 +1,45 @@
+# Everything here sets itself up: a virtual environment in .venv, exact versions from constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+
+.PHONY: demo test test-slow sweep mutants check clean help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "ecanet needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	@echo "Installing ecanet and what it needs into .venv (a few minutes, several GB with the default torch)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)  ## train an ECA-ResNet on real digits, write a report, recognise a few images (about a minute)
+	$(BIN)/ecanet train quickstart --out runs/demo --overwrite
+	$(BIN)/ecanet predict runs/demo examples/digits
+	@echo
+	@echo "The report, with curves, confusion matrix and examples: runs/demo/report.html"
+	@echo "Next: $(BIN)/ecanet --help, README.md"
+
+test: $(READY)  ## the default tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+test-slow: $(READY)  ## the tests that take minutes
+	$(BIN)/python -m pytest -q -m slow
+
+sweep: $(READY)  ## attach to a hundred networks of other libraries (installs them)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[sweep]'
+	$(BIN)/python -m pytest -q -m sweep
+
+mutants: $(READY)  ## plant each known bug and see its test fail
+	OMP_NUM_THREADS=2 $(BIN)/python tests/run_mutants.py
+
+check: $(READY)  ## format, lint, types
+	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/pyright
+
+clean:  ## remove the environment and all runs
+	rm -rf .venv runs
