@@ -1,0 +1,28 @@
+"""Data for runs: ``build`` finds the loader for a name."""
+
+from typing import Any
+
+from ecanet.config import DataConfig, suggestion
+from ecanet.data.images import images, knows
+from ecanet.data.sources import SMALL_SETS
+from ecanet.errors import ConfigError
+
+__all__ = ["build"]
+
+
+def build(config: DataConfig, *, seed: int = 0, train: bool = True) -> Any:
+    """The LightningDataModule for ``config``; with ``train=False`` only its evaluation part.
+
+    >>> from ecanet.config import DataConfig
+    >>> digits = build(DataConfig(name="digits"))
+    >>> len(digits.train), len(digits.held_out), digits.look.size
+    (1437, 360, 8)
+
+    Raises:
+        ConfigError: no such data.
+        DataError: files are missing or broken, and what to do.
+    """
+    if knows(config.name):
+        return images(config, seed=seed, train=train)
+    names = [*SMALL_SETS, "folder:PATH"]
+    raise ConfigError(f"unknown data {config.name!r}; {suggestion(config.name, names)}")

@@ -1,0 +1,202 @@
+"""Images for classification: batches of images (N, C, H, W) and labels (N,), changed and normalised on the device.
+
+Small sets stay in memory and are augmented a batch at a time; photographs are read and cropped by worker processes.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision.transforms import v2
+
+from ecanet.config import DataConfig
+from ecanet.data.sources import SMALL_SETS, Folder, Look, Memory, Unreadable, class_folders
+from ecanet.errors import DataError
+
+__all__ = ["ImageData", "fitted", "images", "knows", "mirrored", "shifted"]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Change = Callable[[Tensor], Tensor]
+
+
+def knows(name: str) -> bool:
+    """Whether ``name`` is a set of images that `images` can load."""
+    return name in SMALL_SETS or name.startswith("folder:")
+
+
+def images(config: DataConfig, *, seed: int = 0, train: bool = True) -> "ImageData":
+    """The images that ``config`` describes; with ``train=False`` only the part for evaluation.
+
+    Raises:
+        DataError: files are missing or broken, and what to do.
+    """
+    if config.name.startswith("folder:"):
+        return _from_folder(config, seed, train)
+    return _in_memory(config, seed, train)
+
+
+class ImageData(L.LightningDataModule):
+    """Training and held-out images; ``look`` says what they look like to a network."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        look: Look,
+        train: Dataset[Any] | None,
+        held_out: Dataset[Any],
+        *,
+        augment: Change | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.config, self.look, self.augment, self.seed = config, look, augment, seed
+        self.train, self.held_out = train, held_out
+        self.skipped: set[str] = set()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled by the seed and the epoch alone, so that a resumed run sees what it would have seen."""
+        assert self.train is not None
+        rank, world = self._place()
+        randomness = torch.Generator()
+        sampler = _Shuffled(self.train, num_replicas=world, rank=rank, seed=self.seed)
+        sampler.randomness = randomness
+        # workers start before Lightning names the epoch to the sampler
+        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
+        whole = len(sampler) > self.config.batch_size
+        return self._loader(self.train, sampler=sampler, generator=randomness, drop_last=whole)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Every held-out image once, in order; several processes take turns, and none sees an image twice."""
+        rank, world = self._place()
+        return self._loader(self.held_out, sampler=range(rank, len(self.held_out), world))  # pyright: ignore[reportArgumentType]
+
+    test_dataloader = val_dataloader
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Report images that could not be read: here, in the main process."""
+        pictures, labels, unreadable = batch
+        for problem in unreadable:
+            if self.config.on_corrupt == "error":
+                raise DataError(f"{problem.message}; set data.on_corrupt=skip to go on without such images")
+            if problem.message not in self.skipped:
+                self.skipped.add(problem.message)
+                print(f"skipped: {problem.message}", flush=True)
+        if pictures is None:
+            raise DataError(f"not one image of a batch of {len(unreadable)} could be read; {unreadable[0].message}")
+        return pictures, labels
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Augment while training, and normalise, on the device."""
+        pictures, labels = batch
+        if self.augment is not None and self.trainer is not None and self.trainer.training:
+            pictures = self.augment(pictures)
+        return self.look.normalize(pictures), labels
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+        in_memory = isinstance(dataset, Memory)
+        workers = self.config.workers
+        if workers is None:
+            workers = 0 if in_memory else min(8, os.cpu_count() or 1)
+        return DataLoader(
+            dataset,
+            batch_size=self.config.batch_size,
+            num_workers=workers,
+            collate_fn=_as_they_are if in_memory else _together,  # pyright: ignore[reportArgumentType]
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            **options,
+        )
+
+
+class _Shuffled(DistributedSampler[Any]):
+    """Another order each epoch, and other random numbers for the workers."""
+
+    randomness: torch.Generator
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.randomness.manual_seed(self.seed + epoch)
+
+
+def _as_they_are(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, list[Unreadable]]:
+    return (*batch, [])
+
+
+def _together(samples: list[Any]) -> tuple[Tensor | None, Tensor | None, list[Unreadable]]:
+    good = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    bad = [sample for sample in samples if isinstance(sample, Unreadable)]
+    if not good:
+        return None, None, bad
+    return torch.stack([picture for picture, _ in good]), torch.tensor([label for _, label in good]), bad
+
+
+def _in_memory(config: DataConfig, seed: int, train: bool) -> ImageData:
+    small = SMALL_SETS[config.name]
+    size = config.image_size or small.look.size
+
+    def part(train: bool) -> Memory:
+        pictures, labels = small.load(config.root, train)
+        return Memory(v2.functional.resize(pictures, [size, size]) if size != pictures.shape[-1] else pictures, labels)
+
+    changes: list[Change] = []
+    if config.crop_padding:
+        changes.append(lambda pictures: shifted(pictures, config.crop_padding))
+    if config.flip:
+        changes.append(mirrored)
+    if config.random_augment:
+        change = v2.RandAugment(magnitude=config.random_augment)
+        changes.append(lambda pictures: torch.stack([change(picture) for picture in pictures]))
+    augment = v2.Compose(changes) if changes else None
+    look = replace(small.look, size=size)
+    return ImageData(config, look, part(True) if train else None, part(False), augment=augment, seed=seed)
+
+
+def _from_folder(config: DataConfig, seed: int, train: bool) -> ImageData:
+    folder = Path(config.name.removeprefix("folder:")).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; folder:PATH needs PATH/train/CLASS/… and PATH/val/CLASS/…")
+    names = class_folders(folder / ("train" if train else "val"))
+    if train and (strange := sorted(set(class_folders(folder / "val")) - set(names))):
+        raise DataError(f"{folder / 'val' / strange[0]}: a class that train/ does not have")
+    size = config.image_size or 224
+    look = Look(class_names=names, channels=3, size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD, crop=config.eval_crop)
+    changes = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+    if config.random_augment:
+        changes.append(v2.RandAugment(magnitude=config.random_augment))
+    training = Folder(folder / "train", names, look.channels, v2.Compose(changes)) if train else None
+    held_out = Folder(folder / "val", names, look.channels, fitted(look))
+    return ImageData(config, look, training, held_out, seed=seed)
+
+
+def fitted(look: Look) -> Change:
+    """What evaluation does: the short side becomes ``look.size / look.crop``, then the middle square is taken."""
+    return v2.Compose([v2.Resize(round(look.size / look.crop), antialias=True), v2.CenterCrop(look.size)])
+
+
+def shifted(pictures: Tensor, padding: int) -> Tensor:
+    """Each of the images (N, C, H, W) moved by up to ``padding`` pixels each way on its own; 0 fills what comes in."""
+    n, _, h, w = pictures.shape
+    wide = F.pad(pictures, [padding] * 4)
+    top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), device=pictures.device)
+    rows = top + torch.arange(h, device=pictures.device)  # N H
+    columns = left + torch.arange(w, device=pictures.device)  # N W
+    each = torch.arange(n, device=pictures.device)[:, None, None]
+    # advanced indices around the slice put C last
+    return wide[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def mirrored(pictures: Tensor) -> Tensor:
+    """Each of the images (N, C, H, W) flipped left to right with probability 1/2."""
+    flip = torch.rand(len(pictures), 1, 1, 1, device=pictures.device) < 0.5
+    return torch.where(flip, pictures.flip(-1), pictures)

@@ -1,0 +1,120 @@
+"""What a run found, as numbers in JSON and as one self-contained page.
+
+``Report.evidence`` is what the task kept beside its numbers; `SECTIONS` says how each kind of it is drawn.
+"""
+
+import json
+import os
+import platform
+import tempfile
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ecanet.config import Recipe, from_dict, to_dict
+from ecanet.errors import DataError
+
+__all__ = ["Report", "environment", "write_file"]
+
+
+@dataclass(kw_only=True)
+class Report:
+    """A finished run: what it was, what came out, and where it lies.
+
+    ``metrics`` are the last epoch's, in the task's units (``top1`` in percent), with ``best_…`` for the metric by which
+    the best checkpoint was chosen. ``history`` has one dictionary per epoch. ``seconds`` is the training's duration.
+    """
+
+    recipe: Recipe
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+    seconds: float
+    parameters: int
+    folder: Path
+    environment: dict[str, Any] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """The checkpoint of the epoch with the best held-out metric."""
+        return self.folder / "checkpoints" / "best.ckpt"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The checkpoint of the last epoch, from which a run resumes."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the evidence and the folder, as plain values."""
+        return {
+            "recipe": to_dict(self.recipe),
+            "metrics": self.metrics,
+            "history": self.history,
+            "seconds": self.seconds,
+            "parameters": self.parameters,
+            "environment": self.environment,
+        }
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Report":
+        """The report that a run wrote into its ``folder``.
+
+        Raises:
+            DataError: there is none, or it cannot be read.
+        """
+        path = Path(folder) / "metrics.json"
+        try:
+            values = json.loads(path.read_text())
+            return cls(**{**values, "recipe": from_dict(Recipe, values["recipe"])}, folder=Path(folder))
+        except FileNotFoundError:
+            raise DataError(f"{folder}: no finished run here (metrics.json is missing)") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not a report that this version can read ({error})") from None
+
+    def write(self) -> Path:
+        """Write metrics.json, environment.json and report.html into the run's folder; returns the page's path."""
+        write_file(self.folder / "metrics.json", json.dumps(self.to_dict(), indent=2))
+        write_file(self.folder / "environment.json", json.dumps(self.environment, indent=2))
+        return self.folder / "report.html"
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on: versions, machine, time."""
+    cuda = torch.cuda.is_available()
+    versions = {name: _version(name) for name in ("ecanet", "torch", "torchvision", "lightning")}
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "cuda": torch.version.cuda if cuda else None,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write ``content`` to ``path`` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        temporary = Path(file.name)
+        file.write(data)
+    try:
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,196 @@
+"""``run(recipe)`` trains what the recipe describes, keeps it in a folder, and returns the report.
+
+The folder, ``runs/NAME-DATE`` unless said otherwise, holds recipe.json, environment.json, metrics.csv and metrics.json,
+report.html, checkpoints/best.ckpt and last.ckpt, TensorBoard's logs, and a few held-out images as examples.
+"""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ecanet import data, tasks
+from ecanet.config import Recipe, from_dict, to_dict
+from ecanet.errors import ConfigError
+from ecanet.models.checkpoints import read_file
+from ecanet.progress import Display, History
+from ecanet.report import Report, environment, write_file
+
+__all__ = ["read_recipe", "run"]
+
+
+def run(
+    recipe: Recipe,
+    *,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    quiet: bool = False,
+) -> Report:
+    """Train what ``recipe`` describes; the same recipe on the same machine gives the same result.
+
+    ``resume=True`` goes on with the run in ``folder`` from its last checkpoint, and with a finished one returns what it
+    found. ``accelerator`` and ``devices`` are Lightning's. Under torchrun, or with several devices, every process calls
+    this alike.
+
+    Raises:
+        ConfigError: settings that do not exist or do not fit, or a folder that holds another run.
+        DataError: data that is missing or broken.
+        CheckpointError: weights or a checkpoint that cannot be used.
+    """
+    place = _claimed(recipe, folder, resume)
+    with _quiet_lightning():
+        images = data.build(recipe.data, seed=recipe.seed)
+        torch.manual_seed(recipe.seed)
+        task = tasks.build(recipe, images.look)
+        history = History(place / "metrics.csv")
+        trainer = _trainer(recipe, task, place, [history, Display(history, quiet=quiet)], accelerator, devices)
+        if trainer.is_global_zero:
+            write_file(place / "recipe.json", json.dumps(to_dict(recipe), indent=2))
+            write_file(place / "environment.json", json.dumps(environment(), indent=2))
+        last = place / "checkpoints" / "last.ckpt"
+        trainer.fit(task, images, ckpt_path=str(last) if resume and last.is_file() else None, weights_only=True)
+        if not history.evaluated:
+            # resumed after the last epoch: the figures are in the checkpoint, the evidence is not
+            trainer.validate(task, images, verbose=False)
+        report = _report(recipe, task, history, place)
+        if trainer.is_global_zero:
+            report.write()
+    return report
+
+
+def read_recipe(folder: str | Path) -> Recipe:
+    """The recipe of the run in ``folder``.
+
+    Raises:
+        ConfigError: there is no run, or its recipe does not fit this version.
+    """
+    path = Path(folder) / "recipe.json"
+    try:
+        return from_dict(Recipe, json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder}: no run here to go on with (recipe.json is missing)") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
+
+
+def _claimed(recipe: Recipe, folder: str | Path | None, resume: bool) -> Path:
+    """The run's folder, if it may be used; nothing is written before data and network are known to be good."""
+    if folder is None:
+        if resume:
+            raise ConfigError("resume=True needs the folder of the run to go on with")
+        stamp = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        return next(p for n in range(1, 1000) if not (p := Path("runs", stamp + (f"-{n}" if n > 1 else ""))).exists())
+    folder = Path(folder)
+    if resume:
+        if (old := read_recipe(folder)) != recipe:
+            raise ConfigError(f"{folder} holds another recipe: {_difference(to_dict(old), to_dict(recipe))}")
+    elif int(os.environ.get("RANK", "0")) == 0 and (folder / "recipe.json").exists():
+        raise ConfigError(f"{folder} already holds a run; go on with it (--resume {folder}) or choose another folder")
+    return folder
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any], at: str = "") -> str:
+    """The first setting in which two recipes differ."""
+    key = next(k for k in new if old[k] != new[k])
+    if isinstance(new[key], dict) and isinstance(old[key], dict) and old[key].keys() == new[key].keys():
+        return _difference(old[key], new[key], f"{at}{key}.")
+    return f"{at}{key} is {old[key]!r} there and {new[key]!r} here"
+
+
+def _trainer(
+    recipe: Recipe, task: tasks.Task, place: Path, callbacks: list[L.Callback], accelerator: str, devices: int | str
+) -> L.Trainer:
+    """Lightning's Trainer with our callbacks and files."""
+    checkpoints = {"dirpath": place / "checkpoints", "save_on_train_epoch_end": True, "enable_version_counter": False}
+    callbacks = [
+        *callbacks,
+        ModelCheckpoint(filename="best", monitor=task.monitor, mode="max", **checkpoints),
+        ModelCheckpoint(filename="last", **checkpoints),
+    ]
+    if recipe.ema_decay is not None:
+        callbacks.append(WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay)))
+    if devices == "auto" and "LOCAL_WORLD_SIZE" in os.environ:
+        # torchrun has already decided; on a CPU, "auto" would mean one
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+    try:
+        return L.Trainer(
+            max_epochs=recipe.epochs,
+            precision=recipe.precision,
+            accumulate_grad_batches=recipe.accumulate,
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+            logger=TensorBoardLogger(place, name="", version="tensorboard"),
+            callbacks=callbacks,
+            plugins=[_WholeFiles()],
+            benchmark=torch.cuda.is_available(),
+            # the data's own samplers know about processes
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=50,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise ConfigError(f"cannot train like this: {str(error).strip().splitlines()[0]}") from None
+
+
+class _WholeFiles(TorchCheckpointIO):
+    """Checkpoints that are there whole or not at all, and are read without running what is in them."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.part")
+        torch.save(checkpoint, temporary)
+        temporary.replace(path)
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        return read_file(path)  # pyright: ignore[reportReturnType]
+
+
+def _report(recipe: Recipe, task: tasks.Task, history: History, place: Path) -> Report:
+    last = history.rows[-1]
+    best = max(row[task.monitor] for row in history.rows)
+    described = ("epoch", "seconds", "learning_rate")
+    return Report(
+        recipe=recipe,
+        metrics={k: v for k, v in last.items() if k not in described} | {f"best_{task.monitor}": best},
+        history=history.rows,
+        seconds=sum(row["seconds"] for row in history.rows),
+        parameters=sum(p.numel() for p in task.model.parameters()),
+        folder=place,
+        environment=environment(),
+        evidence=task.evidence(),
+    )
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Leave out Lightning's tips and the warnings that are no news to a run of ours; errors stay errors."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
