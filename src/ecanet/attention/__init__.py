@@ -17,16 +17,24 @@ from ecanet.attention.gates import (
     SEVar3,
     adaptive_kernel_size,
 )
+from ecanet.attention.long_range import AugmentedConv2d, DoubleAttention, NonLocal
+from ecanet.attention.others import CBAM, GlobalContext, GSoP
 from ecanet.errors import ConfigError
 
 __all__ = [
     "ATTENTIONS",
+    "CBAM",
     "ECA",
     "ECANS",
     "SE",
     "SEGC",
     "Attention",
+    "AugmentedConv2d",
     "ChannelAttention",
+    "DoubleAttention",
+    "GSoP",
+    "GlobalContext",
+    "NonLocal",
     "SEVar1",
     "SEVar2",
     "SEVar3",
@@ -38,6 +46,11 @@ __all__ = [
     "options_of",
 ]
 
+
+def _augmented(channels: int, heads: int = 8) -> nn.Module:
+    return AugmentedConv2d(channels, channels, heads=heads)
+
+
 ATTENTIONS: dict[str, Callable[..., nn.Module]] = {
     "eca": ECA,
     "eca-ns": ECANS,
@@ -46,6 +59,12 @@ ATTENTIONS: dict[str, Callable[..., nn.Module]] = {
     "se-var2": SEVar2,
     "se-var3": SEVar3,
     "se-gc": SEGC,
+    "cbam": CBAM,
+    "gc": GlobalContext,
+    "gsop": GSoP,
+    "a2": DoubleAttention,
+    "non-local": NonLocal,
+    "aa": _augmented,
 }
 
 

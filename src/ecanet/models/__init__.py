@@ -6,7 +6,7 @@ from torch import nn
 
 from ecanet.attention import check_attention
 from ecanet.errors import CheckpointError, ConfigError
-from ecanet.models import mobilenet, resnet
+from ecanet.models import mobilenet, placement, resnet
 from ecanet.models.checkpoints import LoadReport, load_checkpoint, load_state_dict
 from ecanet.models.slots import KernelSizes, slot
 
@@ -57,6 +57,8 @@ def create_model(
         gates = slot(attention, kernel_sizes, len(layers), resnet.official_rule(name), options)
         model = resnet.ResNet(kind, layers, gates, **shape)
     elif name == "mobilenet_v2":
+        if attention in placement.IN_RESNETS_ONLY:
+            raise ConfigError(f"attention {attention!r} has a place in ResNets only, not in {name!r}")
         gates = slot(attention, kernel_sizes, len(mobilenet.SETTINGS), mobilenet.official_kernel_size, options)
         model = mobilenet.MobileNetV2(gates, **shape)
     else:

@@ -1,12 +1,15 @@
 """ResNets with an attention slot: torchvision's parameter names, plus the gate inside each block.
 
-Each block puts its gate after the last norm of the residual branch, before the addition, as the paper does.
+Each block puts its gate after the last norm of the residual branch, before the addition, as the paper does;
+`placement` knows the attentions that stand elsewhere.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ecanet.models import placement
 from ecanet.models.slots import KernelRule, Slot
 
 BASIC, BOTTLENECK = "basic", "bottleneck"
@@ -42,6 +45,7 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (ResNet-18, 34, 20, 56)."""
 
     expansion = 1
+    conv3x3 = "conv1"
 
     def __init__(self, in_channels: int, width: int, stride: int, slot: Slot, stage: int):
         super().__init__()
@@ -71,6 +75,7 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 (with the stride, as in torchvision and the authors' code) and 1x1 convolutions, and a shortcut."""
 
     expansion = 4
+    conv3x3 = "conv2"
 
     def __init__(self, in_channels: int, width: int, stride: int, slot: Slot, stage: int):
         super().__init__()
@@ -126,12 +131,16 @@ class ResNet(nn.Module):
         self.stages: list[str] = []
         width = channels
         for stage, depth in enumerate(layers):
-            blocks = []
+            blocks: OrderedDict[str, nn.Module] = OrderedDict()
             for index in range(depth):
-                stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(channels, width, stride, slot, stage))
+                stride = placement.stride_of(slot, stage, len(layers)) if index == 0 else 1
+                here = block(channels, width, stride, placement.in_branch(slot, index, depth), stage)
+                placement.augment(slot, stage, here, block.conv3x3)
+                blocks[str(index)] = here
                 channels = width * block.expansion
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+                if placement.stands_after(slot, stage, index, depth):
+                    blocks[f"{index}_{slot.key}"] = slot.build(channels, stage)  # torchvision's names stay as they are
+            self.add_module(f"layer{stage + 1}", nn.Sequential(blocks))
             self.stages.append(f"layer{stage + 1}")
             width *= 2
         self.avgpool = nn.AdaptiveAvgPool2d(1)

@@ -1,0 +1,177 @@
+"""Attention between positions: the non-local block, double attention (A2), attention-augmented convolution.
+
+These stand elsewhere than at the end of a branch; `ecanet.models.placement` says where. A non-local block compares
+L x L positions, so it wants small maps.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ecanet.attention.base import Attention, check_count, zero
+from ecanet.attention.others import check_input, masked, positions
+from ecanet.errors import AttachError, ConfigError
+
+
+class NonLocal(Attention):
+    """Non-local block, embedded Gaussian (Wang et al. 2018): every position looks at every other.
+
+    y_i = x_i + Wz sum_j softmax_j(theta(x_i) . phi(x_j)) g(x_j)            theta, phi, g are C // 2 wide
+
+    Wz starts at zero, so a new block is the identity, as its paper proposes.
+
+    >>> sum(p.numel() for p in NonLocal(64).parameters())
+    8192
+
+    Raises:
+        ConfigError: ``channels`` is not positive.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = check_count(channels)
+        hidden = max(1, channels // 2)
+        self.theta = nn.Conv1d(channels, hidden, 1, bias=False)
+        self.phi = nn.Conv1d(channels, hidden, 1, bias=False)
+        self.g = nn.Conv1d(channels, hidden, 1, bias=False)
+        self.out = nn.Conv1d(hidden, channels, 1, bias=False)
+        self.neutralize()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N, C, ...) -> the same; padding, where ``mask`` is False, is looked at by no position.
+
+        Raises:
+            ConfigError: ``x`` has other channels, or ``mask`` does not fit it.
+        """
+        check_input(self, x, mask)
+        points = positions(x, mask)  # N C L
+        query, key, value = self.theta(points).mT, self.phi(points).mT, self.g(points).mT  # N L C/2
+        keep = None if mask is None else masked(query.new_zeros(len(x), 1, points.shape[2]), mask)
+        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=keep, scale=1.0)
+        return x + self.out(seen.mT).reshape(x.shape).to(x.dtype)
+
+    def neutralize(self) -> None:
+        """Zero the last layer: nothing is added."""
+        zero(self.out.parameters())
+
+
+class DoubleAttention(Attention):
+    """Double attention block, A2 (Chen et al. 2018): gather features into descriptors, then distribute them.
+
+    G = A softmax_j(B)^T (gather),  z_i = G softmax_n(V_i) (distribute),  y = x + Wz z      A, B, V: C // 2 channels
+
+    A = Wa x, B = Wb x, V = Wv x. With C // 2 the 5 blocks of its ResNet-50 cost the 7.3M parameters its paper lists.
+    Wz starts at zero, so a new block is the identity.
+
+    Raises:
+        ConfigError: ``channels`` is not positive.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = check_count(channels)
+        hidden = max(1, channels // 2)
+        self.features = nn.Conv1d(channels, hidden, 1, bias=False)
+        self.gather = nn.Conv1d(channels, hidden, 1, bias=False)
+        self.distribute = nn.Conv1d(channels, hidden, 1, bias=False)
+        self.out = nn.Conv1d(hidden, channels, 1, bias=False)
+        self.neutralize()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N, C, ...) -> the same; padding, where ``mask`` is False, is gathered from nowhere.
+
+        Raises:
+            ConfigError: ``x`` has other channels, or ``mask`` does not fit it.
+        """
+        check_input(self, x, mask)
+        points = positions(x, mask)  # N C L
+        where = masked(self.gather(points), mask).softmax(-1)  # N n L: one map over positions for each descriptor
+        descriptors = self.features(points) @ where.mT  # N m n
+        z = descriptors @ self.distribute(points).softmax(1)  # N m L: each position mixes the descriptors
+        return x + self.out(z).reshape(x.shape).to(x.dtype)
+
+    def neutralize(self) -> None:
+        """Zero the last layer: nothing is added."""
+        zero(self.out.parameters())
+
+
+class AugmentedConv2d(Attention):
+    """Attention-augmented 3x3 convolution (Bello et al. 2019): part of the channels come from self-attention.
+
+    y = [conv3x3(x); Wo [O_1; ... O_heads]],  O_h = softmax((q k^T + S_height + S_width) / sqrt(d)) v
+
+    with S_height[i, j] = q_i . r(row of j - row of i), S_width likewise over columns; r is learned, shared by heads.
+    As in its paper's ResNets: keys of 0.2 C channels but at least 20 a head, values of 0.1 C, 8 heads, and attention on
+    average-pooled maps (at most 14 x 14), enlarged again bilinearly.
+
+    Raises:
+        ConfigError: there are not more ``out_channels`` than ``heads`` that share them.
+    """
+
+    LARGEST = 14
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, heads: int = 8):
+        super().__init__()
+        self.in_channels, self.channels = check_count(in_channels), check_count(out_channels)
+        self.stride, self.heads = stride, heads
+        if not 1 <= heads < out_channels:
+            raise ConfigError(f"heads must be at least 1 and fewer than the {out_channels} channels, got {heads}")
+        depth = max(20, round(0.2 * out_channels / heads))  # of a key of one head
+        values = heads * max(1, round(0.1 * out_channels / heads))
+        self.conv = nn.Conv2d(in_channels, out_channels - values, 3, stride, padding=1, bias=False)
+        self.qkv = nn.Conv2d(in_channels, 2 * heads * depth + values, 1, bias=False)
+        self.out = nn.Conv2d(values, values, 1, bias=False)
+        self.rows = nn.Parameter(depth**-0.5 * nn.init.normal_(self.conv.weight.new_empty(2 * self.LARGEST - 1, depth)))
+        self.columns = nn.Parameter(depth**-0.5 * nn.init.normal_(self.rows.new_empty(self.rows.shape)))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N, in_channels, H, W) -> (N, channels, H / stride, W / stride).
+
+        Raises:
+            ConfigError: ``x`` is not (N, in_channels, H, W), or there is a ``mask``: a convolution has none.
+        """
+        if mask is not None:
+            raise ConfigError("an attention-augmented convolution takes no mask")
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ConfigError(f"AugmentedConv2d takes (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
+        local = self.conv(x)
+        seen = self.attend(self.pool(x))
+        if seen.shape[2:] != local.shape[2:]:
+            seen = F.interpolate(seen, local.shape[2:], mode="bilinear", align_corners=False)
+        return torch.cat([local, seen], dim=1)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """``x`` averaged by the stride, and halved until it is at most 14 x 14."""
+        if self.stride > 1:
+            x = F.avg_pool2d(x, 3, self.stride, padding=1)
+        while max(x.shape[2:]) > self.LARGEST:
+            x = F.avg_pool2d(x, 3, 2, padding=1)
+        return x
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Multi-head self-attention with relative positions: (N, in_channels, H, W) -> (N, values, H, W)."""
+        height, width = x.shape[2:]
+        depth = self.rows.shape[1]
+        sizes = [self.heads * depth, self.heads * depth, self.out.in_channels]
+        query, key, value = (
+            part.flatten(2).unflatten(1, (self.heads, -1)).mT for part in self.qkv(x).split(sizes, dim=1)
+        )  # N h L d
+        grid = query.unflatten(2, (height, width))  # N h H W d
+        by_row = torch.einsum("nhyxd,yjd->nhyxj", grid, offsets(self.rows, height))
+        by_column = torch.einsum("nhyxd,xjd->nhyxj", grid, offsets(self.columns, width))
+        position = (by_row[..., :, None] + by_column[..., None, :]).flatten(4).flatten(2, 3)  # N h L L
+        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=position * depth**-0.5)
+        return self.out(seen.mT.flatten(1, 2).unflatten(2, (height, width)))
+
+    def neutralize(self) -> None:
+        """Refuse: it stands in for a convolution."""
+        raise AttachError(
+            "attention 'aa' replaces 3x3 convolutions, so it cannot be inserted losslessly; "
+            "build the network with create_model(..., attention='aa')"
+        )
+
+
+def offsets(table: Tensor, size: int) -> Tensor:
+    """``table[j - i]`` for every i and j below ``size``: (2 * LARGEST - 1, d) -> (size, size, d)."""
+    at = torch.arange(size, device=table.device)
+    return table[at[None, :] - at[:, None] + len(table) // 2]

@@ -1,0 +1,52 @@
+"""Where a ResNet holds its attention: at the end of each residual branch, or where the attention's own paper puts it.
+
+eca, se, …, cbam, gc    the end of every branch
+gsop                    the end of the last branch of each stage; the last stage keeps its resolution
+a2                      after every second block of the second and third stage (5 in a ResNet-50)
+non-local               before the last block of the third stage (res4)
+aa                      in place of one 3x3 convolution a block, from the second stage on
+"""
+
+from typing import Any
+
+from torch import nn
+
+from ecanet.attention import AugmentedConv2d
+from ecanet.models.slots import Slot
+
+IN_RESNETS_ONLY = ("gsop", "a2", "non-local", "aa")
+"""Attentions whose papers place them by ResNet stages."""
+
+
+def in_branch(slot: Slot, index: int, depth: int) -> Slot:
+    """The slot of block ``index`` of a stage of ``depth`` blocks: ``slot``, or an empty one."""
+    if slot.name in ("a2", "non-local", "aa") or (slot.name == "gsop" and index < depth - 1):
+        return Slot()
+    return slot
+
+
+def stands_after(slot: Slot, stage: int, index: int, depth: int) -> bool:
+    """Whether the attention follows block ``index`` of a stage of ``depth`` blocks, outside its branch."""
+    match slot.name:
+        case "a2":
+            return stage in (1, 2) and index % 2 == 1
+        case "non-local":
+            return stage == 2 and index == max(0, depth - 2)
+        case _:
+            return False
+
+
+def stride_of(slot: Slot, stage: int, stages: int) -> int:
+    """Stride with which ``stage`` begins."""
+    keeps_resolution = stage == 0 or (slot.name == "gsop" and stage == stages - 1)
+    return 1 if keeps_resolution else 2
+
+
+def augment(slot: Slot, stage: int, block: nn.Module, conv: str) -> None:
+    """Put an attention-augmented convolution in place of ``block``'s 3x3 convolution ``conv``, where "aa" wants it."""
+    if slot.name != "aa" or stage == 0:
+        return
+    old = block.get_submodule(conv)
+    assert isinstance(old, nn.Conv2d)
+    options: dict[str, Any] = dict(slot.options)
+    block.add_module(conv, AugmentedConv2d(old.in_channels, old.out_channels, stride=old.stride[0], **options))
