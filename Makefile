@@ -17,7 +17,8 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: $(READY)  ## train an ECA-ResNet on real digits, write a report, recognise a few images (about a minute)
-	$(BIN)/ecanet train quickstart --out runs/demo --overwrite
+	@rm -rf runs/demo
+	$(BIN)/ecanet train quickstart --out runs/demo
 	$(BIN)/ecanet predict runs/demo examples/digits
 	@echo
 	@echo "The report, with curves, confusion matrix and examples: runs/demo/report.html"
