@@ -1,31 +1,137 @@
-"""Operations with one meaning and several implementations; ``reference.py`` is the meaning."""
+"""Operations with one meaning and several implementations; ``reference.py`` is the meaning.
 
-from typing import Literal
+``impl="reference"`` is plain PyTorch, ``"lean"`` the same in fewer passes over memory (any device), ``"fused"`` the
+fewest, in Triton kernels (CUDA). ``"auto"`` is fused on a CUDA device of compute capability 8.0 or newer, lean
+elsewhere, and the reference where those two do not apply: under export, forward-mode differentiation and
+`torch.func`, with a mask, and (lean) under `torch.compile`, which fuses the reference itself. An explicit choice is
+never replaced by another: it raises where it does not apply.
+"""
+
+from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ecanet.errors import ConfigError
-from ecanet.ops import reference
-from ecanet.ops.reference import Gate
+from ecanet.ops import lean, reference, tail
+from ecanet.ops.passes import Passes
+from ecanet.ops.reference import Activation, Gate
 
-__all__ = ["Gate", "Impl", "squeeze_scale"]
+__all__ = ["Activation", "Gate", "Impl", "residual_tail", "squeeze_scale"]
 
-Impl = Literal["auto", "reference"]
+Impl = Literal["auto", "reference", "lean", "fused"]
+
+KNOWN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Batch norms, exactly: a subclass may do more in its forward."""
 
 
 def squeeze_scale(x: Tensor, gate: Gate, *, mask: Tensor | None = None, impl: Impl = "auto") -> Tensor:
     """``x * gate(mean(x))`` over the spatial axes of ``x`` (N, C, ...); see `reference.squeeze_scale`.
 
     Raises:
-        ConfigError: ``impl`` is unknown, ``x`` is not a float tensor of 2 to 5 axes, or ``mask`` does not fit it.
+        ConfigError: ``impl`` is unknown or does not apply, ``x`` is not a float tensor of 2 to 5 axes, or ``mask``
+            does not fit it.
     """
     check(x, mask)
-    match impl:
-        case "auto" | "reference":
-            return reference.squeeze_scale(x, gate, mask)
-        case _:
-            raise ConfigError(f"unknown impl {impl!r}; choose 'auto' or 'reference'")
+    passes = choose(impl, x, "a mask needs it" if mask is not None else None)
+    if passes is None:
+        return reference.squeeze_scale(x, gate, mask)
+    return tail.squeeze_scale(dense(x), gate, passes)
+
+
+def residual_tail(
+    z: Tensor,
+    norm: nn.Module,
+    gate: Gate | None = None,
+    shortcut: Tensor | None = None,
+    shortcut_norm: nn.Module | None = None,
+    activation: Activation = "relu",
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """``act(b * gate(mean(b)) + shortcut)`` with ``b = norm(z)``; see `reference.residual_tail`.
+
+    ``norm`` and ``shortcut_norm`` are batch norms (synchronised and frozen ones too), whose running statistics are
+    updated in training as their own forward does. Any other norm takes the reference.
+
+    Raises:
+        ConfigError: ``impl`` is unknown or does not apply, or shapes do not fit.
+    """
+    check(z, None)
+    if shortcut is not None and shortcut.shape != z.shape:
+        raise ConfigError(f"the shortcut has shape {tuple(shortcut.shape)}, the branch {tuple(z.shape)}")
+    if activation not in ("relu", "relu6", None):
+        raise ConfigError(f"unknown activation {activation!r}; choose 'relu', 'relu6' or None")
+    obstacle = _obstacle(norm) or (None if shortcut_norm is None else _obstacle(shortcut_norm))
+    if shortcut is not None and shortcut.dtype != z.dtype:
+        obstacle = f"a {z.dtype} branch and a {shortcut.dtype} shortcut need it"
+    passes = choose(impl, z, obstacle)
+    if passes is None:
+        return reference.residual_tail(z, norm, gate, shortcut, shortcut_norm, activation)
+    z = dense(z)
+    shortcut = None if shortcut is None else dense(shortcut, z)
+    return tail.residual_tail(z, norm, gate, shortcut, shortcut_norm, activation, passes)
+
+
+def choose(impl: Impl, x: Tensor, obstacle: str | None = None) -> Passes | None:
+    """The passes that ``impl`` means for ``x``, None for the reference; ``obstacle`` says why only that would do.
+
+    Raises:
+        ConfigError: ``impl`` is unknown, or does not apply.
+    """
+    if impl not in ("auto", "reference", "lean", "fused"):
+        raise ConfigError(f"unknown impl {impl!r}; choose 'auto', 'reference', 'lean' or 'fused'")
+    if impl == "reference":
+        return None
+    obstacle = obstacle or _mode(x)
+    if impl == "auto":
+        if obstacle:
+            return None
+        impl = "fused" if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) else "lean"
+        if impl == "lean" and (torch.compiler.is_compiling() or x.device.type == "meta"):
+            return None
+    if obstacle:
+        raise ConfigError(f"impl={impl!r} does not apply: {obstacle}; use impl='reference'")
+    if impl == "lean":
+        return cast(Passes, lean)
+    from ecanet.ops import fused  # Triton is optional and slow to import
+
+    fused.check(x)
+    return cast(Passes, fused)
+
+
+def _mode(x: Tensor) -> str | None:
+    """What rules out our own backward passes here, if anything does."""
+    if torch.compiler.is_exporting():
+        return "an exported graph consists of PyTorch's operations"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms need operations they know"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation needs operations that know it"
+    return None
+
+
+def _obstacle(norm: nn.Module) -> str | None:
+    """Why the norm must be called as a module, if it must: it is no batch norm, or something hooks into it."""
+    if type(norm) not in KNOWN_NORMS and type(norm).__name__ != "FrozenBatchNorm2d":  # torchvision's, not imported here
+        return f"{type(norm).__name__} is not a batch norm it knows"
+    if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+        return "the norm has hooks"
+    return None
+
+
+def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """``x`` contiguous or channels-last (as ``like`` is, where given); itself if it is already."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if like is not None:
+        last = x.dim() in formats and not like.is_contiguous()
+        return x.contiguous(memory_format=formats[x.dim()]) if last else x.contiguous()
+    if x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]):
+        return x
+    return x.contiguous()
 
 
 def check(x: Tensor, mask: Tensor | None) -> None:

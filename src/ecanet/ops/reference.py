@@ -5,12 +5,16 @@ Sums run in float32 or wider, autocast is off, and the output has the input's dt
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Gate = Callable[[Tensor], Tensor]
 """Maps channel means (N, C) to channel weights (N, C)."""
+
+Activation = Literal["relu", "relu6"] | None
+"""What ends a residual block; None is the identity."""
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
@@ -50,3 +54,30 @@ def squeeze_scale(x: Tensor, gate: Gate, mask: Tensor | None = None) -> Tensor:
     """``y = x * gate(mean(x))``: the three steps of channel attention on ``x`` (N, C, ...)."""
     with without_autocast(x):
         return scale(x, gate(squeeze(x, mask)))
+
+
+def residual_tail(
+    z: Tensor,
+    norm: nn.Module,
+    gate: Gate | None = None,
+    shortcut: Tensor | None = None,
+    shortcut_norm: nn.Module | None = None,
+    activation: Activation = "relu",
+) -> Tensor:
+    """``act(b * gate(mean(b)) + shortcut)`` with ``b = norm(z)``: what follows a block's last convolution.
+
+    Without ``gate`` the factor, without ``shortcut`` the addend is left out; ``shortcut_norm`` is the norm of the
+    shortcut's own convolution. In training the norms update their running statistics, once.
+    """
+    y = norm(z)
+    if gate is not None:
+        y = squeeze_scale(y, gate)
+    if shortcut is not None:
+        y = y + (shortcut if shortcut_norm is None else shortcut_norm(shortcut))
+    match activation:
+        case "relu":
+            return y.relu()
+        case "relu6":
+            return y.clamp(0, 6)
+        case _:
+            return y

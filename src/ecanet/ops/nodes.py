@@ -1,0 +1,154 @@
+"""The two autograd nodes around the algebra of a residual tail.
+
+`_Moments` gives the mean and variance of each plane of z; `_Tail` gives y. Backward, `_Tail` sums over each plane and
+`_Moments` writes dz. What the second needs from the first travels on an edge of their own, which nobody else sees: a
+`Wire` of two outputs of `_Moments` whose values are never read and whose "gradients" are t, the gradient before the
+activation, and (a, b, mu). When gradients are themselves to be differentiated (``create_graph=True``), the wire stays
+empty and both nodes give the plain chain rule in differentiable PyTorch operations.
+"""
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ecanet.ops.passes import Form, Passes
+from ecanet.ops.reference import Activation, scale, widened
+
+_announced: set[str] = set()
+
+
+class Wire(NamedTuple):
+    """Carries t (of z's shape) and a, b, mu (3, N, C) from `_Tail` back to `_Moments`."""
+
+    t: Tensor
+    form: Tensor
+
+
+def moments(z: Tensor, passes: Passes, order: int, recomputed: Activation = None) -> tuple[Tensor, Tensor, Wire]:
+    """``m`` and ``v`` of each plane, and the wire for `tail`.
+
+    ``recomputed`` is the activation whose sign the backward computes again from z (no shortcut).
+    """
+    m, v, *wire = _Moments.apply(z, passes, order, recomputed)  # pyright: ignore[reportGeneralTypeIssues]
+    return m, v, Wire(*wire)
+
+
+def tail(z: Tensor, wire: Wire, shortcut: Tensor | None, side: Wire | None, form: Form, passes: Passes) -> Tensor:
+    """``y`` of the form; ``side`` is the wire of a shortcut that has a norm of its own."""
+    return _Tail.apply(  # pyright: ignore[reportReturnType]
+        z, *wire, shortcut, *(side or (None, None)), form.a, form.b, form.mu, form.shortcut_a, form.shortcut_mu,
+        form.activation, passes,
+    )  # fmt: skip
+
+
+class _Moments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, passes: Passes, order: int, recomputed: Activation):
+        m, v = passes.moments(z, order)
+        ctx.passes, ctx.order, ctx.recomputed = passes, order, recomputed
+        ctx.save_for_backward(z, m)
+        ctx.set_materialize_grads(False)
+        return m, v, z.new_empty(()).expand(z.shape), m.new_empty(()).expand(3, *m.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dm: Tensor | None, dv: Tensor | None, t: Tensor | None, form: Tensor | None):
+        z, m = ctx.saved_tensors
+        dm, dv = dm if ctx.order > 0 else None, dv if ctx.order > 1 else None
+        if t is None or form is None:
+            return _chain_rule(z, m, dm, dv), None, None, None
+        a, b, mu = form
+        mu = mu[0] if len(mu) else None
+        return ctx.passes.grads(t, z, Form(a=a, b=b, mu=mu, activation=ctx.recomputed), m, dm, dv), None, None, None
+
+
+class _Tail(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, wire_t: Tensor, wire_form: Tensor,
+        shortcut: Tensor | None, side_t: Tensor | None, side_form: Tensor | None,
+        a: Tensor, b: Tensor | None, mu: Tensor | None, shortcut_a: Tensor | None, shortcut_mu: Tensor | None,
+        activation: Activation, passes: Passes,
+    ):  # fmt: skip
+        form = Form(a=a, b=b, mu=mu, shortcut_a=shortcut_a, shortcut_mu=shortcut_mu, activation=activation)
+        y, kept = passes.apply(z, shortcut, form)
+        ctx.passes, ctx.activation, ctx.has_shortcut = passes, activation, shortcut is not None
+        # a plain shortcut is not needed again: its gradient is t
+        ctx.save_for_backward(z, kept, shortcut if shortcut_a is not None else None, a, b, mu, shortcut_a, shortcut_mu)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor):
+        z, kept, shortcut, a, b, mu, shortcut_a, shortcut_mu = ctx.saved_tensors
+        form = Form(a=a, b=b, mu=mu, shortcut_a=shortcut_a, shortcut_mu=shortcut_mu, activation=ctx.activation)
+        if torch.is_grad_enabled():
+            _announce()
+            return _differentiable(ctx, dy, z, kept, shortcut, form)
+        da, db, ds, t = ctx.passes.reduce(like(dy, z), kept, z, shortcut, form)
+        wire = a.expand(3, *a.shape)
+        if kept is None and form.activation is not None and b is not None and mu is not None:
+            wire = torch.stack((a, b, mu.expand_as(a)))
+        dmu = None if mu is None else -(a * db).sum(0)
+        if shortcut_a is None:
+            side = (t if ctx.has_shortcut else None, None, None)
+            side_dmu = None
+        else:
+            side = (None, t, shortcut_a.expand(3, *a.shape))
+            side_dmu = -(shortcut_a * db).sum(0)
+        return None, t, wire, *side, da, None if b is None else db, dmu, ds, side_dmu, None, None
+
+
+def _chain_rule(z: Tensor, m: Tensor, dm: Tensor | None, dv: Tensor | None) -> Tensor | None:
+    """``dm / P + 2 (z - m) dv / P``, differentiable."""
+    positions = max(1, z[:1, :1].numel())
+    shape = (*m.shape, *(1,) * (z.dim() - 2))
+    dz = None if dm is None else (dm / positions).reshape(shape).expand_as(z)
+    if dv is not None:
+        part = (z - m.reshape(shape)) * (dv * (2 / positions)).reshape(shape)
+        dz = part if dz is None else dz + part
+    return None if dz is None else dz.to(z.dtype)
+
+
+def _differentiable(ctx: Any, dy: Tensor, z: Tensor, kept: Tensor | None, shortcut: Tensor | None, form: Form):
+    """The true gradients of `_Tail`, in differentiable operations."""
+    axes = tuple(range(2, z.dim()))
+    wide = widened(z.dtype)
+
+    def centred(x: Tensor, mu: Tensor | None) -> Tensor:
+        return x.to(wide) if mu is None else x.to(wide) - mu.reshape(-1, *(1,) * len(axes))
+
+    def total(x: Tensor) -> Tensor:
+        return x.sum(axes) if axes else x
+
+    t = dy.to(wide)
+    if kept is not None:
+        t = t * ctx.passes.active(kept, form)
+    elif form.activation is not None:
+        y = scale(centred(z, form.mu), form.a) + (0 if form.b is None else form.b.reshape(*form.b.shape, *(1,) * len(axes)))
+        t = t * (~(y <= 0) if form.activation == "relu" else (y > 0) & (y < 6))
+    da, db = total(t * centred(z, form.mu)), total(t)
+    dmu = None if form.mu is None else -(form.a * db).sum(0)
+    dz = scale(t, form.a).to(z.dtype)
+    dshortcut = t.to(z.dtype) if ctx.has_shortcut else None
+    ds = side_dmu = None
+    if shortcut is not None and form.shortcut_a is not None and form.shortcut_mu is not None:
+        ds = total(t * centred(shortcut, form.shortcut_mu))
+        side_dmu = -(form.shortcut_a * db).sum(0)
+        dshortcut = scale(t, form.shortcut_a).to(z.dtype)
+    db = None if form.b is None else db
+    return dz, None, None, dshortcut, None, None, da, db, dmu, ds, side_dmu, None, None
+
+
+def like(x: Tensor, z: Tensor) -> Tensor:
+    """``x`` in the memory layout of ``z``; a copy only where they differ."""
+    return x if x.stride() == z.stride() else torch.empty_like(z).copy_(x)
+
+
+def _announce() -> None:
+    if "create_graph" not in _announced:
+        _announced.add("create_graph")
+        warnings.warn(
+            "gradients with create_graph=True run in plain PyTorch operations, without the fused passes",
+            stacklevel=2,
+        )
