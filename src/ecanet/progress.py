@@ -2,8 +2,12 @@
 
 import csv
 import io
+import logging
 import math
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ecanet.errors import ConfigError
 from ecanet.report import write_file
 
-__all__ = ["Display", "History"]
+__all__ = ["Display", "History", "quiet_lightning"]
 
 
 class History(L.Callback):
@@ -98,8 +102,8 @@ class Display(L.Callback):
         parameters = sum(p.numel() for p in pl_module.model.parameters())
         start = f", resumed after epoch {trainer.current_epoch}" if trainer.current_epoch else ""
         self.console.print(
-            f"{recipe.model.name} with {recipe.model.attention}, {parameters:,} parameters, on {recipe.data.name}: "
-            f"{len(images.train):,} training and {len(images.held_out):,} held-out images, {recipe.epochs} epochs{start}"
+            f"{recipe.model.name} with {recipe.model.attention}, {parameters:,} parameters, {recipe.epochs} epochs of "
+            f"{recipe.data.name}: {len(images.train):,} training and {len(images.held_out):,} held-out images{start}"
         )
         self.console.print(
             f"batch {pl_module.effective_batch} = {recipe.data.batch_size} images × {trainer.world_size} "
@@ -153,3 +157,19 @@ class Display(L.Callback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Leave out Lightning's tips and the warnings that are no news to a run of ours; errors stay errors."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

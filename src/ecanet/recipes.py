@@ -82,7 +82,7 @@ def imagenet_mobilenet() -> Recipe:
 
 
 def imagenet_a3() -> Recipe:
-    """100 epochs of ImageNet at 160 pixels, in the manner of A3 (Wightman et al., 2021): half of `imagenet`'s arithmetic.
+    """100 epochs of ImageNet at 160 pixels after A3 (Wightman et al., 2021): half of `imagenet`'s arithmetic.
 
     BCE, RandAugment 6, mixup 0.1, cutmix 1, cosine with five epochs of warm-up. A3 itself uses LAMB, which torch does
     not have; AdamW stands in its place. So the published 78.1 % (plain ResNet-50, evaluated at 224) is a direction and

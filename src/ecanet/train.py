@@ -5,28 +5,25 @@ report.html, checkpoints/best.ckpt and last.ckpt, TensorBoard's logs, and a few 
 """
 
 import json
-import logging
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ecanet import data, tasks
 from ecanet.config import Recipe, from_dict, to_dict
 from ecanet.errors import ConfigError
 from ecanet.models.checkpoints import read_file
-from ecanet.progress import Display, History
+from ecanet.progress import Display, History, quiet_lightning
 from ecanet.report import Report, environment, write_file
 
 __all__ = ["read_recipe", "run"]
@@ -53,7 +50,7 @@ def run(
         CheckpointError: weights or a checkpoint that cannot be used.
     """
     place = _claimed(recipe, folder, resume)
-    with _quiet_lightning():
+    with quiet_lightning():
         images = data.build(recipe.data, seed=recipe.seed)
         torch.manual_seed(recipe.seed)
         task = tasks.build(recipe, images.look)
@@ -99,7 +96,7 @@ def _claimed(recipe: Recipe, folder: str | Path | None, resume: bool) -> Path:
     if resume:
         if (old := read_recipe(folder)) != recipe:
             raise ConfigError(f"{folder} holds another recipe: {_difference(to_dict(old), to_dict(recipe))}")
-    elif int(os.environ.get("RANK", "0")) == 0 and (folder / "recipe.json").exists():
+    elif getattr(rank_zero_only, "rank", 0) == 0 and (folder / "recipe.json").exists():
         raise ConfigError(f"{folder} already holds a run; go on with it (--resume {folder}) or choose another folder")
     return folder
 
@@ -178,19 +175,3 @@ def _report(recipe: Recipe, task: tasks.Task, history: History, place: Path) -> 
         environment=environment(),
         evidence=task.evidence(),
     )
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Leave out Lightning's tips and the warnings that are no news to a run of ours; errors stay errors."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\..*")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -1,0 +1,240 @@
+"""The commands: each one turns its options into one call, and prints what comes back.
+
+What is heavy is imported inside the commands, so that ``--help`` is quick. A mistake is an `EcanetError`, which
+``ecanet.__main__`` prints as one line.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ecanet import __version__, recipes
+from ecanet.config import ModelConfig, Recipe, parse_kernel_sizes, with_settings
+from ecanet.errors import ConfigError, DataError
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Channel attention for convolutional networks: train, evaluate, predict.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(highlight=False, soft_wrap=True)
+
+# options that several commands share
+
+Checkpoint = Annotated[str, typer.Argument(help="A checkpoint, or a run's folder (its best one).", show_default=False)]
+ModelName = Annotated[str | None, typer.Option("--model", help="Network: see `ecanet models`.", show_default=False)]
+Attention = Annotated[str | None, typer.Option(help="none, eca, se, …", show_default=False)]
+KernelSizes = Annotated[str | None, typer.Option(help="official, adaptive or 3,5,5,7.", show_default=False)]
+DataName = Annotated[
+    str | None, typer.Option("--data", help="digits, fashion-mnist, …, folder:PATH.", show_default=False)
+]
+DataDir = Annotated[str | None, typer.Option(help="Where the data's files are.", show_default=False)]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, gpu.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.callback(invoke_without_command=True)
+def ecanet(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Channel attention for convolutional networks: train, evaluate, predict."""
+    if version:
+        console.print(f"ecanet {__version__}")
+
+
+@app.command()
+def train(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help=f"Recipe ({', '.join(recipes.RECIPES)}) or data (digits, …, folder:PATH).", show_default=False
+        ),
+    ] = None,
+    model: ModelName = None,
+    attention: Attention = None,
+    kernel_sizes: KernelSizes = None,
+    epochs: Annotated[int | None, typer.Option(help="Times through the data.", show_default=False)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per device and step.", show_default=False)] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak, for the recipe's base batch.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides all that is random.", show_default=False)] = None,
+    data_dir: DataDir = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting: --set data.workers=4.", metavar="KEY=VALUE", show_default=False),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/NAME-DATE")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.", show_default=False)] = None,
+    device: Device = "auto",
+) -> None:
+    """Train a network: `ecanet train quickstart`."""
+    changes = {
+        "model.name": model,
+        "model.attention": attention,
+        "model.kernel_sizes": None if kernel_sizes is None else parse_kernel_sizes(kernel_sizes),
+        "epochs": epochs,
+        "data.batch_size": batch_size,
+        "optimizer.learning_rate": learning_rate,
+        "seed": seed,
+        "data.root": data_dir,
+    }
+    changes = {key: value for key, value in changes.items() if value is not None} | _parsed(settings or [])
+    if resume is not None:
+        if name or changes or out:
+            raise ConfigError("--resume takes everything from the run; leave out the recipe, other settings and --out")
+        from ecanet.train import read_recipe
+
+        recipe = read_recipe(resume)
+    else:
+        if name is None:
+            raise ConfigError("say what to train: a recipe or data, such as `ecanet train quickstart`, or --resume RUN")
+        recipe = _changed(recipes.find(name), changes)
+    from ecanet.train import run
+
+    report = run(recipe, folder=resume or out, resume=resume is not None, accelerator=device)
+    console.print("  ".join(f"{key} {value:.4g}" for key, value in report.metrics.items()), f" {report.seconds:.0f} s")
+    console.print(f"report {report.folder / 'report.html'}")
+    console.print(f"try    ecanet predict {report.folder} {report.folder / 'examples'}")
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Checkpoint,
+    data: DataName = None,
+    data_dir: DataDir = None,
+    model: ModelName = None,
+    attention: Attention = None,
+    kernel_sizes: KernelSizes = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a checkpoint on held-out images: its run's, or others."""
+    from ecanet.trained import evaluate
+
+    metrics = evaluate(
+        checkpoint,
+        model=_model(model, attention, kernel_sizes),
+        data_name=data,
+        data_dir=data_dir,
+        accelerator=device,
+    )
+    if as_json:
+        print(json.dumps(metrics))
+    else:
+        console.print("  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+
+
+@app.command()
+def predict(
+    checkpoint: Checkpoint,
+    images: Annotated[list[str], typer.Argument(help="Image files, or folders of them.", show_default=False)],
+    top: Annotated[int, typer.Option(min=1, help="Classes to name.")] = 5,
+    on_corrupt: Annotated[str, typer.Option(help="error, or skip: go on without unreadable files.")] = "error",
+    data: DataName = None,
+    data_dir: DataDir = None,
+    model: ModelName = None,
+    attention: Attention = None,
+    kernel_sizes: KernelSizes = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Name what is in image files: the likeliest classes with their probabilities."""
+    if on_corrupt not in ("error", "skip"):
+        raise ConfigError(f"--on-corrupt must be error or skip, got {on_corrupt!r}")
+    from ecanet import trained
+
+    files = [file for path in images for file in trained.image_files(path)]
+    task = trained.restore(checkpoint, model=_model(model, attention, kernel_sizes), data_name=data, data_dir=data_dir)
+    found: list[trained.Prediction] = []
+    for answer in trained.predict(task, files, top=top, device=device):
+        if isinstance(answer, trained.Prediction):
+            found.append(answer)
+        elif on_corrupt == "error":
+            raise DataError(f"{answer}; --on-corrupt skip goes on without such files")
+        else:
+            print(f"skipped: {answer}", file=sys.stderr)
+    if as_json:
+        rows = [{"path": p.path, "classes": [{"name": n, "probability": q} for n, q in p.classes]} for p in found]
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table("image", f"likeliest of {len(task.look.class_names)} classes")
+    for p in found:
+        table.add_row(p.path, "  ".join(f"{name} {probability:.1%}" for name, probability in p.classes))
+    console.print(table)
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="One of them, with its parameters.", show_default=False)] = None,
+    attention: Attention = None,
+    kernel_sizes: KernelSizes = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the networks and their parameters, or show one with every attention."""
+    from ecanet import list_attentions, models
+
+    sizes = parse_kernel_sizes(kernel_sizes or "official")
+    networks = [name] if name else models.list_models()
+    attentions = [attention] if attention else list_attentions() if name else ["none", "eca"]
+    rows = [{"model": n, "attention": a, "parameters": _parameters(n, a, sizes)} for n in networks for a in attentions]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table("model", "attention", "parameters")
+    table.columns[2].justify = "right"
+    for row in rows:
+        table.add_row(row["model"], row["attention"], f"{row['parameters']:,}")
+    console.print(table)
+
+
+def _parameters(name: str, attention: str, kernel_sizes: Any) -> int:
+    """Counted on a network without memory for its weights."""
+    import torch
+
+    from ecanet import models
+
+    with torch.device("meta"):
+        network = models.create_model(name, attention=attention, kernel_sizes=kernel_sizes)
+    return sum(p.numel() for p in network.parameters())
+
+
+def _model(name: str | None, attention: str | None, kernel_sizes: str | None) -> ModelConfig | None:
+    """The network that ``--model`` and its companions name; None without it."""
+    if name is None:
+        if attention or kernel_sizes:
+            raise ConfigError("--attention and --kernel-sizes need --model; a run's checkpoint knows its own")
+        return None
+    return ModelConfig(
+        name=name, attention=attention or "eca", kernel_sizes=parse_kernel_sizes(kernel_sizes or "official")
+    )
+
+
+def _parsed(settings: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs; a value that is not JSON is a text."""
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as --set data.workers=4")
+        try:
+            found[key] = json.loads(text)
+        except json.JSONDecodeError:
+            found[key] = text
+    return found
+
+
+def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """``recipe`` with ``changes``; a warm-up too long for fewer epochs shrinks with them, unless it was set too."""
+    epochs = changes.get("epochs")
+    warmup = recipe.schedule.warmup_epochs
+    if isinstance(epochs, int) and 0 < epochs <= warmup and "schedule.warmup_epochs" not in changes:
+        changes = {"schedule.warmup_epochs": warmup * epochs / recipe.epochs, **changes}
+    return with_settings(recipe, changes)

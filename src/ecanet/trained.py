@@ -1,0 +1,161 @@
+"""A trained network: restore it from its checkpoint, evaluate it, ask it about images."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from ecanet import data, recipes, tasks
+from ecanet.config import ModelConfig, Recipe, from_dict
+from ecanet.data.images import fitted
+from ecanet.data.sources import IMAGE_SUFFIXES, Look, read_image
+from ecanet.errors import CheckpointError, ConfigError, DataError
+from ecanet.models.checkpoints import load_checkpoint, read_file
+from ecanet.progress import quiet_lightning
+
+__all__ = ["Prediction", "evaluate", "image_files", "predict", "restore"]
+
+
+def evaluate(
+    checkpoint: str | Path,
+    *,
+    model: ModelConfig | None = None,
+    data_name: str | None = None,
+    data_dir: str | None = None,
+    accelerator: str = "auto",
+) -> dict[str, float]:
+    """The metrics of ``checkpoint`` (a file, or a run's folder) on held-out data, by default its run's.
+
+    Weights from elsewhere need ``model`` and ``data_name``; with a run's checkpoint these outrank its recipe.
+
+    Raises:
+        CheckpointError: the file is broken or unsafe, or its weights are another network's.
+        ConfigError: weights from elsewhere, and it was not said what they are for.
+        DataError: data that is missing or broken, or that has other classes than the network.
+    """
+    path, recipe, look = _described(checkpoint, model, data_name, data_dir)
+    with quiet_lightning():
+        images = data.build(recipe.data, seed=recipe.seed, train=False)
+        if look is not None and look.class_names != images.look.class_names:
+            raise DataError(
+                f"{recipe.data.name} has {len(images.look.class_names)} classes ({images.look.class_names[0]}, …), "
+                f"the network {len(look.class_names)} ({look.class_names[0]}, …)"
+            )
+        task = _loaded(path, recipe, images.look)
+        trainer = L.Trainer(
+            accelerator=accelerator,
+            devices=1,
+            precision=recipe.precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        return {name: float(value) for name, value in trainer.validate(task, images, verbose=False)[0].items()}
+
+
+def restore(
+    checkpoint: str | Path,
+    *,
+    model: ModelConfig | None = None,
+    data_name: str | None = None,
+    data_dir: str | None = None,
+) -> tasks.Task:
+    """The task of ``checkpoint`` (a file, or a run's folder) with its trained ``model``, in evaluation mode.
+
+    ``model``, ``data_name`` and ``data_dir`` are as for `evaluate`; so are the errors.
+    """
+    path, recipe, look = _described(checkpoint, model, data_name, data_dir)
+    if look is None:
+        look = data.build(recipe.data, train=False).look
+    return _loaded(path, recipe, look).eval()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What a network says of one image: its likeliest classes, each with its probability, the likeliest first."""
+
+    path: str
+    classes: tuple[tuple[str, float], ...]
+
+
+def predict(
+    task: tasks.Task, paths: Sequence[str | Path], *, top: int = 5, device: str = "cpu"
+) -> Iterator[Prediction | DataError]:
+    """What the restored classifier ``task`` says of each image file; a file that cannot be read gives its DataError."""
+    look, fit = task.look, fitted(task.look)
+    task = task.to(device).eval()
+    for start in range(0, len(paths), 64):
+        some = paths[start : start + 64]
+        pictures = [_readable(path, look) for path in some]
+        good = [fit(picture) for picture in pictures if isinstance(picture, Tensor)]
+        with torch.inference_mode():
+            logits = task(look.normalize(torch.stack(good)).to(device)) if good else torch.empty(0, 1)
+        shares = iter(logits.float().softmax(1))
+        for path, picture in zip(some, pictures, strict=True):
+            if isinstance(picture, DataError):
+                yield picture
+                continue
+            likely = next(shares).topk(min(top, len(look.class_names)))
+            names = [look.class_names[at] for at in likely.indices.tolist()]
+            yield Prediction(path=str(path), classes=tuple(zip(names, likely.values.tolist(), strict=True)))
+
+
+def image_files(path: str | Path) -> list[Path]:
+    """``path`` itself if it is a file, else the images in and below the folder, sorted.
+
+    Raises:
+        DataError: there is nothing of that name, or no image in it.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder")
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise DataError(f"{path}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
+    return found
+
+
+def _described(
+    checkpoint: str | Path, model: ModelConfig | None, data_name: str | None, data_dir: str | None
+) -> tuple[Path, Recipe, Look | None]:
+    """The checkpoint's file, what to build for it, and what its run's data looked like, if it is a run's."""
+    path = Path(checkpoint)
+    if path.is_dir():
+        path = path / "checkpoints" / "best.ckpt"
+    content = read_file(path)
+    own: Any = content.get("ecanet") if isinstance(content, dict) else None
+    if own:
+        recipe, look = from_dict(Recipe, own["recipe"]), Look(**own["look"])
+    elif model is None or data_name is None:
+        raise ConfigError(f"{path} does not say what network it is for; say so with --model and --data")
+    else:
+        recipe, look = recipes.find(data_name), None
+    chosen = recipe.data.but(name=data_name or recipe.data.name, root=data_dir or recipe.data.root)
+    # the weights are in the checkpoint: no others are to be looked for
+    return path, recipe.but(model=(model or recipe.model).but(weights=None), data=chosen, compile=False), look
+
+
+def _loaded(path: Path, recipe: Recipe, look: Look) -> tasks.Task:
+    task = tasks.build(recipe, look)
+    report = load_checkpoint(task.model, path)
+    gates = tuple(f"{name}." for name in report.neutral)
+    if lost := [n for n in (*report.mismatched, *report.missing, *report.unexpected) if not n.startswith(gates)]:
+        raise CheckpointError(
+            f"{path}: not the weights of {recipe.model.name} with {recipe.model.attention} for "
+            f"{len(look.class_names)} classes: {len(lost)} tensors differ, first {lost[0]!r}"
+        )
+    return task
+
+
+def _readable(path: str | Path, look: Look) -> Tensor | DataError:
+    try:
+        return read_image(path, look.channels)
+    except DataError as error:
+        return error
