@@ -1,5 +1,6 @@
 """Channel attention for convolutional networks: modules, lossless attach, ECA-Nets."""
 
+from ecanet.attach import attach, attached, detach, fold
 from ecanet.attention import (
     ECA,
     ECANS,
@@ -27,7 +28,11 @@ __all__ = [
     "SEVar2",
     "SEVar3",
     "adaptive_kernel_size",
+    "attach",
+    "attached",
     "create_model",
+    "detach",
+    "fold",
     "list_attentions",
     "list_models",
     "load_checkpoint",

@@ -1,0 +1,155 @@
+"""How a gate acts in a block that does not know it: a hook on the target, and a guard on the block.
+
+The gate is a child of the block, so it has a name, moves, trains, saves and copies with it. A forward hook on the
+target applies it. Some tools replace a module and lose its hooks (`convert_sync_batchnorm`): the guard, a pre-hook on
+the block, puts ours back, or says so where it cannot (while compiling).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecanet.errors import AttachError
+
+
+class GateHook:
+    """Forward hook: the module's output through ``gate``, whose channels are ``axis``."""
+
+    def __init__(self, gate: nn.Module, axis: int):
+        self.gate = gate
+        self.axis = axis
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """The hook's result takes the output's place."""
+        if self.axis == 1:
+            return self.gate(output)
+        return self.gate(output.movedim(self.axis, 1)).movedim(1, self.axis)
+
+
+class Guard:
+    """Forward pre-hook of the block: sees that the target still has its hook."""
+
+    def __init__(self, target: str, key: str, hook: GateHook):
+        self.target = target
+        self.key = key
+        self.hook = hook
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Look, and put the hook back if it is gone."""
+        hooks = named(module.get_submodule(self.target)._forward_hooks)
+        if self.key not in hooks:
+            if torch.compiler.is_compiling():
+                raise AttachError(f"{self.target!r} was replaced after attach: run the model once before compiling it")
+            hooks[self.key] = self.hook
+
+
+class Record:
+    """What `attach` did for one gate; kept on the gate as ``gate.attachment``, and copied with it."""
+
+    def __init__(self, attention: str, target: str, mode: str, *, lossless: bool, affine: str | None = None):
+        self.attention = attention
+        self.target = target
+        """The target's name, counted from the block that keeps the gate."""
+        self.mode = mode
+        """"hook", "append" (last entry of a Sequential) or "replace"."""
+        self.lossless = lossless
+        self.affine = affine
+        """Name, counted from the block, of the norm or convolution right before the gate."""
+        self.folded = False
+        self.replaced: nn.Module | None = None
+        """The module whose place the gate took; not a child, so not in the state dict."""
+
+
+def install(block: nn.Module, key: str, target: str, gate: nn.Module, axis: int) -> None:
+    """Make ``gate`` the child ``key`` of ``block`` and apply it to the output of ``block``'s submodule ``target``.
+
+    Hooks are kept under names rather than through handles: handles' numbers start again in a new process, and would
+    there collide with those of an unpickled model.
+    """
+    hook, name = GateHook(gate, axis), hook_key(key, target)
+    block.add_module(key, gate)
+    named(block.get_submodule(target)._forward_hooks)[name] = hook
+    named(block._forward_pre_hooks)[name] = Guard(target, name, hook)
+
+
+def uninstall(block: nn.Module, key: str, target: str) -> None:
+    """The inverse of `install`."""
+    delattr(block, key)
+    named(block.get_submodule(target)._forward_hooks).pop(hook_key(key, target), None)
+    named(block._forward_pre_hooks).pop(hook_key(key, target), None)
+
+
+def named(hooks: Any) -> dict[str, Any]:
+    """A module's dictionary of hooks, for names as keys."""
+    return hooks
+
+
+def hook_key(key: str, target: str) -> str:
+    """Under which name a target and a block keep the hooks of the gate ``key``."""
+    return f"ecanet.{key}@{target}"
+
+
+def gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
+    """Name, module and record of every attached gate.
+
+    Raises:
+        AttachError: a gate has lost its place, and so does nothing (or acts without being a part of the model).
+    """
+    found: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        record = getattr(module, "attachment", None)
+        if isinstance(record, Record):
+            found.add(module)
+            if not reachable(model, name, module, record):
+                raise AttachError(
+                    f"gate {name!r} is no longer reachable: {record.target!r} was removed or replaced after attach; "
+                    f"detach before such changes and attach again afterwards"
+                )
+            yield name, module, record
+    for name, module in model.named_modules():
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, GateHook) and hook.gate not in found:
+                raise AttachError(
+                    f"a gate acts after {name!r} but is no part of this model, so it is neither saved nor trained "
+                    f"(torch.fx leaves it out); attach to the final model instead"
+                )
+
+
+def reachable(model: nn.Module, name: str, gate: nn.Module, record: Record) -> bool:
+    """Whether running the model runs the gate, as far as the modules tell."""
+    block = model.get_submodule(name.rpartition(".")[0])
+    if record.mode != "hook":
+        return True
+    key = hook_key(name.rpartition(".")[2], record.target)
+    try:
+        target = block.get_submodule(record.target)
+    except AttributeError:
+        return False
+    hook, guard = named(target._forward_hooks).get(key), named(block._forward_pre_hooks).get(key)
+    return isinstance(guard, Guard) or (isinstance(hook, GateHook) and hook.gate is gate)
+
+
+WRAPPERS = {
+    "DistributedDataParallel": "attach to its .module before wrapping it, so that gates are synchronised",
+    "DataParallel": "attach to its .module before wrapping it",
+    "FullyShardedDataParallel": "attach before sharding",
+    "FSDPModule": "attach before sharding",
+    "OptimizedModule": "attach before torch.compile, since a compiled model ignores later hooks",
+    "ScriptModule": "attach before scripting or tracing",
+}
+"""By class name, so that nothing needs importing."""
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise AttachError for models in which a new gate would be ignored or not synchronised."""
+    for name, module in model.named_modules():
+        what = name or "the model"
+        for kind in type(module).__mro__:
+            if kind.__name__ in WRAPPERS and kind.__module__.startswith("torch."):
+                raise AttachError(f"{what} is wrapped in {kind.__name__}: {WRAPPERS[kind.__name__]}")
+        if module._compiled_call_impl is not None:
+            raise AttachError(f"{what} is compiled: attach before .compile(), which ignores later hooks")
+        if any(isinstance(p, nn.UninitializedParameter) for p in module._parameters.values()):
+            raise AttachError(f"{what} is lazy and has no channels yet: run the model once before attaching")

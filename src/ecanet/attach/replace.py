@@ -1,0 +1,147 @@
+"""Put gates in the place of a network's own: squeeze-excite modules, or ECA modules of other libraries."""
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ecanet.attach.hooks import Record
+from ecanet.attach.kernels import kernel_sizes_at
+from ecanet.attach.sites import Site, Where, matches
+from ecanet.attach.watch import Trace
+from ecanet.attention import ECA, Attention, make_attention
+from ecanet.errors import AttachError, ConfigError
+
+KINDS = {
+    "se": re.compile(
+        r"^(\w*(SE|Se)(Module|Layer|Block|Attention)?|\w*SqueezeExcit(e|ation)(Layer|Module|Block)?|se_?(layer|block|module))$"
+    ),
+    "eca": re.compile(
+        r"^(C?ECA|C?Eca|c?eca)_?([Mm]odule|[Ll]ayer|[Bb]lock|[Aa]ttention|NS)?$|^EfficientChannelAttention$"
+    ),
+}
+"""Class names of torchvision's, timm's, Hugging Face's, the authors' and commonly pasted modules."""
+
+
+def replace_modules(
+    model: nn.Module,
+    trace: Trace,
+    kind: str,
+    attention: str,
+    where: Where | None,
+    preserve: bool | None,
+    kernel_sizes: Any,
+    options: dict[str, object],
+) -> None:
+    """Put ``attention`` in the place of every module of ``kind`` that ``where`` allows.
+
+    Raises:
+        ConfigError: ``kind`` is unknown, or options contradict weights that are taken over.
+        AttachError: no such module, ``preserve=True`` for another kind of gate, or a module that is not what
+            its name says.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"replace= takes {' or '.join(map(repr, KINDS))}, got {kind!r}")
+    same = kind == attention == "eca"
+    sites = list(found(model, trace, KINDS[kind], where))
+    if not sites:
+        raise AttachError(
+            f"found no {kind!r} modules to replace in {type(model).__name__}; attach without replace= adds gates"
+        )
+    if preserve and not same:
+        old = type(model.get_submodule(sites[0].target)).__name__
+        raise AttachError(
+            f"putting {attention!r} in the place of {sites[0].target!r}, a {old}, changes outputs, "
+            f"so preserve=True cannot be kept; leave preserve out"
+        )
+    if same and (options or kernel_sizes is not None):
+        raise ConfigError("replace='eca' takes weights over, kernel sizes included; give no options")
+    sizes = kernel_sizes_at(sites, kernel_sizes)
+    gates = []
+    for site, size in zip(sites, sizes, strict=True):
+        old = model.get_submodule(site.target)
+        if same:
+            gates.append(converted(old, site))
+        else:
+            gates.append(
+                make_attention(attention, site.channels, **options, **({} if size is None else {"kernel_size": size}))
+            )
+        if not isinstance(gates[-1], Attention):
+            raise AttachError(f"attention {attention!r} takes the place of a convolution, not of a gate")
+    for site, gate in zip(sites, gates, strict=True):
+        put(model, site, gate, attention, lossless=same)
+    if not same:
+        warnings.warn(
+            f"{len(sites)} {kind!r} modules gave way to {attention!r}: outputs change until the network is fine-tuned",
+            stacklevel=3,
+        )
+
+
+def found(model: nn.Module, trace: Trace, names: re.Pattern[str], where: Where | None) -> Iterator[Site]:
+    """The modules with such a class name that ran, in running order, with the shape that they ran on."""
+    called = {id(call.module): call for call in reversed(trace.calls)}
+    sites = []
+    for name, module in model.named_modules():
+        if not names.match(type(module).__name__) or isinstance(module, nn.Sequential) or hasattr(module, "attachment"):
+            continue
+        if where is not None and not matches(where, name, module):
+            continue
+        call = called.get(id(module))
+        if call is None or call.output is None or not call.inputs or call.inputs[0].shape != call.output.shape:
+            continue
+        value = call.output
+        channels, shape = value.shape[value.axis], tuple(value.shape[2:])
+        if value.axis != 1:
+            raise AttachError(f"{name!r} has its channels on axis {value.axis}, not 1; a gate cannot take its place")
+        parent = name.rpartition(".")[0]
+        yield_site = Site(
+            block=parent, target=name, channels=channels, axis=1, index=value.index, shape=shape, device=value.device
+        )
+        sites.append(yield_site)
+    yield from sorted(sites, key=lambda s: s.index)
+
+
+def converted(old: nn.Module, site: Site) -> ECA:
+    """This library's ECA with the weights of ``old``, another library's.
+
+    Raises:
+        AttachError: it has parameters that ECA has not (a bias, a second layer), or computes something else.
+    """
+    state = dict(old.named_parameters())
+    conv = next((m for m in old.modules() if isinstance(m, nn.Conv1d)), None)
+    if conv is None or conv.weight.shape[:2] != (1, 1) or len(state) != 1:
+        raise AttachError(
+            f"{site.target!r} ({type(old).__name__}) has more than one (1, 1, k) kernel, so it is not the paper's ECA"
+        )
+    names = {type(old).__name__, *(type(m).__name__ for m in old.modules())}
+    circular = any(n.startswith("Ceca") for n in names) or conv.padding_mode == "circular"
+    gate = ECA(site.channels, conv.weight.shape[-1], padding_mode="circular" if circular else "zeros")
+    gate.load_state_dict({"conv.weight": conv.weight.detach()})
+    check_same(old, gate, site)
+    return gate.to(conv.weight.device, conv.weight.dtype)
+
+
+@torch.no_grad()
+def check_same(old: nn.Module, gate: ECA, site: Site) -> None:
+    """Raise AttachError unless ``gate`` gives what ``old`` gives, up to rounding."""
+    x = torch.randn((2, site.channels, 4, 4), generator=torch.Generator().manual_seed(0))
+    theirs = copy.deepcopy(old).to("cpu", torch.float32).eval()(x)
+    # means of 16 numbers and k products, rounded in another order: some 32 units of the last place at most
+    if (gate(x) - theirs).abs().max() > 32 * torch.finfo(torch.float32).eps * x.abs().max():
+        raise AttachError(f"{site.target!r} ({type(old).__name__}) computes something else than the paper's ECA")
+
+
+def put(model: nn.Module, site: Site, gate: nn.Module, attention: str, *, lossless: bool) -> None:
+    """Let ``gate`` take the place of the module at ``site``."""
+    parent, key = model.get_submodule(site.block), site.target.rpartition(".")[2]
+    old = model.get_submodule(site.target)
+    like = next((p for p in old.parameters() if p.is_floating_point()), None)
+    record = Record(attention, key, "replace", lossless=lossless)
+    record.replaced = old
+    gate.attachment = record  # pyright: ignore[reportArgumentType]
+    gate.to(device=site.device, dtype=None if like is None else like.dtype).train(parent.training)
+    parent._modules[key] = gate

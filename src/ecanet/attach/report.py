@@ -1,0 +1,72 @@
+"""What is attached, as a list that prints as a table."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ecanet.attach.hooks import Record
+from ecanet.attention import ChannelAttention
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttachedSite:
+    """One attached gate."""
+
+    name: str
+    """The gate's module name, and the prefix of its keys: ``layer1.0.eca``."""
+    channels: int
+    attention: str
+    kernel_size: int | None
+    parameters: int
+    after: str
+    """The module after whose output it acts, or whose place it took."""
+    note: str = ""
+
+
+class Report(list[AttachedSite]):
+    """The attached gates; prints as a table."""
+
+    def __str__(self) -> str:
+        head = ("name", "after", "channels", "attention", "k", "parameters", "note")
+        rows = [
+            (s.name, s.after, str(s.channels), s.attention, str(s.kernel_size or "-"), str(s.parameters), s.note)
+            for s in self
+        ]
+        total = ("total", "", "", f"{len(self)} sites", "", str(sum(s.parameters for s in self)), "")
+        widths = [max(map(len, column)) for column in zip(head, *rows, total, strict=True)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (head, *rows, total)]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def describe(name: str, gate: nn.Module, record: Record) -> AttachedSite:
+    """The row of one gate."""
+    keeper = name.rpartition(".")[0]
+    note = "" if record.lossless else "outputs changed when attached"
+    if record.replaced is not None:
+        note = f"in place of {type(record.replaced).__name__}" + (f"; {note}" if note else "")
+    return AttachedSite(
+        name=name,
+        channels=int(gate.channels),  # pyright: ignore[reportArgumentType]
+        attention=record.attention,
+        kernel_size=getattr(gate, "kernel_size", None),
+        parameters=sum(p.numel() for p in gate.parameters()),
+        after=name if record.mode == "replace" else f"{keeper}.{record.target}".lstrip("."),
+        note="; ".join(filter(None, (note, "folded" if record.folded else ""))),
+    )
+
+
+@torch.no_grad()
+def change(gate: nn.Module, record: Record) -> float:
+    """How far ``gate`` is from doing nothing: the largest |gate - 1| over standard normal channel means.
+
+    For an attention that is no gate, the largest change of a standard normal input.
+    """
+    like = next((p for p in gate.parameters()), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    shape = (64, gate.channels, *(() if isinstance(gate, ChannelAttention) else (4, 4)))
+    x = torch.randn(shape, generator=generator).to(like.device)  # pyright: ignore
+    if isinstance(gate, ChannelAttention):
+        doubled = 2 if record.folded else 1
+        return float((doubled * gate.weigh(doubled * x) - 1).abs().max())
+    return float((gate(x.to(like.dtype)) - x.to(like.dtype)).abs().max())
