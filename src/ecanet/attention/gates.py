@@ -101,7 +101,9 @@ class ECA(ChannelAttention):
     def gate(self, p: Tensor) -> Tensor:
         """``sigmoid(conv1d_k(p))``."""
         r = self.kernel_size // 2
-        padded = F.pad(p[:, None], (r, r), mode="circular")[:, 0] if self.padding_mode == "circular" else F.pad(p, (r, r))
+        padded = (
+            F.pad(p[:, None], (r, r), mode="circular")[:, 0] if self.padding_mode == "circular" else F.pad(p, (r, r))
+        )
         # a matrix product over k taps: the weight gradient of F.conv1d takes six times as long on a CPU
         return (padded.unfold(1, self.kernel_size, 1) @ self.conv.weight[0].to(p.dtype).mT)[..., 0].sigmoid()
 
@@ -207,13 +209,22 @@ class SEVar3(ChannelAttention):
 
 
 class SEGC(ChannelAttention):
-    """SE-GC (Eq. 5): ``sigmoid(W_G p)`` with W_G block-diagonal in ``groups`` blocks, C^2 / G parameters."""
+    """SE-GC (Eq. 5): ``sigmoid(W_G p)`` with W_G block-diagonal in ``groups`` blocks, C^2 / G parameters.
 
-    def __init__(self, channels: int, groups: int = 16):
+    Instead of ``groups``, ``width`` gives the channels of one block: 16 is the paper's SE-GC2, 8 its SE-GC3.
+
+    Raises:
+        ConfigError: ``groups`` or ``width`` does not divide ``channels``.
+    """
+
+    def __init__(self, channels: int, groups: int = 16, *, width: int | None = None):
         super().__init__(channels)
-        if groups < 1 or channels % groups:
-            raise ConfigError(f"groups must divide the {channels} channels, got {groups}")
-        width = channels // groups
+        parts = groups if width is None else width
+        if parts < 1 or channels % parts:
+            raise ConfigError(
+                f"{'groups' if width is None else 'width'} must divide the {channels} channels, got {parts}"
+            )
+        groups, width = (groups, channels // groups) if width is None else (channels // width, width)
         bound = 1 / math.sqrt(width)
         self.weight = nn.Parameter(torch.empty(groups, width, width).uniform_(-bound, bound))  # G out in
 
