@@ -14,7 +14,17 @@ from torch.utils.data import Dataset
 
 from ecanet.errors import DataError
 
-__all__ = ["SMALL_SETS", "Folder", "Look", "Memory", "SmallSet", "Unreadable", "class_folders", "read_image"]
+__all__ = [
+    "SMALL_SETS",
+    "Folder",
+    "Look",
+    "Memory",
+    "SmallSet",
+    "Unreadable",
+    "cache_folder",
+    "class_folders",
+    "read_image",
+]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -88,7 +98,9 @@ def load_fashion_mnist(root: str | None, train: bool) -> tuple[Tensor, Tensor]:
     """Fashion-MNIST: 60,000 and 10,000 pieces of clothing, grey, 28 × 28, from wherever the four files lie."""
     part = "train" if train else "t10k"
     places = (
-        [Path(root), Path(root, "FashionMNIST", "raw")] if root else [FASHION_FOLDER, _cache("FashionMNIST", "raw")]
+        [Path(root), Path(root, "FashionMNIST", "raw")]
+        if root
+        else [FASHION_FOLDER, cache_folder("FashionMNIST", "raw")]
     )
     for place in (p for p in places if _idx(p, f"{part}-images-idx3-ubyte")):
         images = read_idx(_found(place, f"{part}-images-idx3-ubyte"))[:, None]
@@ -101,7 +113,7 @@ def load_fashion_mnist(root: str | None, train: bool) -> tuple[Tensor, Tensor]:
         "(`torchvision.datasets.FashionMNIST('DIR', download=True)`, then --data-dir DIR)"
     )
     _download("FashionMNIST", root, train, remedy)
-    return load_fashion_mnist(root or str(_cache()), train)
+    return load_fashion_mnist(root or str(cache_folder()), train)
 
 
 def load_cifar(classes: int) -> Callable[[str | None, bool], tuple[Tensor, Tensor]]:
@@ -143,7 +155,8 @@ def _found(folder: Path, name: str) -> Path:
     return path
 
 
-def _cache(*parts: str) -> Path:
+def cache_folder(*parts: str) -> Path:
+    """Where what is fetched or made stays between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ecanet", *parts)
 
 
@@ -154,7 +167,7 @@ def _download(name: str, root: str | None, train: bool, remedy: str) -> Any:
 
     if root and not Path(root).is_dir():
         raise DataError(f"{root}: no such folder")
-    folder = Path(root) if root else _cache()
+    folder = Path(root) if root else cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{name}.lock"):
