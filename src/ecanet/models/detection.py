@@ -1,0 +1,269 @@
+"""Faster R-CNN, Mask R-CNN and RetinaNet with a feature pyramid, over any network of this library.
+
+The detectors are torchvision's, with torchvision's parameter names; what is made here is the backbone: its gates, what
+of it is frozen, how its norms behave, and its weights. Labels count from 1 in all three; 0 is the background.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from ecanet.attention.base import Attention
+from ecanet.errors import ConfigError
+from ecanet.models import create_model
+from ecanet.models.resnet import ResNet
+from ecanet.models.slots import KernelSizes
+
+__all__ = ["DETECTORS", "Norm", "create_detector", "faster_rcnn", "mask_rcnn", "retinanet"]
+
+Norm = Literal["eval", "frozen", "train"]
+
+DETECTORS = ("faster_rcnn", "mask_rcnn", "retinanet")
+
+MOBILENET_LEVELS = {"3": 24, "6": 32, "13": 96, "17": 320}
+"""The last block before each halving of MobileNetV2, by its place in ``features``, and its channels."""
+
+SMALL_PROPOSALS: dict[str, Any] = {
+    "rpn_pre_nms_top_n_train": 200,
+    "rpn_pre_nms_top_n_test": 100,
+    "rpn_post_nms_top_n_train": 60,
+    "rpn_post_nms_top_n_test": 50,
+    "rpn_batch_size_per_image": 128,
+    "box_batch_size_per_image": 32,
+    "box_positive_fraction": 0.5,
+    "box_detections_per_img": 30,
+}
+
+
+def create_detector(
+    name: str,
+    backbone: str = "resnet50",
+    *,
+    num_classes: int = 80,
+    attention: str = "eca",
+    kernel_sizes: KernelSizes = "official",
+    weights: str | Path | None = None,
+    norm: Norm = "eval",
+    frozen_stages: int = 1,
+    freeze_attention: bool = False,
+    small: bool = False,
+    short_sides: int | Sequence[int] = 800,
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
+    std: Sequence[float] = (0.229, 0.224, 0.225),
+    **options: object,
+) -> nn.Module:
+    """Build "faster_rcnn", "mask_rcnn" or "retinanet" over the network called ``backbone``.
+
+    It is called as torchvision's detectors are: a list of images (3, H, W) between 0 and 1, and while training a list
+    of targets with ``boxes`` (N, 4), ``labels`` (N,) from 1 to ``num_classes`` and, for Mask R-CNN, ``masks``
+    (N, H, W); it gives losses by name while training and detections otherwise.
+
+    Args:
+        name: which detector.
+        backbone: a name that `ecanet.create_model` takes.
+        num_classes: kinds of objects, the background not counted.
+        attention: the gate in every block, as in `ecanet.create_model`.
+        kernel_sizes: as in `ecanet.create_model`.
+        weights: the backbone's, as in `ecanet.create_model`: None, "torchvision" or a classification checkpoint's path.
+        norm: "eval" keeps the backbone's norms at their stored statistics and trains their weights and biases, as the
+            paper's recipe does; "frozen" trains neither; "train" leaves ordinary batch norms.
+        frozen_stages: the stem and this many stages are not trained; 0 trains all. Gates are trained everywhere.
+        freeze_attention: do not train the gates of the frozen stages either, as the paper counts its parameters.
+        small: narrow pyramid and heads, few proposals and small anchors, for images of about 128 pixels.
+        short_sides: an image's short side is resized to this (the long one to at most 5/3 of it); of several, each
+            training image draws one and evaluation takes the last.
+        mean: of the images' channels, for normalisation.
+        std: their deviations.
+        **options: go to the attention.
+
+    >>> import torch
+    >>> with torch.device("meta"):
+    ...     model = create_detector("faster_rcnn", attention="none")
+    >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+    41531812
+
+    Raises:
+        ConfigError: a name or setting does not exist or does not fit.
+        CheckpointError: the weights cannot be had, or are not this backbone's.
+    """
+    if name not in DETECTORS:
+        raise ConfigError(f"unknown detector {name!r}; choose one of {', '.join(DETECTORS)}")
+    if norm not in ("eval", "frozen", "train"):
+        raise ConfigError(f"norm must be 'eval', 'frozen' or 'train', got {norm!r}")
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ConfigError(f"num_classes must be a positive integer, got {num_classes!r}")
+    network = create_model(backbone, attention=attention, kernel_sizes=kernel_sizes, weights=weights, **options)
+    sides = (short_sides,) if isinstance(short_sides, int) else tuple(short_sides)
+    if not sides or min(sides) < 1:
+        raise ConfigError(f"short_sides must be one positive integer or several, got {short_sides!r}")
+    pyramid = Pyramid(
+        network,
+        levels=_levels(name, network, small),
+        out_channels=64 if small else 256,
+        p6_p7=name == "retinanet",
+        norm=norm,
+        frozen_stages=frozen_stages,
+        freeze_attention=freeze_attention,
+    )
+    shape = {
+        "min_size": sides,
+        "max_size": round(sides[-1] * 5 / 3),
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+    builder = _retinanet if name == "retinanet" else _rcnn
+    return builder(name, pyramid, num_classes, small, shape)
+
+
+def faster_rcnn(backbone: str = "resnet50", **settings: Any) -> nn.Module:
+    """Faster R-CNN with a feature pyramid; ``settings`` are those of `create_detector`."""
+    return create_detector("faster_rcnn", backbone, **settings)
+
+
+def mask_rcnn(backbone: str = "resnet50", **settings: Any) -> nn.Module:
+    """Mask R-CNN with a feature pyramid; ``settings`` are those of `create_detector`."""
+    return create_detector("mask_rcnn", backbone, **settings)
+
+
+def retinanet(backbone: str = "resnet50", **settings: Any) -> nn.Module:
+    """RetinaNet with P6 computed from C5; ``settings`` are those of `create_detector`."""
+    return create_detector("retinanet", backbone, **settings)
+
+
+# the backbone
+
+
+class Pyramid(BackboneWithFPN):
+    """A network's stages and a feature pyramid on them; knows what of the network stays as it is."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        levels: dict[str, int],
+        out_channels: int,
+        p6_p7: bool,
+        norm: Norm,
+        frozen_stages: int,
+        freeze_attention: bool,
+    ):
+        stages = list(stages_of(network))
+        if not 0 <= frozen_stages <= len(stages):
+            raise ConfigError(f"frozen_stages must be 0 to {len(stages)} for this backbone, got {frozen_stages!r}")
+        if isinstance(network, ResNet) and len(stages) == 3:
+            # a small-image ResNet sees every pixel in its first stage; here its stem halves twice, as the large ones'
+            network.conv1.stride = (2, 2)
+            network.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        widths = list(levels.values())
+        super().__init__(
+            network if isinstance(network, ResNet) else network.get_submodule("features"),
+            return_layers={name: str(number) for number, name in enumerate(levels)},
+            in_channels_list=widths,
+            out_channels=out_channels,
+            extra_blocks=LastLevelP6P7(widths[-1], out_channels) if p6_p7 else LastLevelMaxPool(),
+        )
+        self.norm = norm
+        names = [name for name, _ in self.body.named_children()]
+        self.frozen = names[: names.index(stages[frozen_stages - 1]) + 1] if frozen_stages else []
+        self._freeze(freeze_attention)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Pyramid":
+        """Switch mode, all but the norms whose statistics stay."""
+        super().train(mode)
+        for name, module in self.body.named_modules():
+            if isinstance(module, nn.BatchNorm2d) and (self.norm != "train" or name.split(".")[0] in self.frozen):
+                module.eval()
+        return self
+
+    def _freeze(self, freeze_attention: bool) -> None:
+        gates = {id(p) for m in self.body.modules() if isinstance(m, Attention) for p in m.parameters()}
+        for name, parameter in self.body.named_parameters():
+            gate_stays = id(parameter) in gates and not freeze_attention
+            if name.split(".")[0] in self.frozen and not gate_stays:
+                parameter.requires_grad_(False)
+        if self.norm == "frozen":
+            for module in self.body.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.requires_grad_(False)
+
+
+def stages_of(network: nn.Module) -> dict[str, int]:
+    """Names of the modules that end the stages of ``network``, finest first, and their channels."""
+    if isinstance(network, ResNet):
+        last, count = network.fc.in_features, len(network.stages)
+        return {name: last >> (count - 1 - stage) for stage, name in enumerate(network.stages)}
+    return dict(MOBILENET_LEVELS)
+
+
+def _levels(name: str, network: nn.Module, small: bool) -> dict[str, int]:
+    """The stages that the pyramid stands on: RetinaNet leaves out the finest, a small R-CNN the coarsest."""
+    stages = list(stages_of(network).items())
+    if name == "retinanet":
+        return dict(stages[-3:])
+    return dict(stages[:3] if small else stages)
+
+
+# the detectors
+
+
+class _RetinaNet(RetinaNet):
+    """RetinaNet whose labels count from 1, as the other detectors' do, though it has no background class."""
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        if targets is not None:
+            targets = [{**target, "labels": target["labels"] - 1} for target in targets]
+            if any(bool((target["labels"] < 0).any()) for target in targets):
+                raise ConfigError("labels count from 1; a target has label 0 or less")
+        found = super().forward(images, targets)
+        return found if self.training else [{**each, "labels": each["labels"] + 1} for each in found]
+
+
+def _rcnn(name: str, pyramid: Pyramid, num_classes: int, small: bool, shape: dict[str, Any]) -> nn.Module:
+    width, count = pyramid.out_channels, len(pyramid.fpn.inner_blocks)
+    first, hidden = (16, 256) if small else (32, 1024)
+    anchors = AnchorGenerator(tuple((first << level,) for level in range(count + 1)), ((0.5, 1.0, 2.0),) * (count + 1))
+    parts: dict[str, Any] = {
+        **shape,
+        **(SMALL_PROPOSALS if small else {}),
+        "rpn_anchor_generator": anchors,
+        "box_roi_pool": _pool(count, 7, small),
+        "box_head": TwoMLPHead(width * 49, hidden),
+        "box_predictor": FastRCNNPredictor(hidden, num_classes + 1),
+    }
+    if name == "faster_rcnn":
+        return FasterRCNN(pyramid, **parts)
+    layers = (width,) * (2 if small else 4)
+    return MaskRCNN(
+        pyramid,
+        mask_roi_pool=_pool(count, 14, small),
+        mask_head=MaskRCNNHeads(width, layers, 1),
+        mask_predictor=MaskRCNNPredictor(width, width, num_classes + 1),
+        **parts,
+    )
+
+
+def _pool(count: int, size: int, small: bool) -> MultiScaleRoIAlign:
+    """Cuts regions from the pyramid's own ``count`` levels; the finest is for boxes below 112 px, or 32 if small."""
+    names = [str(level) for level in range(count)]
+    return MultiScaleRoIAlign(names, size, 2, canonical_scale=64 if small else 224)
+
+
+def _retinanet(name: str, pyramid: Pyramid, num_classes: int, small: bool, shape: dict[str, Any]) -> nn.Module:
+    first = 16 if small else 32
+    sizes = tuple(
+        tuple(int((first << level) * 2 ** (third / 3)) for third in range(3))
+        for level in range(len(pyramid.fpn.inner_blocks) + 2)
+    )
+    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    fewer = {"topk_candidates": 100, "detections_per_img": 30} if small else {}
+    return _RetinaNet(pyramid, num_classes, anchor_generator=anchors, **shape, **fewer)
