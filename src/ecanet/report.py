@@ -6,7 +6,9 @@
 import json
 import os
 import platform
+import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -15,10 +17,14 @@ from typing import Any
 
 import torch
 
+from ecanet import figures
 from ecanet.config import Recipe, from_dict, to_dict
 from ecanet.errors import DataError
 
-__all__ = ["Report", "environment", "write_file"]
+__all__ = ["SECTIONS", "Report", "Section", "environment", "write_file"]
+
+# heading, note, HTML
+Section = tuple[str, str, str]
 
 
 @dataclass(kw_only=True)
@@ -79,7 +85,61 @@ class Report:
         """Write metrics.json, environment.json and report.html into the run's folder; returns the page's path."""
         write_file(self.folder / "metrics.json", json.dumps(self.to_dict(), indent=2))
         write_file(self.folder / "environment.json", json.dumps(self.environment, indent=2))
-        return self.folder / "report.html"
+        for at, example in enumerate(self.evidence.get("examples", [])):
+            label = re.sub(r"\W+", "-", self.evidence["class_names"][example["label"]])
+            write_file(self.folder / "examples" / f"{at:02d}-{label}.png", figures.png(example["image"]))
+        page = self.folder / "report.html"
+        write_file(page, self.to_html())
+        return page
+
+    def to_html(self) -> str:
+        """The report as one page that needs nothing else."""
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
+        template = Environment(loader=PackageLoader("ecanet"), autoescape=True, undefined=StrictUndefined).get_template(
+            "report.html"
+        )
+        chosen = {k: v for k, v in self.metrics.items() if k not in ("images_per_second", "train_loss")}
+        tiles = [(f"{value:.4g}", name.replace("_", " ")) for name, value in chosen.items()]
+        tiles += [(f"{self.parameters:,}", "parameters"), (f"{self.seconds:,.0f} s", "training and evaluating")]
+        model, data = self.recipe.model, self.recipe.data
+        return template.render(
+            title=f"{self.recipe.name}: {model.name} with {model.attention} on {data.name}",
+            subtitle=f"{self.recipe.epochs} epochs, seed {self.recipe.seed}, {self.environment.get('date', '')}; "
+            "figures are of the last epoch unless they say best, which was chosen on the same held-out data",
+            tiles=tiles,
+            sections=[section for draw in SECTIONS if (section := draw(self))],
+            recipe=json.dumps(to_dict(self.recipe), indent=2),
+            environment=self.environment,
+        )
+
+
+def _curves(report: Report) -> Section:
+    return "Curves", "", figures.curves(report.history)
+
+
+def _confusion(report: Report) -> Section | None:
+    if not (matrix := report.evidence.get("confusion")):
+        return None
+    note = "Rows are what the images are, columns what the network said; the darker, the larger the share of the row."
+    return "Confusion", note, figures.confusion(matrix, report.evidence["class_names"])
+
+
+def _by_class(report: Report) -> Section | None:
+    if not (matrix := report.evidence.get("confusion")):
+        return None
+    return "Accuracy by class", "", figures.accuracy_by_class(matrix, report.evidence["class_names"])
+
+
+def _examples(report: Report) -> Section | None:
+    if not (found := report.evidence.get("examples")):
+        return None
+    note = "The first held-out images that the network got right, and the first that it did not."
+    return "Examples", note, figures.examples(found, report.evidence["class_names"])
+
+
+# each looks for its evidence, and gives a heading, a note and HTML, or None where there is nothing to draw
+SECTIONS: list[Callable[[Report], Section | None]] = [_curves, _by_class, _confusion, _examples]
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""Pictures for the report, as pieces of HTML with everything inside: no file, no font, no script from elsewhere."""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+__all__ = ["accuracy_by_class", "confusion", "curves", "examples", "png"]
+
+# matrices up to this many classes show their numbers
+MOST_CLASSES_NUMBERED = 20
+# tables of classes show this many at most, the worst
+MOST_CLASSES_LISTED = 30
+NO_METRIC = ("epoch", "learning_rate", "images_per_second", "seconds")
+
+
+def curves(history: Sequence[Mapping[str, float]]) -> str:
+    """Losses, the task's metrics and the learning rate by epoch, side by side."""
+    panels = [
+        ("loss", [name for name in history[0] if name.endswith("loss")]),
+        ("held-out metrics", [n for n in history[0] if not n.endswith("loss") and n not in NO_METRIC]),
+        ("learning rate", ["learning_rate"]),
+    ]
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for name in names:
+            axes.plot(epochs, [row[name] for row in history], marker="o", markersize=3, label=name.replace("_", " "))
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
+    """How often each class (row) was taken for each (column); shades are shares of the row."""
+    counts = torch.tensor(matrix)
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    few = len(class_names) <= MOST_CLASSES_NUMBERED
+    side = 2.5 + 0.5 * len(class_names) if few else 8
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xlabel="predicted", ylabel="true")
+    if few:
+        axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
+        axes.set_yticks(range(len(class_names)), class_names)
+        for (row, column), count in ((at, int(counts[at])) for at in _positions(len(class_names))):
+            if count:
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
+    return _svg(figure)
+
+
+def accuracy_by_class(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
+    """A bar for each class, the worst first, with what it is most often taken for."""
+    rows: list[tuple[float, str, int, int, str]] = []
+    for label, counts in enumerate(matrix):
+        total, right = sum(counts), counts[label]
+        mistakes = [(count, other) for other, count in enumerate(counts) if other != label and count]
+        rival = f"{class_names[max(mistakes)[1]]} ({max(mistakes)[0]})" if mistakes else ""
+        rows.append((right / total if total else 0.0, class_names[label], right, total, rival))
+    rows.sort()
+    lines = [
+        f"<tr><td>{html.escape(name)}</td><td class=bar><i style='width:{share:.1%}'></i></td><td>{share:.1%}</td>"
+        f"<td>{right} of {total}</td><td>{html.escape(rival)}</td></tr>"
+        for share, name, right, total, rival in rows[:MOST_CLASSES_LISTED]
+    ]
+    left_out = len(rows) - len(lines)
+    more = f"<p>{left_out} better classes are left out.</p>" if left_out else ""
+    head = "<tr><th>class</th><th></th><th>right</th><th></th><th>most often taken for</th></tr>"
+    return f"<table>{head}{''.join(lines)}</table>{more}"
+
+
+def examples(found: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> str:
+    """Images with what the network said of them, and what they are where that differs."""
+    cards = []
+    for example in found:
+        right = example["label"] == example["prediction"]
+        said = html.escape(f"{class_names[example['prediction']]} {example['probability']:.0%}")
+        truth = "" if right else f"<br>is {html.escape(class_names[example['label']])}"
+        data = base64.b64encode(png(example["image"])).decode()
+        cards.append(
+            f"<figure class={'right' if right else 'wrong'}><img src='data:image/png;base64,{data}' alt=''>"
+            f"<figcaption>{said}{truth}</figcaption></figure>"
+        )
+    return f"<div class=grid>{''.join(cards)}</div>"
+
+
+def png(image: Tensor) -> bytes:
+    """A uint8 image (1 or 3, H, W) as a PNG file."""
+    from torchvision.io import encode_png
+
+    return bytes(encode_png(image).numpy())
+
+
+def _positions(n: int) -> list[tuple[int, int]]:
+    return [(row, column) for row in range(n) for column in range(n)]
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    # the same picture for the same numbers: no date, no random names
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
