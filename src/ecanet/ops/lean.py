@@ -105,7 +105,7 @@ def grads(t: Tensor, z: Tensor, form: Form, m: Tensor, dm: Tensor | None, dv: Te
     return dz
 
 
-def active(kept: Tensor, form: Form) -> Tensor:
+def active(kept: Tensor, z: Tensor, form: Form) -> Tensor:
     """Where the gradient passed: the kept output was not clipped."""
     return ~(kept <= 0) if form.activation == "relu" else (kept > 0) & (kept < 6)
 

@@ -123,7 +123,7 @@ def _differentiable(ctx: Any, dy: Tensor, z: Tensor, kept: Tensor | None, shortc
 
     t = dy.to(wide)
     if kept is not None:
-        t = t * ctx.passes.active(kept, form)
+        t = t * ctx.passes.active(kept, z, form)
     elif form.activation is not None:
         y = scale(centred(z, form.mu), form.a) + (0 if form.b is None else form.b.reshape(*form.b.shape, *(1,) * len(axes)))
         t = t * (~(y <= 0) if form.activation == "relu" else (y > 0) & (y < 6))

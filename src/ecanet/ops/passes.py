@@ -53,6 +53,6 @@ class Passes(Protocol):
         """``dz = a t + dm / P + 2 (z - m) dv / P``; with ``form.activation``, ``t`` is dy and the sign is computed again."""
         ...
 
-    def active(self, kept: Tensor, form: Form) -> Tensor:
-        """Boolean, of ``y``'s shape: where the activation passed the gradient on."""
+    def active(self, kept: Tensor, z: Tensor, form: Form) -> Tensor:
+        """Boolean, of ``z``'s shape: where the activation passed the gradient on."""
         ...

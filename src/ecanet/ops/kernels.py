@@ -1,0 +1,210 @@
+"""Triton kernels of a residual tail: two forward, two backward, for both memory layouts and all float dtypes.
+
+A program owns a tile of BLOCK_P positions by BLOCK_C channels of one sample; `_moments` and `_reduce` walk the
+positions of a plane (or of one of its ``parts``) tile by tile. Sums run in WIDE (float32, or float64 for float64),
+in a fixed order: no atomics, so that a result is the same every time. Saved tensors are never written.
+
+LAST says that channels are neighbours in memory (channels-last); else positions are. Bits, one for each element that
+the activation passed on, come eight channels to a byte: (N, P, C / 8) for LAST, else (N, C / 8, P).
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
+import triton
+import triton.language as tl
+
+NONE, RELU, RELU6 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # ACTIVATION
+PLAIN, NORMED = tl.constexpr(1), tl.constexpr(2)  # SHORTCUT; NONE without one
+
+
+@triton.jit
+def _offsets(n, p, c, channels, positions, LAST: tl.constexpr):
+    """Where (n, p, c) stands: (BLOCK_P, BLOCK_C)."""
+    base = n.to(tl.int64) * channels * positions
+    if LAST:
+        return base + p[:, None] * channels + c[None, :]
+    return base + c[None, :] * positions + p[:, None]
+
+
+@triton.jit
+def _byte_offsets(n, p, byte, channels, positions, LAST: tl.constexpr):
+    """Where the byte of (n, p) and channels 8 byte ... 8 byte + 7 stands: (BLOCK_P, BLOCK_C / 8)."""
+    width = (channels + 7) // 8
+    base = n.to(tl.int64) * width * positions
+    if LAST:
+        return base + p[:, None] * width + byte[None, :]
+    return base + byte[None, :] * positions + p[:, None]
+
+
+@triton.jit
+def _moments(
+    z_ptr, mean_ptr, variance_ptr, channels, positions, part,
+    ORDER: tl.constexpr, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Mean and, for ORDER 2, biased variance of each plane's part."""
+    n, split = tl.program_id(0), tl.program_id(2)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    begin = split * part
+    end = tl.minimum(begin + part, positions)
+    # Distances are from the first tile's mean K: (K - mean)^2 is at most (positions / BLOCK_P) variances, so the
+    # difference below loses no more than that factor of precision, whatever the data.
+    p = begin + tl.arange(0, BLOCK_P)
+    inside = (p < end)[:, None] & (c < channels)[None, :]
+    x = tl.load(z_ptr + _offsets(n, p, c, channels, positions, LAST), mask=inside, other=0.0).to(WIDE)
+    first = tl.sum(x, axis=0) / tl.minimum(BLOCK_P, end - begin)
+    distance = tl.where(inside, x - first[None, :], 0.0)
+    total = distance
+    square = distance * distance
+    for start in range(begin + BLOCK_P, end, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        inside = (p < end)[:, None] & (c < channels)[None, :]
+        x = tl.load(z_ptr + _offsets(n, p, c, channels, positions, LAST), mask=inside, other=0.0).to(WIDE)
+        distance = tl.where(inside, x - first[None, :], 0.0)
+        total += distance
+        if ORDER == 2:
+            square += distance * distance
+    count = end - begin
+    shift = tl.sum(total, axis=0) / count
+    at = (split.to(tl.int64) * tl.num_programs(0) + n) * channels + c
+    tl.store(mean_ptr + at, first + shift, mask=c < channels)
+    if ORDER == 2:
+        variance = tl.sum(square, axis=0) / count - shift * shift
+        tl.store(variance_ptr + at, tl.where(variance < 0, 0.0, variance), mask=c < channels)
+
+
+@triton.jit
+def _affine(x, a_ptr, b_ptr, mu_ptr, at, c, known, HAS_B: tl.constexpr, HAS_MU: tl.constexpr, WIDE: tl.constexpr):
+    """``a (x - mu) + b``."""
+    if HAS_MU:
+        x = x - tl.load(mu_ptr + c, mask=known, other=0.0).to(WIDE)[None, :]
+    x = x * tl.load(a_ptr + at, mask=known, other=0.0).to(WIDE)[None, :]
+    if HAS_B:
+        x = x + tl.load(b_ptr + at, mask=known, other=0.0).to(WIDE)[None, :]
+    return x
+
+
+@triton.jit
+def _live(y, ACTIVATION: tl.constexpr):
+    """Where the activation passes a gradient on (at NaN too, so that it shows)."""
+    if ACTIVATION == RELU6:
+        return (y > 0) & (y < 6)
+    return (y <= 0) == 0
+
+
+@triton.jit
+def _apply(
+    z_ptr, s_ptr, y_ptr, bits_ptr, a_ptr, b_ptr, mu_ptr, sa_ptr, smu_ptr, channels, positions,
+    HAS_B: tl.constexpr, HAS_MU: tl.constexpr, SHORTCUT: tl.constexpr, ACTIVATION: tl.constexpr, BITS: tl.constexpr,
+    LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """``y = act(a (z - mu) + b + shortcut)`` and, with BITS, where the activation was not flat."""
+    n = tl.program_id(0)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    known = c < channels
+    inside = (p < positions)[:, None] & known[None, :]
+    at = n.to(tl.int64) * channels + c
+    here = _offsets(n, p, c, channels, positions, LAST)
+    x = tl.load(z_ptr + here, mask=inside, other=0.0).to(WIDE)
+    y = _affine(x, a_ptr, b_ptr, mu_ptr, at, c, known, HAS_B, HAS_MU, WIDE)
+    if SHORTCUT != NONE:
+        s = tl.load(s_ptr + here, mask=inside, other=0.0).to(WIDE)
+        if SHORTCUT == NORMED:
+            s = _affine(s, sa_ptr, sa_ptr, smu_ptr, at, c, known, False, True, WIDE)
+        y += s
+    if ACTIVATION != NONE:
+        y = tl.where(y <= 0, 0.0, y)
+        if ACTIVATION == RELU6:
+            y = tl.where(y >= 6, 6.0, y)
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + here, y, mask=inside)
+    if BITS:
+        # the sign is taken from the rounded output, as plain ReLU takes it
+        live = (_live(y.to(WIDE), ACTIVATION) & inside).to(tl.int32)
+        eight = tl.reshape(live, [BLOCK_P, BLOCK_C // 8, 8]) << tl.arange(0, 8)[None, None, :]
+        byte = tl.program_id(2) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+        where = (p < positions)[:, None] & (byte * 8 < channels)[None, :]
+        at = _byte_offsets(n, p, byte, channels, positions, LAST)
+        tl.store(bits_ptr + at, tl.sum(eight, axis=2).to(tl.uint8), mask=where)
+
+
+@triton.jit
+def _reduce(
+    dy_ptr, bits_ptr, z_ptr, s_ptr, t_ptr, a_ptr, b_ptr, mu_ptr, smu_ptr, da_ptr, db_ptr, ds_ptr,
+    channels, positions, part,
+    HAS_B: tl.constexpr, HAS_MU: tl.constexpr, NORMED_SHORTCUT: tl.constexpr, ACTIVATION: tl.constexpr,
+    BITS: tl.constexpr, WRITE: tl.constexpr,
+    LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Sums of ``t (z - mu)``, ``t`` and ``t (s - smu)`` over each plane's part; WRITE stores t, dy past the activation.
+
+    Without BITS the activation's sign is computed again, as `_apply` did.
+    """
+    n, split = tl.program_id(0), tl.program_id(2)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    byte = tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+    known = c < channels
+    at = n.to(tl.int64) * channels + c
+    begin = split * part
+    end = tl.minimum(begin + part, positions)
+    da = tl.zeros([BLOCK_P, BLOCK_C], WIDE)
+    db = tl.zeros([BLOCK_P, BLOCK_C], WIDE)
+    ds = tl.zeros([BLOCK_P, BLOCK_C], WIDE)
+    for start in range(begin, end, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        inside = (p < end)[:, None] & known[None, :]
+        here = _offsets(n, p, c, channels, positions, LAST)
+        t = tl.load(dy_ptr + here, mask=inside, other=0.0).to(WIDE)
+        x = tl.load(z_ptr + here, mask=inside, other=0.0).to(WIDE)
+        if BITS:
+            where = (p < end)[:, None] & (byte * 8 < channels)[None, :]
+            eight = tl.load(bits_ptr + _byte_offsets(n, p, byte, channels, positions, LAST), mask=where, other=0)
+            live = (eight.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+            t = tl.where(tl.reshape(live, [BLOCK_P, BLOCK_C]) == 1, t, 0.0)
+        elif ACTIVATION != NONE:
+            y = _affine(x, a_ptr, b_ptr, mu_ptr, at, c, known, HAS_B, HAS_MU, WIDE)
+            t = tl.where(_live(y, ACTIVATION), t, 0.0)
+        if WRITE:
+            tl.store(t_ptr + here, t.to(t_ptr.dtype.element_ty), mask=inside)
+        if HAS_MU:
+            x = tl.where(inside, x - tl.load(mu_ptr + c, mask=known, other=0.0).to(WIDE)[None, :], 0.0)
+        da += t * x
+        db += t
+        if NORMED_SHORTCUT:
+            s = tl.load(s_ptr + here, mask=inside, other=0.0).to(WIDE)
+            ds += t * (s - tl.load(smu_ptr + c, mask=known, other=0.0).to(WIDE)[None, :])
+    at += split.to(tl.int64) * tl.num_programs(0) * channels
+    tl.store(da_ptr + at, tl.sum(da, axis=0), mask=known)
+    tl.store(db_ptr + at, tl.sum(db, axis=0), mask=known)
+    if NORMED_SHORTCUT:
+        tl.store(ds_ptr + at, tl.sum(ds, axis=0), mask=known)
+
+
+@triton.jit
+def _grads(
+    t_ptr, z_ptr, dz_ptr, a_ptr, b_ptr, mu_ptr, m_ptr, dm_ptr, dv_ptr, channels, positions,
+    HAS_B: tl.constexpr, HAS_MU: tl.constexpr, HAS_DM: tl.constexpr, HAS_DV: tl.constexpr, ACTIVATION: tl.constexpr,
+    LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """``dz = a t + dm / P + 2 (z - m) dv / P``; with an ACTIVATION ``t`` is dy and the sign is computed again."""
+    n = tl.program_id(0)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    known = c < channels
+    inside = (p < positions)[:, None] & known[None, :]
+    at = n.to(tl.int64) * channels + c
+    here = _offsets(n, p, c, channels, positions, LAST)
+    t = tl.load(t_ptr + here, mask=inside, other=0.0).to(WIDE)
+    if HAS_DV or ACTIVATION != NONE:
+        x = tl.load(z_ptr + here, mask=inside, other=0.0).to(WIDE)
+    if ACTIVATION != NONE:
+        y = _affine(x, a_ptr, b_ptr, mu_ptr, at, c, known, HAS_B, HAS_MU, WIDE)
+        t = tl.where(_live(y, ACTIVATION), t, 0.0)
+    dz = t * tl.load(a_ptr + at, mask=known, other=0.0).to(WIDE)[None, :]
+    if HAS_DM:
+        dz += (tl.load(dm_ptr + at, mask=known, other=0.0).to(WIDE) / positions)[None, :]
+    if HAS_DV:
+        slope = tl.load(dv_ptr + at, mask=known, other=0.0).to(WIDE) * 2 / positions
+        dz += (x - tl.load(m_ptr + at, mask=known, other=0.0).to(WIDE)[None, :]) * slope[None, :]
+    tl.store(dz_ptr + here, dz.to(dz_ptr.dtype.element_ty), mask=inside)
