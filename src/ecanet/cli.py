@@ -99,10 +99,7 @@ def train(
         recipe = _changed(recipes.find(name), changes)
     from ecanet.train import run
 
-    report = run(recipe, folder=resume or out, resume=resume is not None, accelerator=device)
-    console.print("  ".join(f"{key} {value:.4g}" for key, value in report.metrics.items()), f" {report.seconds:.0f} s")
-    console.print(f"report {report.folder / 'report.html'}")
-    console.print(f"try    ecanet predict {report.folder} {report.folder / 'examples'}")
+    run(recipe, folder=resume or out, resume=resume is not None, accelerator=device)
 
 
 @app.command(name="eval")

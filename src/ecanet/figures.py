@@ -84,8 +84,9 @@ def examples(found: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> 
     cards = []
     for example in found:
         right = example["label"] == example["prediction"]
-        said = html.escape(f"{class_names[example['prediction']]} {example['probability']:.0%}")
-        truth = "" if right else f"<br>is {html.escape(class_names[example['label']])}"
+        label, prediction = (str(class_names[example[what]]) for what in ("label", "prediction"))
+        said = html.escape(f"{prediction} {example['probability']:.0%}")
+        truth = "" if right else f"<br>is {html.escape(label)}"
         data = base64.b64encode(png(example["image"])).decode()
         cards.append(
             f"<figure class={'right' if right else 'wrong'}><img src='data:image/png;base64,{data}' alt=''>"

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ecanet.errors import ConfigError
-from ecanet.report import write_file
+from ecanet.report import Report, write_file
 
 __all__ = ["Display", "History", "quiet_lightning"]
 
@@ -146,6 +146,14 @@ class Display(L.Callback):
                 f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {figures}  "
                 f"{row['images_per_second']:,.0f} images/s  {row['seconds']:.0f} s"
             )
+
+    def done(self, report: Report) -> None:
+        """What came out, and where to look."""
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in report.metrics.items())
+        self.console.print(f"{figures}  {report.seconds:.0f} s")
+        self.console.print(f"report {report.folder / 'report.html'}")
+        if (report.folder / "examples").is_dir():
+            self.console.print(f"try    ecanet predict {report.folder} {report.folder / 'examples'}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """After Ctrl-C, say how to go on."""

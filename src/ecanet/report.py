@@ -23,6 +23,8 @@ from ecanet.errors import DataError
 
 __all__ = ["SECTIONS", "Report", "Section", "environment", "write_file"]
 
+UNITS = {"top1": "top-1, %", "top5": "top-5, %", "best_top1": "best top-1, %", "val_loss": "held-out loss"}
+
 # heading, note, HTML
 Section = tuple[str, str, str]
 
@@ -99,8 +101,9 @@ class Report:
         template = Environment(loader=PackageLoader("ecanet"), autoescape=True, undefined=StrictUndefined).get_template(
             "report.html"
         )
-        chosen = {k: v for k, v in self.metrics.items() if k not in ("images_per_second", "train_loss")}
-        tiles = [(f"{value:.4g}", name.replace("_", " ")) for name, value in chosen.items()]
+        # what was measured on held-out data, losses last
+        chosen = sorted((n for n in self.metrics if n not in (*figures.NO_METRIC, "train_loss")), key=_is_loss)
+        tiles = [(f"{self.metrics[name]:.4g}", UNITS.get(name, name.replace("_", " "))) for name in chosen]
         tiles += [(f"{self.parameters:,}", "parameters"), (f"{self.seconds:,.0f} s", "training and evaluating")]
         model, data = self.recipe.model, self.recipe.data
         return template.render(
@@ -136,6 +139,10 @@ def _examples(report: Report) -> Section | None:
         return None
     note = "The first held-out images that the network got right, and the first that it did not."
     return "Examples", note, figures.examples(found, report.evidence["class_names"])
+
+
+def _is_loss(name: str) -> bool:
+    return name.endswith("loss")
 
 
 # each looks for its evidence, and gives a heading, a note and HTML, or None where there is nothing to draw

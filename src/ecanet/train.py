@@ -55,7 +55,8 @@ def run(
         torch.manual_seed(recipe.seed)
         task = tasks.build(recipe, images.look)
         history = History(place / "metrics.csv")
-        trainer = _trainer(recipe, task, place, [history, Display(history, quiet=quiet)], accelerator, devices)
+        display = Display(history, quiet=quiet)
+        trainer = _trainer(recipe, task, place, [history, display], accelerator, devices)
         if trainer.is_global_zero:
             write_file(place / "recipe.json", json.dumps(to_dict(recipe), indent=2))
             write_file(place / "environment.json", json.dumps(environment(), indent=2))
@@ -67,6 +68,7 @@ def run(
         report = _report(recipe, task, history, place)
         if trainer.is_global_zero:
             report.write()
+            display.done(report)
     return report
 
 
