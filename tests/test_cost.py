@@ -148,3 +148,14 @@ def test_what_cannot_be_counted_says_so():
         build("timm:resnet51")
     with pytest.raises(ConfigError, match=r"image of size \(4, 32, 32\)"):
         count(build("resnet20"), (4, 32, 32))
+
+
+def test_the_command(capsys):
+    from ecanet import cli
+
+    cli.app(["cost", "resnet50", "timm:seresnet50", "--set", "reduction=8", "--attention", "se"], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert f"{25_557_032 + 2 * 2_514_944:,}" in said
+    assert "28,088,024" in said
+    assert "…" not in said  # fits 80 columns
+    assert "24.37M" in said

@@ -39,6 +39,10 @@ DataName = Annotated[
 ]
 DataDir = Annotated[str | None, typer.Option(help="Where the data's files are.", show_default=False)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, gpu.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="An option of the attention: --set reduction=8.", metavar="KEY=VALUE"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -190,6 +194,58 @@ def models(
     for row in rows:
         table.add_row(row["model"], row["attention"], f"{row['parameters']:,}")
     console.print(table)
+
+
+@app.command()
+def cost(
+    names: Annotated[list[str], typer.Argument(metavar="MODEL…", help="NAME, torchvision:NAME or timm:NAME.")],
+    attention: Annotated[list[str] | None, typer.Option(help="none, eca, se, …; may be repeated.")] = None,
+    kernel_sizes: KernelSizes = None,
+    side: Annotated[int | None, typer.Option(help="Image size; by default what the network is made for.")] = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Parameters, multiply-accumulates and bytes of networks, in today's units and in the paper's."""
+    from ecanet import cost
+
+    options = _parsed(settings or [])
+    if kernel_sizes:
+        options["kernel_sizes"] = parse_kernel_sizes(kernel_sizes)
+    rows = cost.table(names, attentions=attention or ("none", "eca"), side=side, **options)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table("model", "parameters", "in attention", "MACs", "MB", "in the paper's units")
+    for row in rows:
+        table.add_row(
+            f"{row['model']} {row['attention']}",
+            f"{row['parameters']:,}",
+            f"{row['attention parameters']:,}",
+            f"{row['MACs'] / 1e9:.3f} G",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['paper #Param']} / {row['paper FLOPs']}",
+        )
+    console.print(table)
+    console.print(cost.WHY)
+
+
+@app.command()
+def paper(
+    table: Annotated[str | None, typer.Argument(help="1 to 6, poster or figure4.", show_default="all")] = None,
+    measure: Annotated[str, typer.Option(help="Of params, flops, speed, accuracy.")] = "params,flops",
+    data: Annotated[Path | None, typer.Option(help="ImageNet's folder, for accuracy.", show_default=False)] = None,
+    weights: Annotated[Path | None, typer.Option(help="Folder of checkpoints, one a row.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Write Markdown, JSON and pictures here.")] = None,
+    device: Annotated[str, typer.Option(help="Where speed is measured: cpu, cuda.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """The paper's tables, its numbers beside what is measured here: `ecanet paper 3`."""
+    from ecanet import paper, paper_pages
+
+    tables = paper.run(table, measure=measure.split(","), data=data, weights=weights, device=device)
+    print(paper_pages.to_json(tables) if as_json else paper_pages.markdown(tables), end="")
+    if out is not None:
+        paper_pages.write(tables, out)
 
 
 def _parameters(name: str, attention: str, kernel_sizes: Any) -> int:

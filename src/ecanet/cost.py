@@ -8,6 +8,7 @@ nothing.
 """
 
 import copy
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -216,7 +217,9 @@ def _foreign(library: str, name: str) -> nn.Module:
     except ModuleNotFoundError as error:
         raise ConfigError(f"{library} is not installed: pip install {library}") from error
     try:
-        return create(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of weights' initialisation, and these have none
+            return create(name)
     except (RuntimeError, ValueError, OSError) as error:  # OSError: torchvision's detectors fetch a backbone
         raise ConfigError(f"{library} has no classification model called {name!r}") from error
 
@@ -237,11 +240,11 @@ def default_size(name: str, model: Any) -> tuple[int, int, int]:
 
 def table(
     models: Iterable[str], *, attentions: Sequence[str] = ("none", "eca"), side: int | None = None, **options: Any
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """One row for each network and, for this library's own, each attention: its `Cost`, and the paper's two columns.
 
     ``side`` is the image's height and width (default: what the network is made for). ``options`` go to
-    `create_model`.
+    `create_model`, for every attention but none.
 
     >>> row = table(["resnet50"], attentions=["eca"])[0]
     >>> row["paper #Param"], row["paper FLOPs"]
@@ -254,7 +257,8 @@ def table(
     for name in models:
         foreign = ":" in name
         for attention in ("",) if foreign else attentions:
-            model = build(name) if foreign else build(name, attention=attention, **options)
+            chosen = {} if attention == "none" else options
+            model = build(name) if foreign else build(name, attention=attention, **chosen)
             size = default_size(name, model)
             size = size if side is None else (size[0], side, side)
             cost = count(model, size)
