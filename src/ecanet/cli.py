@@ -215,7 +215,7 @@ def cost(
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table("model", "parameters", "in attention", "MACs", "MB", "in the paper's units")
+    table = Table("model", "parameters", "attention", "MACs", "MB", "paper's units")
     for row in rows:
         table.add_row(
             f"{row['model']} {row['attention']}",
