@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = ["accuracy_by_class", "confusion", "curves", "examples", "png"]
+__all__ = ["accuracy_by_class", "confusion", "curves", "examples", "png", "svg"]
 
 # matrices up to this many classes show their numbers
 MOST_CLASSES_NUMBERED = 20
@@ -36,7 +36,7 @@ def curves(history: Sequence[Mapping[str, float]]) -> str:
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
@@ -56,7 +56,7 @@ def confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> st
             if count:
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
-    return _svg(figure)
+    return svg(figure)
 
 
 def accuracy_by_class(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
@@ -106,7 +106,8 @@ def _positions(n: int) -> list[tuple[int, int]]:
     return [(row, column) for row in range(n) for column in range(n)]
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """``figure`` as an element of HTML."""
     buffer = io.StringIO()
     # the same picture for the same numbers: no date, no random names
     figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -21,7 +21,7 @@ from ecanet import figures
 from ecanet.config import Recipe, from_dict, to_dict
 from ecanet.errors import DataError
 
-__all__ = ["SECTIONS", "Report", "Section", "environment", "write_file"]
+__all__ = ["SECTIONS", "Report", "Section", "environment", "page", "write_file"]
 
 UNITS = {"top1": "top-1, %", "top5": "top-5, %", "best_top1": "best top-1, %", "val_loss": "held-out loss"}
 
@@ -90,23 +90,18 @@ class Report:
         for at, example in enumerate(self.evidence.get("examples", [])):
             label = re.sub(r"\W+", "-", self.evidence["class_names"][example["label"]])
             write_file(self.folder / "examples" / f"{at:02d}-{label}.png", figures.png(example["image"]))
-        page = self.folder / "report.html"
-        write_file(page, self.to_html())
-        return page
+        path = self.folder / "report.html"
+        write_file(path, self.to_html())
+        return path
 
     def to_html(self) -> str:
         """The report as one page that needs nothing else."""
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-
-        template = Environment(loader=PackageLoader("ecanet"), autoescape=True, undefined=StrictUndefined).get_template(
-            "report.html"
-        )
         # what was measured on held-out data, losses last
         chosen = sorted((n for n in self.metrics if n not in (*figures.NO_METRIC, "train_loss")), key=_is_loss)
         tiles = [(f"{self.metrics[name]:.4g}", UNITS.get(name, name.replace("_", " "))) for name in chosen]
         tiles += [(f"{self.parameters:,}", "parameters"), (f"{self.seconds:,.0f} s", "training and evaluating")]
         model, data = self.recipe.model, self.recipe.data
-        return template.render(
+        return page(
             title=f"{self.recipe.name}: {model.name} with {model.attention} on {data.name}",
             subtitle=f"{self.recipe.epochs} epochs, seed {self.recipe.seed}, {self.environment.get('date', '')}; "
             "figures are of the last epoch unless they say best, which was chosen on the same held-out data",
@@ -147,6 +142,25 @@ def _is_loss(name: str) -> bool:
 
 # each looks for its evidence, and gives a heading, a note and HTML, or None where there is nothing to draw
 SECTIONS: list[Callable[[Report], Section | None]] = [_curves, _by_class, _confusion, _examples]
+
+
+def page(
+    *,
+    title: str,
+    subtitle: str,
+    tiles: list[tuple[str, str]],
+    sections: list[Section],
+    recipe: str,
+    environment: dict[str, Any],
+) -> str:
+    """One self-contained page of HTML; a section is a heading, a note and HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("ecanet")
+    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html")
+    return template.render(
+        title=title, subtitle=subtitle, tiles=tiles, sections=sections, recipe=recipe, environment=environment
+    )
 
 
 def environment() -> dict[str, Any]:
