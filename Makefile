@@ -18,7 +18,8 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## train an ECA-ResNet on real digits, write a report, recognise a few images (about a minute)
 	@rm -rf runs/demo
-	$(BIN)/ecanet train quickstart --out runs/demo
+	@# images of 8 x 8 pixels keep one core busy; a second would mostly wait
+	OMP_NUM_THREADS=1 $(BIN)/ecanet train quickstart --out runs/demo
 	$(BIN)/ecanet predict runs/demo examples/digits
 	@echo
 	@echo "The report, with curves, confusion matrix and examples: runs/demo/report.html"
