@@ -72,7 +72,7 @@ class Gated(Attention):
 
     def extra_repr(self) -> str:
         """Show the channel count, and the gain when it is not the paper's."""
-        gain = float(self.gain)
+        gain = 1.0 if self.gain.is_meta else float(self.gain)
         return f"{self.channels}" + (f", gain={gain:g}" if gain != 1 else "")
 
 

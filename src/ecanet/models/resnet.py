@@ -20,6 +20,8 @@ LAYERS: dict[str, tuple[str, tuple[int, ...]]] = {
     "resnet50": (BOTTLENECK, (3, 4, 6, 3)),
     "resnet101": (BOTTLENECK, (3, 4, 23, 3)),
     "resnet152": (BOTTLENECK, (3, 8, 36, 3)),
+    "resnet8": (BASIC, (1, 1, 1)),
+    "resnet14": (BASIC, (2, 2, 2)),
     "resnet20": (BASIC, (3, 3, 3)),
     "resnet56": (BASIC, (9, 9, 9)),
 }
