@@ -10,11 +10,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from ecanet import __version__, recipes
-from ecanet.config import ModelConfig, Recipe, parse_kernel_sizes, with_settings
+from ecanet import __version__, cli_compare, recipes
+from ecanet.cli_options import (
+    AsJson,
+    Attention,
+    Checkpoint,
+    DataDir,
+    DataName,
+    Device,
+    Epochs,
+    KernelSizes,
+    ModelName,
+    Settings,
+    changed,
+    console,
+    model_config,
+    parsed,
+)
+from ecanet.config import parse_kernel_sizes
 from ecanet.errors import ConfigError, DataError
 
 __all__ = ["app"]
@@ -26,24 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False, soft_wrap=True)
-
-# options that several commands share
-
-Checkpoint = Annotated[str, typer.Argument(help="A checkpoint, or a run's folder (its best one).", show_default=False)]
-ModelName = Annotated[str | None, typer.Option("--model", help="Network: see `ecanet models`.", show_default=False)]
-Attention = Annotated[str | None, typer.Option(help="none, eca, se, …", show_default=False)]
-KernelSizes = Annotated[str | None, typer.Option(help="official, adaptive or 3,5,5,7.", show_default=False)]
-DataName = Annotated[
-    str | None, typer.Option("--data", help="digits, fashion-mnist, …, folder:PATH.", show_default=False)
-]
-DataDir = Annotated[str | None, typer.Option(help="Where the data's files are.", show_default=False)]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, gpu.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="An option of the attention: --set reduction=8.", metavar="KEY=VALUE"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+app.add_typer(cli_compare.app)
 
 
 @app.callback(invoke_without_command=True)
@@ -64,17 +62,14 @@ def train(
     model: ModelName = None,
     attention: Attention = None,
     kernel_sizes: KernelSizes = None,
-    epochs: Annotated[int | None, typer.Option(help="Times through the data.", show_default=False)] = None,
+    epochs: Epochs = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per device and step.", show_default=False)] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak, for the recipe's base batch.", show_default=False)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Decides all that is random.", show_default=False)] = None,
     data_dir: DataDir = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any other setting: --set data.workers=4.", metavar="KEY=VALUE", show_default=False),
-    ] = None,
+    settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/NAME-DATE")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.", show_default=False)] = None,
     device: Device = "auto",
@@ -90,7 +85,7 @@ def train(
         "seed": seed,
         "data.root": data_dir,
     }
-    changes = {key: value for key, value in changes.items() if value is not None} | _parsed(settings or [])
+    changes = {key: value for key, value in changes.items() if value is not None} | parsed(settings or [])
     if resume is not None:
         if name or changes or out:
             raise ConfigError("--resume takes everything from the run; leave out the recipe, other settings and --out")
@@ -100,7 +95,7 @@ def train(
     else:
         if name is None:
             raise ConfigError("say what to train: a recipe or data, such as `ecanet train quickstart`, or --resume RUN")
-        recipe = _changed(recipes.find(name), changes)
+        recipe = changed(recipes.find(name), changes)
     from ecanet.train import run
 
     run(recipe, folder=resume or out, resume=resume is not None, accelerator=device)
@@ -122,7 +117,7 @@ def evaluate(
 
     metrics = evaluate(
         checkpoint,
-        model=_model(model, attention, kernel_sizes),
+        model=model_config(model, attention, kernel_sizes),
         data_name=data,
         data_dir=data_dir,
         accelerator=device,
@@ -153,7 +148,9 @@ def predict(
     from ecanet import trained
 
     files = [file for path in images for file in trained.image_files(path)]
-    task = trained.restore(checkpoint, model=_model(model, attention, kernel_sizes), data_name=data, data_dir=data_dir)
+    task = trained.restore(
+        checkpoint, model=model_config(model, attention, kernel_sizes), data_name=data, data_dir=data_dir
+    )
     found: list[trained.Prediction] = []
     for answer in trained.predict(task, files, top=top, device=device):
         if isinstance(answer, trained.Prediction):
@@ -196,58 +193,6 @@ def models(
     console.print(table)
 
 
-@app.command()
-def cost(
-    names: Annotated[list[str], typer.Argument(metavar="MODEL…", help="NAME, torchvision:NAME or timm:NAME.")],
-    attention: Annotated[list[str] | None, typer.Option(help="none, eca, se, …; may be repeated.")] = None,
-    kernel_sizes: KernelSizes = None,
-    side: Annotated[int | None, typer.Option(help="Image size; by default what the network is made for.")] = None,
-    settings: Settings = None,
-    as_json: AsJson = False,
-) -> None:
-    """Parameters, multiply-accumulates and bytes of networks, in today's units and in the paper's."""
-    from ecanet import cost
-
-    options = _parsed(settings or [])
-    if kernel_sizes:
-        options["kernel_sizes"] = parse_kernel_sizes(kernel_sizes)
-    rows = cost.table(names, attentions=attention or ("none", "eca"), side=side, **options)
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    table = Table("model", "parameters", "attention", "MACs", "MB", "paper's units")
-    for row in rows:
-        table.add_row(
-            f"{row['model']} {row['attention']}",
-            f"{row['parameters']:,}",
-            f"{row['attention parameters']:,}",
-            f"{row['MACs'] / 1e9:.3f} G",
-            f"{row['bytes'] / 1e6:.1f}",
-            f"{row['paper #Param']} / {row['paper FLOPs']}",
-        )
-    console.print(table)
-    console.print(cost.WHY)
-
-
-@app.command()
-def paper(
-    table: Annotated[str | None, typer.Argument(help="1 to 6, poster or figure4.", show_default="all")] = None,
-    measure: Annotated[str, typer.Option(help="Of params, flops, speed, accuracy.")] = "params,flops",
-    data: Annotated[Path | None, typer.Option(help="ImageNet's folder, for accuracy.", show_default=False)] = None,
-    weights: Annotated[Path | None, typer.Option(help="Folder of checkpoints, one a row.", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option(help="Write Markdown, JSON and pictures here.")] = None,
-    device: Annotated[str, typer.Option(help="Where speed is measured: cpu, cuda.")] = "cpu",
-    as_json: AsJson = False,
-) -> None:
-    """The paper's tables, its numbers beside what is measured here: `ecanet paper 3`."""
-    from ecanet import paper, paper_pages
-
-    tables = paper.run(table, measure=measure.split(","), data=data, weights=weights, device=device)
-    print(paper_pages.to_json(tables) if as_json else paper_pages.markdown(tables), end="")
-    if out is not None:
-        paper_pages.write(tables, out)
-
-
 def _parameters(name: str, attention: str, kernel_sizes: Any) -> int:
     """Counted on a network without memory for its weights."""
     import torch
@@ -257,37 +202,3 @@ def _parameters(name: str, attention: str, kernel_sizes: Any) -> int:
     with torch.device("meta"):
         network = models.create_model(name, attention=attention, kernel_sizes=kernel_sizes)
     return sum(p.numel() for p in network.parameters())
-
-
-def _model(name: str | None, attention: str | None, kernel_sizes: str | None) -> ModelConfig | None:
-    """The network that ``--model`` and its companions name; None without it."""
-    if name is None:
-        if attention or kernel_sizes:
-            raise ConfigError("--attention and --kernel-sizes need --model; a run's checkpoint knows its own")
-        return None
-    return ModelConfig(
-        name=name, attention=attention or "eca", kernel_sizes=parse_kernel_sizes(kernel_sizes or "official")
-    )
-
-
-def _parsed(settings: list[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` pairs; a value that is not JSON is a text."""
-    found: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as --set data.workers=4")
-        try:
-            found[key] = json.loads(text)
-        except json.JSONDecodeError:
-            found[key] = text
-    return found
-
-
-def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """``recipe`` with ``changes``; a warm-up too long for fewer epochs shrinks with them, unless it was set too."""
-    epochs = changes.get("epochs")
-    warmup = recipe.schedule.warmup_epochs
-    if isinstance(epochs, int) and 0 < epochs <= warmup and "schedule.warmup_epochs" not in changes:
-        changes = {"schedule.warmup_epochs": warmup * epochs / recipe.epochs, **changes}
-    return with_settings(recipe, changes)

@@ -1,0 +1,99 @@
+"""The commands that count, compare and look inside: cost, paper, ablate."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ecanet import recipes
+from ecanet.cli_options import AsJson, DataDir, Epochs, KernelSizes, ModelName, Settings, changed, console, parsed
+from ecanet.config import parse_kernel_sizes
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+
+@app.command()
+def cost(
+    names: Annotated[list[str], typer.Argument(metavar="MODEL…", help="NAME, torchvision:NAME or timm:NAME.")],
+    attention: Annotated[list[str] | None, typer.Option(help="none, eca, se, …; may be repeated.")] = None,
+    kernel_sizes: KernelSizes = None,
+    side: Annotated[int | None, typer.Option(help="Image size; by default what the network is made for.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="An option of the attention: --set reduction=8.", metavar="KEY=VALUE"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Parameters, multiply-accumulates and bytes of networks, in today's units and in the paper's."""
+    from ecanet import cost
+
+    options = parsed(settings or [])
+    if kernel_sizes:
+        options["kernel_sizes"] = parse_kernel_sizes(kernel_sizes)
+    rows = cost.table(names, attentions=attention or ("none", "eca"), side=side, **options)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table("model", "parameters", "attention", "MACs", "MB", "paper's units")
+    for row in rows:
+        table.add_row(
+            f"{row['model']} {row['attention']}",
+            f"{row['parameters']:,}",
+            f"{row['attention parameters']:,}",
+            f"{row['MACs'] / 1e9:.3f} G",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['paper #Param']} / {row['paper FLOPs']}",
+        )
+    console.print(table)
+    console.print(cost.WHY)
+
+
+@app.command()
+def paper(
+    table: Annotated[str | None, typer.Argument(help="1 to 6, poster or figure4.", show_default="all")] = None,
+    measure: Annotated[str, typer.Option(help="Of params, flops, speed, accuracy.")] = "params,flops",
+    data: Annotated[Path | None, typer.Option(help="ImageNet's folder, for accuracy.", show_default=False)] = None,
+    weights: Annotated[Path | None, typer.Option(help="Folder of checkpoints, one a row.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Write Markdown, JSON and pictures here.")] = None,
+    device: Annotated[str, typer.Option(help="Where speed is measured: cpu, cuda.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """The paper's tables, its numbers beside what is measured here: `ecanet paper 3`."""
+    from ecanet import paper, paper_pages
+
+    tables = paper.run(table, measure=measure.split(","), data=data, weights=weights, device=device)
+    print(paper_pages.to_json(tables) if as_json else paper_pages.markdown(tables), end="")
+    if out is not None:
+        paper_pages.write(tables, out)
+
+
+@app.command()
+def ablate(
+    name: Annotated[str, typer.Argument(help="Recipe or data, as for train.")] = "quickstart",
+    variants: Annotated[str | None, typer.Option(help="Of them, by commas.", show_default="all")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each variant.")] = 5,
+    model: ModelName = None,
+    epochs: Epochs = None,
+    data_dir: DataDir = None,
+    settings: Settings = None,
+    out: Annotated[Path, typer.Option(help="Folder; cells finished in it are not run again.")] = Path("ablation"),
+    on: Annotated[str, typer.Option(help="here or ray.")] = "here",
+    threads: Annotated[int | None, typer.Option(help="CPU threads of one cell.", show_default=False)] = None,
+) -> None:
+    """Compare attentions fairly: variants x seeds x one recipe, with intervals. Killed, it goes on where it was."""
+    from ecanet import ablate, ablate_pages, ablate_rows
+
+    changes = {"model.name": model, "epochs": epochs, "data.root": data_dir}
+    changes = {key: value for key, value in changes.items() if value is not None} | parsed(settings or [])
+    recipe = changed(recipes.find(name), changes)
+    chosen = variants.split(",") if variants else tuple(ablate_rows.VARIANTS)
+    result = ablate.run(
+        recipe, folder=out, variants=chosen, seeds=seeds, on=on, threads=threads, say=lambda line: console.print(line)
+    )
+    ablate_pages.write(result)
+    print(ablate_pages.markdown(result))
+    console.print(f"page {out / 'ablation.html'}")

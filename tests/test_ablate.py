@@ -1,0 +1,192 @@
+"""Ablations: which rows there are, that a killed one goes on, and that the statistics are the textbook's."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ecanet import ablate, ablate_pages, ablate_rows, recipes
+from ecanet.ablate_rows import form_of, plan
+from ecanet.attention import ECA, ECANS, SE, SEGC, SEVar1, SEVar2, SEVar3
+from ecanet.errors import ConfigError
+
+RECIPE = recipes.find("quickstart")
+RECIPE = RECIPE.but(epochs=2, model=RECIPE.model.but(name="resnet8"), schedule=RECIPE.schedule.but(warmup_epochs=0.5))
+VARIANTS = ["eca-k3", "se-var1"]
+
+
+def test_the_whole_list_on_a_small_network():
+    said = []
+    rows = {row.name: row for row in plan(RECIPE, ablate_rows.VARIANTS, said.append)}
+    assert said == ["eca-adaptive is the same network as eca-k3 here: one row"]
+    assert rows["eca-k3"].same_as == ("eca-adaptive",)
+    assert len(rows) == len(ablate_rows.VARIANTS) - 1
+    assert next(iter(rows)) == "none"
+    assert rows["se"].model.options == {"reduction": 4}  # 16 would leave one number of 16 channels
+    assert rows["se-gc"].model.options == {"groups": 4}
+    assert rows["bigger"].model.name == "resnet14"
+    plain, bigger = rows["none"].cost, rows["bigger"].cost
+    assert bigger.parameters > 2 * plain.parameters
+    assert rows["eca-k9"].cost.parameters - plain.parameters == 3 * 9
+    assert rows["eca-ns"].cost.parameters - plain.parameters == 3 * (16 + 32 + 64)
+
+
+def test_the_whole_list_on_a_large_network():
+    recipe = RECIPE.but(model=RECIPE.model.but(name="resnet50"), data=RECIPE.data.but(image_size=32))
+    rows = {row.name: row for row in plan(recipe, ablate_rows.VARIANTS, lambda line: None)}
+    assert len(rows) == len(ablate_rows.VARIANTS)  # k = 5, 5, 5, 7 is none of the fixed ones
+    assert rows["se"].model.options == {"reduction": 16}
+    assert rows["bigger"].model.name == "resnet101"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (SEGC(16, groups=16), SEVar2(16), True),
+        (SEGC(16, groups=1), SEVar3(16), True),
+        (ECANS(16, 1), SEVar2(16), True),
+        (ECA(32), ECA(32, 3), True),
+        (ECA(32, 1, padding_mode="circular"), ECA(32, 1), True),
+        (ECA(32, 3, padding_mode="circular"), ECA(32, 3), False),
+        (ECA(32, 3), ECA(32, 5), False),
+        (SEGC(16, groups=4), SEGC(16, groups=8), False),
+        (SEVar1(16), SEVar2(16), False),
+        (SE(16, 2), SE(16, 4), False),
+        (SEVar2(16), SEVar2(32), False),
+    ],
+)
+def test_which_gates_are_the_same(one, other, same):
+    assert (form_of(one) == form_of(other)) is same
+
+
+def cells(*rows: tuple[str, list[float]]) -> dict[tuple[str, int], dict[str, float]]:
+    return {(name, seed): {"top1": v, "seconds": 1.0} for name, values in rows for seed, v in enumerate(values)}
+
+
+def variant(name: str) -> ablate_rows.Variant:
+    cost = ablate_rows.count(SEVar2(4), (4, 2, 2))
+    return ablate_rows.Variant(name=name, model=RECIPE.model, cost=cost)
+
+
+def test_means_and_intervals_by_hand():
+    """Four seeds: t(0.975, 3) = 3.182446; paired differences 1, 2, 1, 2."""
+    found = cells(("none", [90.0, 91.0, 92.0, 93.0]), ("eca", [91.0, 93.0, 93.0, 95.0]))
+    none, eca = ablate.compare([variant("none"), variant("eca")], found, seeds=4)
+    assert none.difference is None
+    assert none.top1.mean == 91.5
+    assert none.top1.half == pytest.approx(3.182446 * math.sqrt(5 / 3) / 2, rel=1e-6)
+    assert eca.difference is not None
+    assert eca.difference.mean == 1.5
+    assert eca.difference.half == pytest.approx(3.182446 * math.sqrt(1 / 3) / 2, rel=1e-6)
+    assert eca.beyond_noise is True  # 1.5 +- 0.92, one comparison
+    assert ablate_pages.said(eca.difference, "+") == "+1.50 (+0.58 to +2.42)"
+
+
+def test_more_comparisons_ask_for_more():
+    """The same difference beside twenty others: t(1 - 0.025 / 21, 3) = 9.61 widens 0.92 to 2.8."""
+    rows = [("none", [90.0, 91.0, 92.0, 93.0])] + [(f"v{i}", [91.0, 93.0, 93.0, 95.0]) for i in range(21)]
+    lines = ablate.compare([variant(name) for name, _ in rows], cells(*rows), seeds=4)
+    assert not any(line.beyond_noise for line in lines)
+    assert all(line.difference is None or line.difference.low > 0 for line in lines)
+
+
+def test_one_seed_says_nothing_about_noise():
+    none, eca = ablate.compare([variant("none"), variant("eca")], cells(("none", [90.0]), ("eca", [91.0])), seeds=1)
+    assert (none.top1.half, eca.beyond_noise) == (None, None)
+    done = ablate.Ablation(recipe=RECIPE, folder=Path(), variants=[], seeds=[0], lines=[none, eca])
+    assert "+1.00 |" in ablate_pages.markdown(done)
+    assert "One seed" in ablate_pages.reading(done)
+
+
+def outcome(folder: Path) -> list[object]:
+    """Everything in the result that is not a time or a place."""
+    content = json.loads((folder / "ablation.json").read_text())
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in content["rows"]]
+
+
+COMMAND = [
+    sys.executable, "-m", "ecanet", "ablate", "quickstart", "--model", "resnet8", "--epochs", "2", "--seeds", "2",
+    "--variants", "eca-k3,se-var1", "--threads", "1", "--out",
+]  # fmt: skip
+
+
+def killed_when(done: object, folder: Path) -> None:
+    """Start the ablation, and kill it, with no chance to tidy up, once ``done()``."""
+    process = subprocess.Popen([*COMMAND, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not done():
+        if process.poll() is not None:
+            pytest.fail(f"the ablation ended by itself: {process.stderr.read().decode()[-500:]}")
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_ablation_goes_on(tmp_path):
+    """Killed twice, once between cells and once within one, against one that was left alone."""
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    first, second = folder / "cells" / "none-seed0.json", folder / "cells" / "none-seed1"
+    killed_when(first.exists, folder)
+    stamp = first.stat().st_mtime_ns
+    killed_when((second / "checkpoints" / "last.ckpt").exists, folder)
+    assert not second.with_suffix(".json").exists()
+    for place in (folder, whole):
+        subprocess.run([*COMMAND, str(place)], check=True, capture_output=True, timeout=240)
+    assert outcome(folder) == outcome(whole)
+    assert first.stat().st_mtime_ns == stamp  # a finished cell is never run again
+    for name in ("ablation.md", "ablation.png", "ablation.html"):
+        assert (folder / name).stat().st_size > 500
+    page = (folder / "ablation.html").read_text()
+    assert "<svg" in page
+    assert "http-equiv" not in page
+    assert "src=" not in page  # one file
+
+
+def test_ray_gives_the_same_table(tmp_path):
+    ray = pytest.importorskip("ray")
+    say = []
+    ablate_pages.write(
+        ablate.run(RECIPE, folder=tmp_path / "here", variants=VARIANTS, seeds=2, threads=1, say=say.append)
+    )
+    ray.init(num_cpus=2, log_to_driver=False)
+    try:
+        said = []
+        result = ablate.run(RECIPE, folder=tmp_path / "ray", variants=VARIANTS, seeds=2, on="ray", say=said.append)
+    finally:
+        ray.shutdown()
+    ablate_pages.write(result)
+    assert outcome(tmp_path / "ray") == outcome(tmp_path / "here")
+    ran = [line.split(":")[0] for line in said if "top-1" in line]
+    assert sorted(ran) == sorted(f"{name}-seed{seed}" for name in ("none", *VARIANTS) for seed in (0, 1))
+
+
+def test_settings_reach_the_cells_and_folders_are_not_mixed(tmp_path):
+    recipe = RECIPE.but(epochs=1, schedule=RECIPE.schedule.but(warmup_epochs=0))
+    result = ablate.run(recipe, folder=tmp_path, variants=["se"], seeds=1, say=lambda line: None)
+    cell = json.loads((tmp_path / "cells" / "se-seed0.json").read_text())
+    assert cell["recipe"]["model"] == {
+        "name": "resnet8", "attention": "se", "kernel_sizes": "official", "weights": None, "options": {"reduction": 4}
+    }  # fmt: skip
+    assert cell["parameters"] == result.lines[1].variant.cost.parameters
+    assert cell["top1"] == result.lines[1].top1.mean == cell["metrics"]["top1"]
+    assert (tmp_path / "cells" / "se-seed0" / "metrics.csv").exists()  # each cell keeps its log
+    with pytest.raises(ConfigError, match="another recipe"):
+        ablate.run(recipe.but(epochs=3), folder=tmp_path, variants=["se"], seeds=1)
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="no variant 'eca-k33'; did you mean 'eca-k3'"):
+        ablate.run(RECIPE, folder=tmp_path, variants=["eca-k33"], seeds=1)
+    with pytest.raises(ConfigError, match="seeds must be at least 1"):
+        ablate.run(RECIPE, folder=tmp_path, seeds=0)
+    with pytest.raises(ConfigError, match="cannot run on 'slurm'"):
+        ablate.run(RECIPE, folder=tmp_path, variants=[], seeds=1, on="slurm", say=lambda line: None)
+    with pytest.raises(ConfigError, match="no bigger network"):
+        plan(RECIPE.but(model=RECIPE.model.but(name="mobilenet_v2")), ["bigger"])
+    assert not (tmp_path / "cells").exists()
