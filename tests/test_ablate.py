@@ -168,13 +168,15 @@ def test_ray_gives_the_same_table(tmp_path):
 
 def test_settings_reach_the_cells_and_folders_are_not_mixed(tmp_path):
     recipe = RECIPE.but(epochs=1, schedule=RECIPE.schedule.but(warmup_epochs=0))
-    result = ablate.run(recipe, folder=tmp_path, variants=["se"], seeds=1, say=lambda line: None)
+    result = ablate.run(recipe, folder=tmp_path, variants=["se"], seeds=2, say=lambda line: None)
+    seeds = [json.loads(path.read_text())["recipe"]["seed"] for path in sorted(tmp_path.glob("cells/se-seed*.json"))]
+    assert seeds == [0, 1]
     cell = json.loads((tmp_path / "cells" / "se-seed0.json").read_text())
     assert cell["recipe"]["model"] == {
         "name": "resnet8", "attention": "se", "kernel_sizes": "official", "weights": None, "options": {"reduction": 4}
     }  # fmt: skip
     assert cell["parameters"] == result.lines[1].variant.cost.parameters
-    assert cell["top1"] == result.lines[1].top1.mean == cell["metrics"]["top1"]
+    assert cell["top1"] == result.lines[1].by_seed[0] == cell["metrics"]["top1"]
     assert (tmp_path / "cells" / "se-seed0" / "metrics.csv").exists()  # each cell keeps its log
     with pytest.raises(ConfigError, match="another recipe"):
         ablate.run(recipe.but(epochs=3), folder=tmp_path, variants=["se"], seeds=1)

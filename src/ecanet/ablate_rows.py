@@ -118,7 +118,7 @@ def form_of(network: nn.Module) -> str:
         if inside is not None and name.startswith(inside):
             continue
         if isinstance(module, Attention):
-            inside = name + "."
+            inside = f"{name}." if name else ""
             place = name.rpartition(".")[0]  # a gate's own name says what it is: not here
             lines.append(f"{place}: {_form_of_gate(module)}")
         elif not any(True for _ in module.children()) and not isinstance(module, nn.Identity):

@@ -1,4 +1,4 @@
-"""The commands that count, compare and look inside: cost, paper, ablate."""
+"""The commands that count, compare and look inside: cost, paper, ablate, inspect."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,21 @@ import typer
 from rich.table import Table
 
 from ecanet import recipes
-from ecanet.cli_options import AsJson, DataDir, Epochs, KernelSizes, ModelName, Settings, changed, console, parsed
+from ecanet.cli_options import (
+    AsJson,
+    Attention,
+    Checkpoint,
+    DataDir,
+    DataName,
+    Epochs,
+    KernelSizes,
+    ModelName,
+    Settings,
+    changed,
+    console,
+    model_config,
+    parsed,
+)
 from ecanet.config import parse_kernel_sizes
 
 __all__ = ["app"]
@@ -97,3 +111,41 @@ def ablate(
     ablate_pages.write(result)
     print(ablate_pages.markdown(result))
     console.print(f"page {out / 'ablation.html'}")
+
+
+@app.command()
+def inspect(
+    checkpoint: Checkpoint,
+    model: ModelName = None,
+    attention: Attention = None,
+    kernel_sizes: KernelSizes = None,
+    data: DataName = None,
+    data_dir: DataDir = None,
+    classes: Annotated[str | None, typer.Option(help="To draw, by commas.", show_default="the first four")] = None,
+    image: Annotated[Path | None, typer.Option(help="An image file to explain.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the page, the pictures and the numbers.")] = Path("inspect"),
+) -> None:
+    """What the gates do: weights by layer and class, alarms, learned kernels; with --image, what they did to one."""
+    from ecanet import inspect_pages
+
+    found = inspect_pages.run(
+        checkpoint,
+        out,
+        model=model_config(model, attention, kernel_sizes),
+        data_name=data,
+        data_dir=data_dir,
+        classes=classes.split(",") if classes else (),
+        image=image,
+    )
+    table = Table("gate", "channels", "mean", "spread: classes", "images", "saturated", "dead")
+    for one in found.records:
+        numbers = (float(one.mean.mean()), one.spread, float(one.deviation.mean()))
+        shares = (f"{one.saturated:.1%}", str(int(one.dead.sum())))
+        table.add_row(one.name, str(one.channels), *(f"{number:.3f}" for number in numbers), *shares)
+    console.print(table)
+    for one in found.records:
+        for alarm in one.alarms():
+            console.print(f"alarm: {one.name}: {alarm}")
+    if found.answer:
+        console.print(found.answer)
+    console.print(f"page {out / 'inspect.html'}")

@@ -1,0 +1,145 @@
+"""What `inspect` says of gates whose behaviour is known beforehand."""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ecanet
+from ecanet import inspect, inspect_pages
+from ecanet.attention import CBAM, ECA, SEVar2
+from ecanet.errors import ConfigError
+
+
+def images(n: int, channels: int = 4) -> Tensor:
+    return torch.randn(n, channels, 3, 5, generator=torch.Generator().manual_seed(0))
+
+
+def test_sums_by_class_are_the_plain_averages():
+    """Three uneven batches, two classes of three, against the weights all at once."""
+    model, x = nn.Sequential(SEVar2(4)), images(10)
+    labels = torch.tensor([0, 2, 2, 0, 0, 2, 2, 2, 0, 0])
+    batches = [(x[:3], labels[:3]), (x[3:4], labels[3:4]), (x[4:], labels[4:])]
+    (found,) = inspect.record(model, batches, classes=3)
+    weights = torch.sigmoid(model[0].weight.detach() * x.mean((2, 3)))
+    close = torch.testing.assert_close
+    close(found.mean, weights.mean(0))
+    close(found.deviation, weights.std(0, correction=0))
+    close(found.class_means[0], weights[labels == 0].mean(0))
+    close(found.class_means[2], weights[labels == 2].mean(0))
+    assert found.class_means[1].isnan().all()
+    assert found.counts.tolist() == [5, 0, 5]
+    close(found.lowest, weights.amin(0))
+    close(found.highest, weights.amax(0))
+    two = torch.stack([weights[labels == 0].mean(0), weights[labels == 2].mean(0)])
+    assert found.spread == pytest.approx(float(two.std(0, correction=0).mean()), rel=1e-5)
+
+
+def gate_with(logits: list[float]) -> nn.Sequential:
+    """A gate that gives sigmoid(logits) to an input of ones."""
+    model = nn.Sequential(SEVar2(4))
+    model[0].weight.data = torch.tensor(logits, dtype=torch.float32)
+    return model
+
+
+def test_alarms():
+    ones, labels = torch.ones(6, 4, 2, 2), torch.zeros(6, dtype=torch.long)
+    (healthy,) = inspect.record(gate_with([0.5, -1, 1, 2]), [(images(6), labels)], 1)
+    assert healthy.alarms() == []
+    (dead,) = inspect.record(gate_with([-9, 1, -9, 1]), [(ones * torch.rand(6, 1, 1, 1).add(0.9), labels)], 1)
+    assert dead.dead.tolist() == [True, False, True, False]
+    assert dead.saturated == 0.5
+    assert "2 of 4 channels are shut on every image" in dead.alarms()
+    assert any(alarm.startswith("50% of the weights") for alarm in dead.alarms())
+    (constant,) = inspect.record(gate_with([1, 2, -1, -2]), [(ones, labels)], 1)
+    assert constant.alarms() == ["the weights are the same for every image: a constant could take this gate's place"]
+    (wide_open,) = inspect.record(gate_with([9, 9, 9, 0]), [(ones, labels)], 1)
+    assert wide_open.saturated == 0.75
+    assert not wide_open.dead.any()
+
+
+def test_a_gain_of_two_moves_the_ends():
+    model = gate_with([0, 0, 0, 0])
+    model[0].set_gain(2.0)
+    (found,) = inspect.record(model, [(torch.ones(2, 4, 2, 2), torch.zeros(2, dtype=torch.long))], 1)
+    assert found.mean.tolist() == [1, 1, 1, 1]
+    assert found.saturated == 0  # 1 is half way, not an end
+
+
+@pytest.mark.parametrize("gate", [ECA(8), CBAM(8, reduction=2)], ids=["eca", "cbam"])
+def test_weights_are_what_the_gate_multiplies_by(gate):
+    x = images(3, 8)
+    weights = inspect.weights_for(nn.Sequential(gate), x)["0"]
+    y = gate(x)
+    if isinstance(gate, CBAM):
+        gate.spatial.weight.data.zero_()  # the spatial half is then a half everywhere
+        y = 2 * gate(x)
+    torch.testing.assert_close(y, x * weights[:, :, None, None])
+
+
+def test_a_gate_held_at_its_mean():
+    """Held, a gate gives every image the same weights; the module is then as it was before."""
+    model, x = nn.Sequential(ECA(4)), images(6)
+    labels = torch.zeros(6, dtype=torch.long)
+    before = model(x)
+    records = inspect.record(model, [(x, labels)], 1)
+    held = inspect.without(model, x[:2], records)["0"]
+    torch.testing.assert_close(held, x[:2] * records[0].mean[:, None, None])
+    assert torch.equal(model(x), before)
+    assert not torch.allclose(held, before[:2])
+
+
+def test_a_network_without_gates_is_refused():
+    with pytest.raises(ConfigError, match="no channel gates"):
+        inspect.record(ecanet.create_model("resnet8", attention="none"), [], 10)
+    with pytest.raises(ConfigError, match="no images"):
+        inspect.record(nn.Sequential(ECA(4)), [], 10)
+
+
+@pytest.fixture(scope="module")
+def trained_folder(tmp_path_factory):
+    """Two epochs of digits, with the examples that a run keeps."""
+    from ecanet import recipes, train
+
+    recipe = recipes.find("quickstart")
+    recipe = recipe.but(
+        epochs=2, model=recipe.model.but(name="resnet8"), schedule=recipe.schedule.but(warmup_epochs=0.5)
+    )
+    return train.run(recipe, folder=tmp_path_factory.mktemp("run") / "digits", quiet=True).folder
+
+
+def test_from_a_checkpoint_to_a_page(trained_folder, tmp_path):
+    picture = sorted((trained_folder / "examples").glob("*.png"))[0]
+    found = inspect_pages.run(trained_folder, tmp_path, classes=["3", "8"], image=picture)
+    assert [one.name for one in found.records] == ["layer1.0.eca", "layer2.0.eca", "layer3.0.eca"]
+    assert int(found.records[0].counts.sum()) == 360  # the held-out digits
+    assert found.classes == [3, 8]
+    for name in ("classes", "spread", "kernels", "image"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    rows = json.loads((tmp_path / "inspect.json").read_text())["gates"]
+    assert list(rows[0]["class_means"]) == ["3", "8"]
+    kernel = found.task.model.get_submodule("layer2.0.eca.conv").weight.flatten().tolist()
+    assert rows[1]["kernel"] == pytest.approx(kernel)
+    page = (tmp_path / "inspect.html").read_text()
+    assert page.count("<svg") == 4
+    assert picture.name in page
+
+
+def test_the_picture_is_seen_as_the_network_sees_it(trained_folder, tmp_path):
+    """A held-out image, from its file, gets the weights that it has in the data."""
+    from ecanet import trained
+
+    picture = sorted((trained_folder / "examples").glob("*.png"))[0]
+    found = inspect_pages.run(trained_folder, tmp_path, image=picture)
+    (said,) = trained.predict(found.task, [picture])
+    assert found.answer == f"{picture.name}: {said.classes[0][0]}, {said.classes[0][1]:.1%}"
+    share = said.classes[0][1]
+    for effect in found.effects:
+        assert effect.log_odds == pytest.approx(torch.tensor(share, dtype=torch.float64).logit().item(), rel=1e-3)
+        assert effect.held != effect.log_odds
+
+
+def test_a_class_that_does_not_exist(trained_folder, tmp_path):
+    with pytest.raises(ConfigError, match="no class 'three'"):
+        inspect_pages.run(trained_folder, tmp_path, classes=["three"])
