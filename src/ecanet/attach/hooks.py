@@ -24,8 +24,33 @@ class GateHook:
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """The hook's result takes the output's place."""
         if self.axis == 1:
-            return self.gate(output)
-        return self.gate(output.movedim(self.axis, 1)).movedim(1, self.axis)
+            scaled = self.gate(output)
+        else:
+            scaled = self.gate(output.movedim(self.axis, 1)).movedim(1, self.axis)
+        if scaled.requires_grad and output.requires_grad and not torch.compiler.is_compiling():
+            keep_layout(output, scaled)
+        return scaled
+
+
+def keep_layout(x: Tensor, y: Tensor) -> None:
+    """Give the gradient of ``x`` the memory layout of that of ``y``, as if nothing stood between them.
+
+    What receives it may sum in memory order: only so are the other parameters' gradients equal in the last bit.
+    """
+    strides: list[tuple[int, ...]] = []
+
+    def note(gradient: Tensor) -> None:
+        strides.append(gradient.stride())
+
+    def restore(gradient: Tensor) -> Tensor | None:
+        if not strides or gradient.stride() == strides[-1] or 0 in strides[-1]:
+            return None
+        return torch.empty_strided(gradient.shape, strides[-1], dtype=gradient.dtype, device=gradient.device).copy_(
+            gradient
+        )
+
+    y.register_hook(note)
+    x.register_hook(restore)
 
 
 class Guard:
