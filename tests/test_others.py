@@ -217,7 +217,7 @@ def test_neutral_is_the_identity_bit_for_bit_and_learns(name, dtype):
     assert torch.equal(again(x), x)  # the state dict carries the neutral form
 
 
-@pytest.mark.parametrize("name", set(BUILD) - {"cbam"})
+@pytest.mark.parametrize("name", sorted(BUILD.keys() - {"cbam"}))
 def test_any_number_of_axes(name):
     module = made(name)
     x = image(2, 8, 12)
