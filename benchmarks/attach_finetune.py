@@ -9,8 +9,8 @@ second half, with the same budget, schedule and order of images:
     eca-random    ECA attached with its usual random gates (preserve=False)
     se            SE (reduction 4) attached losslessly
 
-Accuracy is on all 10,000 test images: before fine-tuning, at three steps along the way, and at the end. About an hour
-on one core; an interrupted run goes on where it stopped.
+Accuracy is on all 10,000 test images: before fine-tuning, at three steps along the way, and at the end. About half
+an hour on one core; an interrupted run goes on where it stopped.
 
     python benchmarks/attach_finetune.py            # run what is missing, write the JSON
     python benchmarks/attach_finetune.py --plot     # picture and table from the JSON
@@ -212,18 +212,22 @@ def draw(cells: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
-    for arm, colour, style in zip(
-        ARMS, ("0.3", "tab:blue", "tab:red", "tab:green"), ("-", "-", "--", ":"), strict=True
-    ):
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    looks = zip(ARMS, ("0.3", "tab:blue", "tab:red", "tab:green"), ("-", "-", "--", ":"), strict=True)
+    for arm, colour, style in looks:
         curves = [[100 * p["accuracy"] for p in c["points"]] for c in cells if c["arm"] == arm]
         steps = [p["step"] for p in cells[0]["points"]]
-        for curve in curves:
-            axes.plot(steps, curve, color=colour, linewidth=0.6, alpha=0.5)
-        axes.plot(steps, [mean(c) for c in zip(*curves, strict=True)], style, color=colour, linewidth=2, label=arm)
-    axes.set(xlabel="fine-tuning step (batch 128)", ylabel="test accuracy, %")
-    axes.set_title("ResNet-20 on Fashion-MNIST: attention attached to a pretrained network", fontsize=10)
-    axes.legend()
+        for axes in panels:
+            for curve in curves:
+                axes.plot(steps, curve, color=colour, linewidth=0.6, alpha=0.5)
+            axes.plot(steps, [mean(c) for c in zip(*curves, strict=True)], style, color=colour, linewidth=2, label=arm)
+    for axes in panels:
+        axes.set(xlabel="fine-tuning step (batch 128)", ylabel="test accuracy, %")
+    panels[0].legend()
+    panels[0].set_title("from before fine-tuning", fontsize=10)
+    panels[1].set(ylim=(85, 92))
+    panels[1].set_title("the same, enlarged", fontsize=10)
+    figure.suptitle("ResNet-20 on Fashion-MNIST: attention attached to a pretrained network, three seeds", fontsize=11)
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, dpi=130)
 
