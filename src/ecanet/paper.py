@@ -32,6 +32,8 @@ MEASURE_OF = {
     "Top-5": "accuracy",
 }
 DETECTION = ("5", "6")
+BATCH = {True: 2, False: 32}
+"""Images in a step whose speed is measured: on a CPU, on a GPU."""
 NOT_YET = "Not yet measured here."
 
 
@@ -109,7 +111,8 @@ def _measured(
                 found |= costs(row, measure)
     if "speed" in measure and "Train FPS" in table.columns:
         _add_speed(table, cells, device)
-        result.remarks.append(f"Speed: measured on {environment()['device']}, as shares of the plain network's rate.")
+        where = f"{environment()['device']}, {torch.get_num_threads()} threads, batch {BATCH[device == 'cpu']}"
+        result.remarks.append(f"Speed: measured on {where}, as shares of the plain network's rate (lowest to highest).")
     if "accuracy" in measure and "Top-1" in table.columns:
         if data is None or weights is None:
             result.remarks.append("Accuracy was not measured: give --data and --weights, or train a row as below.")
@@ -254,7 +257,7 @@ def _add_speed(table: Table, cells: list[dict[str, Cell]], device: str) -> None:
         name = table.rows[plain].network.name  # pyright: ignore[reportOptionalMemberAccess]
         mine = [i for i, row in enumerate(table.rows) if row.network and row.network.name == name]
         networks = [network for i in mine if (network := table.rows[i].network)]
-        rates = seconds_per_step(networks, device)
+        rates = seconds_per_step(networks, device, batch=BATCH[device == "cpu"])
         for column, times in zip(("Train FPS", "Infer FPS"), rates, strict=True):
             for i, ratio in zip(mine, shares(times, mine.index(plain)), strict=True):
                 printed, of = table.rows[i].printed[column], table.rows[plain].printed[column]
@@ -273,7 +276,7 @@ def shares(times: list[list[float]], plain: int) -> list[str]:
 
 
 def seconds_per_step(
-    networks: Sequence[Network], device: str, *, batch: int = 8, side: int = 224, rounds: int = 5
+    networks: Sequence[Network], device: str, *, batch: int, side: int = 224, rounds: int = 5
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Seconds of a training step and of an inference, for each network, round by round: all networks in every round."""
     models = [create_model(n.name, attention=n.attention, **_arguments(n)).to(device) for n in networks]
