@@ -169,7 +169,7 @@ def _run_on_ray(todo: Sequence[tuple[str, Recipe]], threads: int, say: Callable[
         raise ConfigError("Ray is not installed: pip install 'ecanet[cluster]', or leave out --on ray") from error
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
-    gpus = 1 if torch.cuda.is_available() else 0
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
     remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(run_cell)
     running = {remote.remote(recipe, str(Path(file).absolute()), threads): file for file, recipe in todo}
     while running:

@@ -109,12 +109,14 @@ def picture(ablation: Ablation) -> Any:
     left.axvline(0, color="black", linewidth=1)
     names = [", ".join((line.variant.name, *line.variant.same_as)) for line in reversed(ablation.lines[1:])]
     left.set_yticks(range(len(names)), names)
+    left.set_ylim(-0.6, len(names) - 0.4)
     left.set_xlabel("top-1 minus none's, same seed (points); red: beyond noise")
     for line in ablation.lines:
         at = (line.variant.cost.parameters, line.top1.mean)
         right.errorbar(*at, yerr=line.top1.half, fmt="o", color="tab:blue")
         right.annotate(line.variant.name, at, (4, 4), textcoords="offset points", fontsize=7)
     right.set(xlabel="parameters", ylabel="top-1 (%)")
+    right.margins(x=0.15)
     if max(line.variant.cost.parameters for line in ablation.lines) > 2 * ablation.lines[0].variant.cost.parameters:
         right.set_xscale("log")
     return figure
