@@ -174,10 +174,18 @@ def models(
     name: Annotated[str | None, typer.Argument(help="One of them, with its parameters.", show_default=False)] = None,
     attention: Attention = None,
     kernel_sizes: KernelSizes = None,
+    attach: Annotated[
+        str | None,
+        typer.Option(help="Where this attention would go in torchvision's or timm's network.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the networks and their parameters, or show one with every attention."""
+    """List the networks and their parameters, show one with every attention, or --attach one to another's."""
     from ecanet import list_attentions, models
+
+    if attach is not None:
+        _attached(name, attach, attention, kernel_sizes, as_json)
+        return
 
     sizes = parse_kernel_sizes(kernel_sizes or "official")
     networks = [name] if name else models.list_models()
@@ -191,6 +199,24 @@ def models(
     for row in rows:
         table.add_row(row["model"], row["attention"], f"{row['parameters']:,}")
     console.print(table)
+
+
+def _attached(name: str | None, attach: str, attention: str | None, kernel_sizes: str | None, as_json: bool) -> None:
+    """The sites that `ecanet.attach` finds in the network called ``name``."""
+    if name is None or attention is not None:
+        raise ConfigError("--attach takes one network and names its attention: ecanet models resnet50 --attach eca")
+    from dataclasses import asdict
+
+    from ecanet.attach.preview import preview
+
+    options: dict[str, object] = {} if kernel_sizes is None else {"kernel_sizes": parse_kernel_sizes(kernel_sizes)}
+    report, parameters = preview(name, attach, **options)
+    if as_json:
+        sites = [asdict(site) for site in report]
+        print(json.dumps({"model": name, "parameters": parameters, "sites": sites}, indent=2))
+        return
+    console.print(str(report))
+    console.print(f"{name}: {parameters:,} parameters, {sum(site.parameters for site in report):,} added")
 
 
 def _parameters(name: str, attention: str, kernel_sizes: Any) -> int:
