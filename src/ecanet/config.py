@@ -8,6 +8,7 @@ Traceback (most recent call last):
 ecanet.errors.ConfigError: data.batchsize is not a setting; did you mean 'batch_size'?
 """
 
+import copy
 import dataclasses
 import difflib
 import types
@@ -217,14 +218,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     >>> from_dict(Recipe, to_dict(Recipe(epochs=3))) == Recipe(epochs=3)
     True
     """
-    return {
-        f.name: to_dict(value)
-        if is_dataclass(value := getattr(config, f.name))
-        else list(value)
-        if isinstance(value, tuple)
-        else value
-        for f in fields(config)
-    }
+    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
 
 
 def with_settings(config: T, settings: Mapping[str, Any]) -> T:
@@ -266,6 +260,13 @@ def suggestion(wrong: str, names: list[str]) -> str:
     """What an error message says about a name that does not exist: the nearest one, or all."""
     nearest = difflib.get_close_matches(wrong, names, n=1)
     return f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {', '.join(names)}"
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_dict(value)
+    # a copy: what is done to the dictionary must not reach the frozen value
+    return list(value) if isinstance(value, tuple) else copy.deepcopy(value)
 
 
 def _fit(value: Any, hint: Any, name: str) -> Any:
