@@ -97,7 +97,11 @@ def examples(found: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> 
 
 def png(image: Tensor) -> bytes:
     """A uint8 image (1 or 3, H, W) as a PNG file."""
-    from torchvision.io import encode_png
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    buffer = io.BytesIO()
+    to_pil_image(image).save(buffer, "png")
+    return buffer.getvalue()
 
     return bytes(encode_png(image).numpy())
 

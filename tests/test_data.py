@@ -1,0 +1,355 @@
+"""Images arrive whole, once, in the order that seed and epoch say; broken ones are named."""
+
+import gzip
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ecanet import data
+from ecanet.config import DataConfig
+from ecanet.data import sources
+from ecanet.data.images import fitted, mirrored, shifted
+from ecanet.data.sources import FASHION_FOLDER, SMALL_SETS, Look, load_fashion_mnist, read_idx, read_image
+from ecanet.errors import ConfigError, DataError
+from ecanet.figures import png
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def some_images(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, shape, generator=generator(seed), dtype=torch.uint8)
+
+
+def batches(module: Any, loader: Any) -> list[tuple[Tensor, Tensor]]:
+    """As the trainer sees them before they go to the device."""
+    return [module.on_before_batch_transfer(batch, 0) for batch in loader]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes in ImageNet's layout, six and two images each, of different shapes."""
+    for part, count in (("train", 6), ("val", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            for at in range(count):
+                image = some_images(3, 40 + at, 50, seed=label * 100 + at)
+                (folder / f"{at}.png").write_bytes(png(image))
+    return tmp_path
+
+
+def folder_config(folder: Path, **options: Any) -> DataConfig:
+    return DataConfig(**{"name": f"folder:{folder}", "image_size": 16, "batch_size": 4, "workers": 0, **options})
+
+
+# small sets
+
+
+def test_digits_are_split_once_and_for_all():
+    from sklearn.datasets import load_digits
+
+    module = data.build(DataConfig(name="digits"))
+    everything: Any = load_digits()
+    assert len(module.train) + len(module.held_out) == len(everything.target) == 1797
+    held_out = [at for at in range(1797) if at % 5 == 0]
+    assert module.held_out.labels.tolist() == [everything.target[at] for at in held_out]
+    # 17 grey levels, told apart after scaling to bytes
+    original = torch.tensor(everything.images[held_out[3]])
+    assert torch.equal((module.held_out.images[3, 0].double() * 16 / 255).round(), original)
+    normalized = module.look.normalize(module.train.images)
+    assert normalized.mean().abs() < 0.02
+    assert (normalized.std() - 1).abs() < 0.02
+
+
+def test_pixels_undo_normalize():
+    for small in SMALL_SETS.values():
+        images = torch.arange(256, dtype=torch.uint8).expand(2, small.look.channels, 3, 256)
+        assert torch.equal(small.look.pixels(small.look.normalize(images)), images)
+
+
+def test_names_of_classes_are_all_different():
+    assert {name: len(set(s.look.class_names)) for name, s in SMALL_SETS.items()} == {
+        "digits": 10, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100
+    }  # fmt: skip
+
+
+def test_another_image_size():
+    module = data.build(DataConfig(name="digits", image_size=12))
+    assert module.train.images.shape == (1437, 1, 12, 12)
+    assert module.look.size == 12
+
+
+def test_unknown_data():
+    with pytest.raises(ConfigError, match="unknown data 'fashion-mist'; did you mean 'fashion-mnist'"):
+        data.build(DataConfig(name="fashion-mist"))
+
+
+# idx files and Fashion-MNIST
+
+
+def idx(array: Tensor) -> bytes:
+    head = b"\0\0\x08" + bytes([array.ndim])
+    return head + b"".join(n.to_bytes(4, "big") for n in array.shape) + bytes(array.flatten().tolist())
+
+
+def write_fashion(folder: Path, *, zipped: bool) -> dict[str, Tensor]:
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {}
+    for part, count, seed in (("train", 9, 1), ("t10k", 4, 2)):
+        content[f"{part}-images-idx3-ubyte"] = some_images(count, 28, 28, seed=seed)
+        content[f"{part}-labels-idx1-ubyte"] = some_images(count, seed=seed + 5) % 10
+    for name, array in content.items():
+        raw = idx(array)
+        (folder / (name + ".gz" * zipped)).write_bytes(gzip.compress(raw) if zipped else raw)
+    return content
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("place", ["", "FashionMNIST/raw"])
+def test_fashion_mnist_from_a_folder(tmp_path, zipped, place):
+    content = write_fashion(tmp_path / place, zipped=zipped)
+    module = data.build(DataConfig(name="fashion-mnist", root=str(tmp_path)))
+    assert torch.equal(module.train.images[:, 0], content["train-images-idx3-ubyte"])
+    assert torch.equal(module.held_out.labels, content["t10k-labels-idx1-ubyte"].long())
+
+
+def test_fashion_mnist_nowhere_says_both_ways_to_get_it(tmp_path, monkeypatch):
+    import torchvision
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Error downloading\nmany lines")
+
+    monkeypatch.setattr(sources, "FASHION_FOLDER", tmp_path / "debian")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", offline)
+    with pytest.raises(DataError) as caught:
+        data.build(DataConfig(name="fashion-mnist"))
+    message = str(caught.value)
+    assert "apt install dataset-fashion-mnist" in message
+    assert "download=True" in message
+    assert "Error downloading" in message
+    assert "\n" not in message
+
+
+def test_a_data_folder_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        data.build(DataConfig(name="fashion-mnist", root=str(tmp_path / "nowhere")))
+
+
+def test_broken_idx_files(tmp_path):
+    write_fashion(tmp_path, zipped=True)
+    images = tmp_path / "train-images-idx3-ubyte.gz"
+    labels = tmp_path / "train-labels-idx1-ubyte.gz"
+    for broken in (
+        images.read_bytes()[:-30],
+        b"hello",
+        gzip.compress(b"\0\0\x0d\x01"),
+        gzip.compress(idx(some_images(3, 3))[:-1]),
+    ):
+        images.write_bytes(broken)
+        with pytest.raises(DataError, match="train-images.*cannot be read.*get the file anew"):
+            read_idx(images)
+    images.write_bytes(gzip.compress(idx(some_images(3, 28, 28))))
+    with pytest.raises(DataError, match="3 train images but 9 labels"):
+        load_fashion_mnist(str(tmp_path), True)
+    labels.unlink()
+    with pytest.raises(DataError, match="train-labels-idx1-ubyte is missing"):
+        load_fashion_mnist(str(tmp_path), True)
+
+
+@pytest.mark.skipif(not FASHION_FOLDER.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_the_real_fashion_mnist():
+    for train, count in ((True, 60_000), (False, 10_000)):
+        images, labels = load_fashion_mnist(None, train)
+        assert images.shape == (count, 1, 28, 28)
+        assert labels.bincount().tolist() == [count // 10] * 10
+        if train:
+            look = SMALL_SETS["fashion-mnist"].look
+            assert (images.float() / 255).mean().item() == pytest.approx(look.mean[0], abs=5e-4)
+            assert (images.float() / 255).std().item() == pytest.approx(look.std[0], abs=5e-4)
+
+
+# augmentation
+
+
+def test_shifted_moves_each_image_on_its_own():
+    images = some_images(200, 2, 5, 6)
+    torch.manual_seed(0)
+    moved = shifted(images, 2)
+    seen = set()
+    for image, result in zip(images, moved, strict=True):
+        wide = torch.zeros(2, 9, 10, dtype=torch.uint8)
+        wide[:, 2:7, 2:8] = image
+        places = [(y, x) for y in range(5) for x in range(5) if torch.equal(wide[:, y : y + 5, x : x + 6], result)]
+        assert len(places) == 1
+        seen |= set(places)
+    # all 25 places come up: each is missed by 200 images with probability (24/25)**200 < 0.0003
+    assert len(seen) == 25
+
+
+def test_mirrored_flips_half():
+    images = some_images(400, 1, 3, 4)
+    torch.manual_seed(0)
+    result = mirrored(images)
+    flipped = [torch.equal(a, b.flip(-1)) for a, b in zip(result, images, strict=True)]
+    assert all(f or torch.equal(a, b) for f, a, b in zip(flipped, result, images, strict=True))
+    # mean 200, deviation 10
+    assert 150 < sum(flipped) < 250
+
+
+def test_only_training_is_augmented():
+    module = data.build(DataConfig(name="digits", crop_padding=2, flip=True, random_augment=9))
+    batch = (module.held_out.images[:50], module.held_out.labels[:50])
+    plain = module.look.normalize(batch[0])
+    module.trainer = SimpleNamespace(training=False)
+    assert torch.equal(module.on_after_batch_transfer(batch, 0)[0], plain)
+    module.trainer.training = True
+    assert not torch.equal(module.on_after_batch_transfer(batch, 0)[0], plain)
+    bare = data.build(DataConfig(name="digits"))
+    bare.trainer = SimpleNamespace(training=True)
+    assert torch.equal(bare.on_after_batch_transfer(batch, 0)[0], plain)
+
+
+@pytest.mark.parametrize("option", [{"crop_padding": 2}, {"flip": True}, {"random_augment": 9}])
+def test_each_augmentation_does_something(option):
+    module = data.build(DataConfig(name="digits", **option))
+    module.trainer = SimpleNamespace(training=True)
+    torch.manual_seed(0)
+    images = module.train.images[:50]
+    assert not torch.equal(module.look.pixels(module.on_after_batch_transfer((images, images), 0)[0]), images)
+
+
+def test_evaluation_takes_the_middle():
+    look = Look(class_names=("a",), channels=1, size=8, mean=(0.0,), std=(1.0,), crop=0.5)
+    # a ramp from left to right stays one under resizing; its middle half is left of 3/4 and right of 1/4
+    ramp = torch.arange(32, dtype=torch.uint8).expand(1, 32, 32) * 8
+    result = fitted(look)(ramp)
+    assert result.shape == (1, 8, 8)
+    assert result[0, 0].tolist() == pytest.approx([8 * (8 + 2 * at + 0.5) for at in range(8)], abs=4)
+    assert fitted(look)(some_images(1, 20, 60)).shape == (1, 8, 8)
+
+
+# order
+
+
+def placed(rank: int, world: int, epoch: int) -> SimpleNamespace:
+    return SimpleNamespace(global_rank=rank, world_size=world, current_epoch=epoch, training=True)
+
+
+def order(epoch: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> list[int]:
+    module = data.build(DataConfig(name="digits", batch_size=100), seed=seed)
+    module.trainer = placed(rank, world, epoch)
+    return list(module.train_dataloader().sampler)
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    assert sorted(order(3)) == list(range(1437))
+    assert order(3) == order(3)
+    assert order(3) != order(4)
+    assert order(3) != order(3, seed=1)
+
+
+def test_processes_share_an_epoch():
+    halves = [order(1, rank=rank, world=2) for rank in (0, 1)]
+    # an odd number of images: the sampler repeats one, so that the processes take as many steps
+    assert set(halves[0]) | set(halves[1]) == set(range(1437))
+    assert len(halves[0]) == len(halves[1]) == 719
+
+
+def test_processes_evaluate_each_image_once():
+    module = data.build(DataConfig(name="digits", batch_size=50), train=False)
+    labels = []
+    for rank in range(3):
+        module.trainer = placed(rank, 3, 0)
+        labels.append(torch.cat([found for _, found in batches(module, module.val_dataloader())]))
+    together = torch.full((360,), -1)
+    for rank in range(3):
+        together[rank::3] = labels[rank]
+    assert torch.equal(together, module.held_out.labels)
+
+
+# folders
+
+
+def test_a_folder_of_photographs(photos):
+    module = data.build(folder_config(photos))
+    assert module.look.class_names == ("cat", "dog")
+    assert (len(module.train), len(module.held_out)) == (12, 4)
+    [(images, labels)] = batches(module, module.val_dataloader())
+    assert labels.tolist() == [0, 0, 1, 1]
+    assert torch.equal(images[2], fitted(module.look)(read_image(photos / "val/dog/0.png", 3)))
+    for images, labels in batches(module, module.train_dataloader()):
+        assert images.shape == (4, 3, 16, 16)
+        assert images.dtype == torch.uint8
+        assert len(labels) == 4
+
+
+def test_workers_read_the_same(photos):
+    [alone] = batches(m := data.build(folder_config(photos)), m.val_dataloader())
+    [helped] = batches(m := data.build(folder_config(photos, workers=1)), m.val_dataloader())
+    assert torch.equal(alone[0], helped[0])
+
+
+def test_only_the_evaluation_part_is_needed_to_evaluate(photos):
+    (photos / "train").rename(photos / "other")
+    assert len(data.build(folder_config(photos), train=False).held_out) == 4
+    with pytest.raises(DataError, match="train: no such folder; folder:PATH needs"):
+        data.build(folder_config(photos))
+
+
+def test_folders_that_do_not_hold_what_they_should(photos):
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        data.build(folder_config(photos / "nowhere"))
+    (photos / "val" / "horse").mkdir()
+    with pytest.raises(DataError, match="horse: a class that train/ does not have"):
+        data.build(folder_config(photos))
+    (photos / "train" / "horse").mkdir()
+    with pytest.raises(DataError, match="train/horse: no images in this class folder"):
+        data.build(folder_config(photos))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("damage", ["text", "truncated"])
+def test_a_corrupt_image_is_named_in_one_line(photos, workers, damage):
+    victim = photos / "val" / "cat" / "1.png"
+    victim.write_bytes(b"no image" if damage == "text" else victim.read_bytes()[:600])
+    module = data.build(folder_config(photos, workers=workers))
+    with pytest.raises(DataError) as caught:
+        batches(module, module.val_dataloader())
+    assert str(caught.value).startswith(f"{victim}: cannot be read as an image")
+    assert "on_corrupt=skip" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_corrupt_images_are_skipped_by_choice_and_named_once(photos, capsys):
+    victim = photos / "val" / "cat" / "1.png"
+    victim.write_bytes(b"no image")
+    module = data.build(folder_config(photos, on_corrupt="skip"))
+    for _ in range(2):
+        [(images, labels)] = batches(module, module.val_dataloader())
+        assert (len(images), labels.tolist()) == (3, [0, 1, 1])
+    assert capsys.readouterr().out.splitlines() == [f"skipped: {victim}: cannot be read as an image (not an image)"]
+
+
+def test_a_batch_with_nothing_readable_ends_the_run(photos):
+    for path in (photos / "val").rglob("*.png"):
+        path.write_bytes(b"no image")
+    module = data.build(folder_config(photos, on_corrupt="skip"))
+    with pytest.raises(DataError, match="not one image of a batch of 4 could be read"):
+        batches(module, module.val_dataloader())
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (1, "RGBA"), (3, "P"), (3, "L")])
+def test_any_kind_of_image_becomes_what_the_network_takes(tmp_path, channels, mode):
+    from PIL import Image
+
+    Image.new("RGB", (7, 5), (204, 204, 204)).convert(mode).save(tmp_path / "x.png")
+    image = read_image(tmp_path / "x.png", channels)
+    assert image.shape == (channels, 5, 7)
+    assert image.unique().tolist() == [204]
