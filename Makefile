@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
+# threads that wait by spinning make everything many times slower where other programs run too
+export OMP_WAIT_POLICY := passive
 
 .PHONY: demo test test-slow sweep mutants check clean help
 
