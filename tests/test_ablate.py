@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,3 +193,19 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(ConfigError, match="no bigger network"):
         plan(RECIPE.but(model=RECIPE.model.but(name="mobilenet_v2")), ["bigger"])
     assert not (tmp_path / "cells").exists()
+
+
+@pytest.mark.parametrize("left", ["everything but the cell's file", "no checkpoint yet", "an empty folder"])
+def test_wherever_a_cell_was_cut_off(left, tmp_path):
+    """The states that a kill can leave a cell in, beside the one that the test above brings about."""
+    quiet = {"folder": tmp_path, "variants": ["se-var1"], "seeds": 1, "threads": 1, "say": lambda line: None}
+    expected = [line.by_seed for line in ablate.run(RECIPE, **quiet).lines]
+    place = tmp_path / "cells" / "se-var1-seed0"
+    place.with_suffix(".json").unlink()
+    if left != "everything but the cell's file":
+        kept = (place / "recipe.json").read_bytes()
+        shutil.rmtree(place)
+        place.mkdir()
+        if left == "no checkpoint yet":
+            (place / "recipe.json").write_bytes(kept)
+    assert [line.by_seed for line in ablate.run(RECIPE, **quiet).lines] == expected

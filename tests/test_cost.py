@@ -159,3 +159,14 @@ def test_the_command(capsys):
     assert "28,088,024" in said
     assert "…" not in said  # fits 80 columns
     assert "24.37M" in said
+
+
+@pytest.mark.parametrize("attention", ["eca", "cbam"])
+def test_an_attached_gate_costs_what_a_built_in_one_does(attention):
+    from torchvision.models import resnet18
+
+    import ecanet
+
+    attached = ecanet.attach(resnet18(), attention)
+    sizes = {"kernel_sizes": "adaptive"} if attention == "eca" else {}
+    assert count(attached) == count(create_model("resnet18", attention=attention, **sizes))
