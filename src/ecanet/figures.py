@@ -47,7 +47,7 @@ def confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> st
     side = 2.5 + 0.5 * len(class_names) if few else 8
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="predicted", ylabel="true")
     if few:
         axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
@@ -102,8 +102,6 @@ def png(image: Tensor) -> bytes:
     buffer = io.BytesIO()
     to_pil_image(image).save(buffer, "png")
     return buffer.getvalue()
-
-    return bytes(encode_png(image).numpy())
 
 
 def _positions(n: int) -> list[tuple[int, int]]:
