@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ecanet.models import placement
 from ecanet.models.slots import KernelRule, Slot
+from ecanet.models.tail import finish
 
 BASIC, BOTTLENECK = "basic", "bottleneck"
 
@@ -68,9 +69,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, width, H / stride, W / stride)."""
         branch = self.relu(self.bn1(self.conv1(x)))
-        branch = self.bn2(self.conv2(branch))
-        branch = self.attention(branch)
-        return self.relu(branch + self.downsample(x))
+        branch = self.conv2(branch)
+        return finish(branch, self.bn2, self.attention, x, self.downsample)
 
 
 class Bottleneck(nn.Module):
@@ -102,9 +102,8 @@ class Bottleneck(nn.Module):
         """(N, C, H, W) -> (N, 4 * width, H / stride, W / stride)."""
         branch = self.relu(self.bn1(self.conv1(x)))
         branch = self.relu(self.bn2(self.conv2(branch)))
-        branch = self.bn3(self.conv3(branch))
-        branch = self.attention(branch)
-        return self.relu(branch + self.downsample(x))
+        branch = self.conv3(branch)
+        return finish(branch, self.bn3, self.attention, x, self.downsample)
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:

@@ -7,10 +7,10 @@ group read memory once.
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecanet.ops.passes import Form
-from ecanet.ops.reference import widened
+from ecanet.ops.reference import Activation, Gate, squeeze, widened, without_autocast
 
 CACHED = 2**19
 """Elements of a group: 2 MB in float32, so that the groups of four tensors share 8 MB of cache."""
@@ -108,6 +108,22 @@ def grads(t: Tensor, z: Tensor, form: Form, m: Tensor, dm: Tensor | None, dv: Te
 def active(kept: Tensor, z: Tensor, form: Form) -> Tensor:
     """Where the gradient passed: the kept output was not clipped."""
     return ~(kept <= 0) if form.activation == "relu" else (kept > 0) & (kept < 6)
+
+
+def evaluated_tail(
+    z: Tensor, norm: nn.Module, gate: Gate, shortcut: Tensor | None, shortcut_norm: nn.Module | None, activation: Activation
+) -> Tensor:
+    """A tail whose norm stands still: gate and addition in one pass, bit for bit the plain block where the gate is 1."""
+    b = norm(z)
+    with without_autocast(b):
+        g = gate(squeeze(b)).reshape(*b.shape[:2], *(1,) * (b.dim() - 2)).to(b.dtype)
+    if shortcut is None:
+        y = b * g
+    else:
+        y = torch.addcmul(shortcut if shortcut_norm is None else shortcut_norm(shortcut), b, g)
+    if activation is None:
+        return y
+    return y.relu_() if activation == "relu" else y.clamp_(0, 6)
 
 
 def affine(x: Tensor, a: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
