@@ -238,13 +238,14 @@ def test_evaluation_takes_the_middle():
 # order
 
 
-def placed(rank: int, world: int, epoch: int) -> SimpleNamespace:
-    return SimpleNamespace(global_rank=rank, world_size=world, current_epoch=epoch, training=True)
+def placed(rank: int, world: int) -> SimpleNamespace:
+    return SimpleNamespace(global_rank=rank, world_size=world, training=True)
 
 
 def order(epoch: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> list[int]:
     module = data.build(DataConfig(name="digits", batch_size=100), seed=seed)
-    module.trainer = placed(rank, world, epoch)
+    module.trainer = placed(rank, world)
+    module.load_state_dict({"first_epoch": epoch})
     return list(module.train_dataloader().sampler)
 
 
@@ -266,7 +267,7 @@ def test_processes_evaluate_each_image_once():
     module = data.build(DataConfig(name="digits", batch_size=50), train=False)
     labels = []
     for rank in range(3):
-        module.trainer = placed(rank, 3, 0)
+        module.trainer = placed(rank, 3)
         labels.append(torch.cat([found for _, found in batches(module, module.val_dataloader())]))
     together = torch.full((360,), -1)
     for rank in range(3):

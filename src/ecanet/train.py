@@ -57,6 +57,9 @@ def run(
         history = History(place / "metrics.csv")
         display = Display(history, quiet=quiet)
         trainer = _trainer(recipe, task, place, [history, display], accelerator, devices)
+        if recipe.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
+            # Lightning would compute in bfloat16, and say so in a warning only
+            raise ConfigError("precision 16-mixed needs a GPU; on a CPU set precision=bf16-mixed or precision=32")
         if trainer.is_global_zero:
             write_file(place / "recipe.json", json.dumps(to_dict(recipe), indent=2))
             write_file(place / "environment.json", json.dumps(environment(), indent=2))

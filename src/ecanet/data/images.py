@@ -60,6 +60,16 @@ class ImageData(L.LightningDataModule):
         self.config, self.look, self.augment, self.seed = config, look, augment, seed
         self.train, self.held_out = train, held_out
         self.skipped: set[str] = set()
+        self.first_epoch = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch with which a run goes on from a checkpoint that is written at the end of one."""
+        assert self.trainer is not None
+        return {"first_epoch": self.trainer.current_epoch + 1}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Begin with the checkpoint's next epoch."""
+        self.first_epoch = state_dict["first_epoch"]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled by the seed and the epoch alone, so that a resumed run sees what it would have seen."""
@@ -68,8 +78,8 @@ class ImageData(L.LightningDataModule):
         randomness = torch.Generator()
         sampler = _Shuffled(self.train, num_replicas=world, rank=rank, seed=self.seed)
         sampler.randomness = randomness
-        # workers start before Lightning names the epoch to the sampler
-        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
+        # Lightning names later epochs to the sampler, but workers have begun with the first one by then
+        sampler.set_epoch(self.first_epoch)
         whole = len(sampler) > self.config.batch_size
         return self._loader(self.train, sampler=sampler, generator=randomness, drop_last=whole)
 
