@@ -52,9 +52,7 @@ def reduce(
     dy: Tensor, kept: Tensor | None, z: Tensor, shortcut: Tensor | None, form: Form
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The sums over each plane, and t (dy, where the sign is computed again)."""
-    sums, t = _launcher(_reduce)(
-        dy, kept, z, shortcut, form.a, form.b, form.mu, form.shortcut_mu, form.activation
-    )
+    sums, t = _launcher(_reduce)(dy, kept, z, shortcut, form.a, form.b, form.mu, form.shortcut_mu, form.activation)
     return sums[0], sums[1], sums[2] if len(sums) > 2 else None, dy if kept is None else t
 
 
@@ -217,7 +215,9 @@ def _fake_apply(z: Tensor, shortcut: Tensor | None, a: Tensor, *rest: Any) -> tu
     return torch.empty_like(z), _Grid(z).bits(z) if keep else z.new_empty(0, dtype=torch.uint8)
 
 
-def _fake_reduce(dy: Tensor, bits: Tensor | None, z: Tensor, shortcut: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_reduce(
+    dy: Tensor, bits: Tensor | None, z: Tensor, shortcut: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
     kinds = 3 if shortcut is not None and rest[-2] is not None else 2
     sums = z.new_empty((kinds, *z.shape[:2]), dtype=widened(z.dtype))
     return sums, z.new_empty(0) if bits is None else torch.empty_like(z)

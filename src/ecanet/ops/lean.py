@@ -111,7 +111,12 @@ def active(kept: Tensor, z: Tensor, form: Form) -> Tensor:
 
 
 def evaluated_tail(
-    z: Tensor, norm: nn.Module, gate: Gate, shortcut: Tensor | None, shortcut_norm: nn.Module | None, activation: Activation
+    z: Tensor,
+    norm: nn.Module,
+    gate: Gate,
+    shortcut: Tensor | None,
+    shortcut_norm: nn.Module | None,
+    activation: Activation,
 ) -> Tensor:
     """A tail whose norm stands still: gate and addition in one pass, bit for bit the plain block where the gate is 1."""
     b = norm(z)

@@ -125,7 +125,9 @@ def _differentiable(ctx: Any, dy: Tensor, z: Tensor, kept: Tensor | None, shortc
     if kept is not None:
         t = t * ctx.passes.active(kept, z, form)
     elif form.activation is not None:
-        y = scale(centred(z, form.mu), form.a) + (0 if form.b is None else form.b.reshape(*form.b.shape, *(1,) * len(axes)))
+        y = scale(centred(z, form.mu), form.a) + (
+            0 if form.b is None else form.b.reshape(*form.b.shape, *(1,) * len(axes))
+        )
         t = t * (~(y <= 0) if form.activation == "relu" else (y > 0) & (y < 6))
     da, db = total(t * centred(z, form.mu)), total(t)
     dmu = None if form.mu is None else -(form.a * db).sum(0)

@@ -105,7 +105,9 @@ def batch_statistics(norm: nn.Module, m: Tensor, v: Tensor, positions: int) -> t
         return m.new_zeros(m.shape[1]), m.new_ones(m.shape[1])
     count = len(m) * positions
     if count == 1 and norm.training:
-        raise ConfigError("batch norm in training needs more than one value per channel; give a larger batch or model.eval()")
+        raise ConfigError(
+            "batch norm in training needs more than one value per channel; give a larger batch or model.eval()"
+        )
     mu = m.mean(0)
     var = (v + (m - mu).square()).mean(0)
     _track(norm, mu.detach(), var.detach() * (count / max(1, count - 1)))
