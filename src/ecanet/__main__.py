@@ -39,7 +39,7 @@ def _run() -> int:
     # typer carries click's errors in its own package in newer versions, and uses click's in older ones
     usage_error = typer.BadParameter.__bases__[0]
     try:
-        return app(standalone_mode=False) or 0
+        return app(prog_name="ecanet", standalone_mode=False) or 0
     except typer.Abort:
         return 130
     except usage_error as error:  # pyright: ignore[reportGeneralTypeIssues]

@@ -1,0 +1,310 @@
+"""Each command works, and each mistake is one line and exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ecanet.__main__ import TRAIN_EXTRA, main
+from ecanet.figures import png
+
+
+@pytest.fixture
+def ecanet(monkeypatch, capsys, tmp_path):
+    """Run a command line in an empty folder; gives exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def call(*arguments: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ecanet", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """A short run on digits, by the command line in its own process."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    command = [sys.executable, "-m", "ecanet", "train", "quickstart", "--epochs", "4", "--device", "cpu", "--out"]
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # nothing but what a newcomer needs: what is trained, a line per epoch, the result, where to look
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "resnet20",
+        "batch",
+        "folder",
+        *["epoch"] * 4,
+        lines[7].split()[0],
+        "report",
+        "try",
+    ]
+    assert "batch 64 = 64 images × 1 device (cpu) × 1 accumulated; learning rate 0.1 (0.1 for 64)" in lines
+    assert "images/s" in lines[3]
+    assert done.stderr == ""
+    return folder
+
+
+# what works
+
+
+def test_eval_of_a_run(ecanet, digits_run):
+    history = json.loads((digits_run / "metrics.json").read_text())["history"]
+    code, out, _ = ecanet("eval", digits_run, "--json", "--device", "cpu")
+    assert code == 0
+    assert json.loads(out)["top1"] == pytest.approx(max(row["top1"] for row in history))
+    code, out, _ = ecanet("eval", digits_run, "--device", "cpu")
+    assert (code, out.count("\n")) == (0, 1)
+    assert "top1" in out
+
+
+def test_predict_of_a_folder_and_of_files(ecanet, digits_run):
+    code, out, _ = ecanet("predict", digits_run, digits_run / "examples", "--json", "--top", 3)
+    assert code == 0
+    rows = json.loads(out)
+    files = sorted((digits_run / "examples").iterdir())
+    assert [row["path"] for row in rows] == [str(file) for file in files]
+    assert {len(row["classes"]) for row in rows} == {3}
+    # examples/NN-DIGIT.png; the network is right in four of five after four epochs
+    right = sum(row["classes"][0]["name"] == Path(row["path"]).stem.split("-")[1] for row in rows)
+    assert right >= 12
+    code, out, _ = ecanet("predict", digits_run / "checkpoints" / "last.ckpt", files[0])
+    assert code == 0
+    assert "%" in out
+    assert len([line for line in out.splitlines() if files[0].name in line or "%" in line]) >= 1
+
+
+def test_predict_names_a_broken_image_and_stops_or_goes_on(ecanet, digits_run, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    good = tmp_path / "good.png"
+    good.write_bytes(png(torch.zeros(3, 20, 30, dtype=torch.uint8)))
+    code, out, err = ecanet("predict", digits_run, broken, good, "--json")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"ecanet: {broken}: cannot be read as an image")
+    assert err.count("\n") == 1
+    code, out, err = ecanet("predict", digits_run, broken, good, "--json", "--on-corrupt", "skip")
+    assert code == 0
+    assert [row["path"] for row in json.loads(out)] == [str(good)]
+    assert err.startswith(f"skipped: {broken}")
+
+
+def test_resume_of_a_finished_run(ecanet, digits_run):
+    before = json.loads((digits_run / "metrics.json").read_text())
+    code, out, _ = ecanet("train", "--resume", digits_run, "--device", "cpu")
+    assert code == 0
+    assert "report" in out
+    assert json.loads((digits_run / "metrics.json").read_text())["history"] == before["history"]
+
+
+def test_models(ecanet):
+    code, out, _ = ecanet("models", "--json")
+    assert code == 0
+    counts = {(row["model"], row["attention"]): row["parameters"] for row in json.loads(out)}
+    # torchvision's own count, and the paper's 80 on top
+    assert counts["resnet50", "none"] == 25_557_032
+    assert counts["resnet50", "eca"] == 25_557_032 + 80
+    code, out, _ = ecanet("models", "resnet50", "--attention", "eca", "--kernel-sizes", "3333")
+    assert code == 0
+    assert f"{25_557_032 + 48:,}" in out
+
+
+def test_settings_reach_the_recipe(ecanet, tmp_path):
+    options = [
+        "--model",
+        "resnet56",
+        "--attention",
+        "se",
+        "--kernel-sizes",
+        "adaptive",
+        "--batch-size",
+        50,
+        "--seed",
+        9,
+    ]
+    options += ["--learning-rate", 0.5, "--set", "data.flip=true", "--set", "model.options.reduction=4", "--epochs", 1]
+    code, *_ = ecanet("train", "digits", *options, "--out", tmp_path / "run", "--device", "cpu")
+    assert code == 0
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert recipe["model"] == {
+        "name": "resnet56", "attention": "se", "kernel_sizes": "adaptive", "weights": None, "options": {"reduction": 4}
+    }  # fmt: skip
+    assert (recipe["data"]["batch_size"], recipe["data"]["flip"], recipe["seed"]) == (50, True, 9)
+    assert (recipe["optimizer"]["learning_rate"], recipe["epochs"]) == (0.5, 1)
+    # two epochs of warm-up do not fit into one
+    assert recipe["schedule"]["warmup_epochs"] == pytest.approx(2 / 12)
+
+
+# help
+
+
+def test_version_and_help(ecanet):
+    import ecanet as package
+
+    assert ecanet("--version")[:2] == (0, f"ecanet {package.__version__}\n")
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("eval",), ("predict",), ("models",)], ids=" ".join)
+def test_help_fits_a_screen(ecanet, command):
+    code, out, _ = ecanet(*command, "--help")
+    assert code == 0
+    assert "Usage: ecanet" in out
+    assert len(out.splitlines()) <= 45
+    assert max(map(len, out.splitlines())) <= 80
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train quickstart --epochs -1", "epochs must be at least 1, got -1"),
+        ("train quickstart --epochs three", "Invalid value for '--epochs'"),
+        ("train quickstart --epoch 3", "No such option: --epoch .*--epochs"),
+        ("trian quickstart", "No such command 'trian'. Did you mean 'train'"),
+        ("train", "say what to train: .* such as `ecanet train quickstart`"),
+        ("train quickstat", "no recipe or data called 'quickstat'; did you mean 'quickstart'"),
+        ("train digits --model resnet51", "unknown model 'resnet51'"),
+        ("train digits --attention ecaa", "unknown attention 'ecaa'"),
+        ("train digits --kernel-sizes 3,x", "kernel sizes '3,x' are not"),
+        ("train digits --set data.batchsize=3", "data.batchsize is not a setting; did you mean 'batch_size'"),
+        ("train digits --set epochs", "--set epochs: expected KEY=VALUE"),
+        ("train digits --device banana", "cannot train like this: .*banana"),
+        ("train folder:nowhere", "nowhere: no such folder"),
+        ("train fashion-mnist --data-dir nowhere", "nowhere: no such folder"),
+        ("train --resume nowhere", "nowhere: no run here to go on with"),
+        ("train digits --resume nowhere", "--resume takes everything from the run"),
+        ("eval nowhere.ckpt", "no checkpoint at nowhere.ckpt"),
+        ("eval", "Missing argument 'checkpoint'"),
+        ("predict nowhere.ckpt nothing.png", "nothing.png: no such file or folder"),
+        ("predict", "Missing argument"),
+        ("models resnet51", "unknown model 'resnet51'"),
+    ],
+)
+def test_a_mistake_is_one_line(ecanet, tmp_path, command, message):
+    import re
+
+    code, out, err = ecanet(*command.split())
+    assert code == 2
+    assert out == ""
+    assert err.startswith("ecanet: ")
+    assert err.count("\n") == 1
+    assert re.search(message, err, re.IGNORECASE), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_class_folder_is_one_line(ecanet, tmp_path):
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / part / name / "0.png").write_bytes(png(torch.zeros(3, 9, 9, dtype=torch.uint8)))
+    (tmp_path / "train" / "dog" / "0.png").unlink()
+    code, _, err = ecanet("train", f"folder:{tmp_path}")
+    assert code == 2
+    assert "train/dog: no images in this class folder" in err
+    assert err.count("\n") == 1
+
+
+def test_a_corrupt_image_in_training_is_one_line_or_skipped(ecanet, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
+            for at in range(6):
+                image = torch.randint(0, 256, (3, 24, 24), generator=generator, dtype=torch.uint8)
+                (tmp_path / "photos" / part / name / f"{at}.png").write_bytes(png(image))
+    victim = tmp_path / "photos" / "train" / "cat" / "2.png"
+    victim.write_bytes(victim.read_bytes()[:700])
+    command = ["train", f"folder:{tmp_path / 'photos'}", "--model", "resnet20", "--epochs", 1, "--batch-size", 4]
+    command += ["--device", "cpu", "--set", "data.image_size=16", "--set", "data.workers=1"]
+    code, _, err = ecanet(*command, "--out", tmp_path / "run")
+    assert code == 2
+    assert err.startswith(f"ecanet: {victim}: cannot be read as an image")
+    assert err.count("\n") == 1
+    code, out, err = ecanet(*command, "--out", tmp_path / "again", "--set", "data.on_corrupt=skip")
+    assert (code, err) == (0, "")
+    assert [line for line in out.splitlines() if line.startswith("skipped")] == [
+        f"skipped: {victim}: cannot be read as an image (image file is truncated)"
+    ]
+
+
+class _Trap:
+    """A pickle that would make a file if it were trusted."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_checkpoints_that_are_broken_or_would_run_code_are_one_line(ecanet, tmp_path, digits_run):
+    whole = (digits_run / "checkpoints" / "best.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.ckpt").write_text("hello")
+    torch.save({"state_dict": _Trap(tmp_path / "sprung")}, tmp_path / "trap.ckpt")
+    for name, message in (("cut", "truncated"), ("text", "not"), ("trap", "may run code")):
+        for command in (("eval",), ("predict",)):
+            more = [digits_run / "examples"] if command == ("predict",) else []
+            code, out, err = ecanet(*command, tmp_path / f"{name}.ckpt", *more)
+            assert (code, out) == (2, "")
+            assert f"{name}.ckpt" in err
+            assert message in err
+            assert err.count("\n") == 1
+    assert not (tmp_path / "sprung").exists()
+    # the trap is one: trusting it springs it
+    torch.load(tmp_path / "trap.ckpt", weights_only=False)
+    assert (tmp_path / "sprung").exists()
+
+
+# without the train extra
+
+BLOCKED = """
+import sys
+sys.argv = ["ecanet", *{arguments!r}]
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+from ecanet.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("arguments", ["--help", "train quickstart", "models"])
+def test_without_the_train_extra_every_command_is_one_line(arguments):
+    code = BLOCKED.format(arguments=arguments.split(), absent=TRAIN_EXTRA)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "ecanet: typer is not installed; the command line needs more packages: pip install ecanet[train]\n"
+    )
+
+
+def test_without_lightning_alone_training_is_one_line():
+    code = BLOCKED.format(arguments=["train", "quickstart"], absent={"lightning"})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ecanet: lightning is not installed")
+    assert done.stderr.endswith("pip install ecanet[train]\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_list_of_the_train_extra_is_whole():
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    names = {
+        line.partition(">")[0].replace("scikit-learn", "sklearn") for line in project["optional-dependencies"]["train"]
+    }
+    assert names <= TRAIN_EXTRA

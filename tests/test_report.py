@@ -1,0 +1,151 @@
+"""The page shows what was found, and needs nothing but itself."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from ecanet import figures
+from ecanet.config import Recipe
+from ecanet.errors import DataError
+from ecanet.report import Report, environment, write_file
+
+MATRIX = [[7, 2, 1], [0, 10, 0], [3, 3, 4]]
+NAMES = ["cat", "<dog> & co", "horse"]
+
+
+@pytest.fixture
+def report(tmp_path):
+    image = torch.arange(64, dtype=torch.uint8).reshape(1, 8, 8)
+    history = [
+        {"epoch": epoch, "train_loss": 1 / epoch, "val_loss": 2 / epoch, "top1": 10.0 * epoch, "learning_rate": 0.1,
+         "images_per_second": 500.0, "seconds": 2.0}
+        for epoch in (1, 2, 3)
+    ]  # fmt: skip
+    return Report(
+        recipe=Recipe(name="trial", epochs=3),
+        metrics={"val_loss": 0.6667, "top1": 70.0, "best_top1": 71.5},
+        history=history,
+        seconds=6.0,
+        parameters=12345,
+        folder=tmp_path,
+        environment=environment(),
+        evidence={
+            "class_names": NAMES,
+            "confusion": MATRIX,
+            "examples": [
+                {"image": image, "label": 0, "prediction": 0, "probability": 0.9},
+                {"image": image, "label": 1, "prediction": 2, "probability": 0.6},
+            ],
+        },
+    )
+
+
+def test_the_page_needs_nothing_else(report):
+    page = report.to_html()
+    sources = re.findall(r"""(?:src|href)=["']?([^"'\s>]+)""", page)
+    assert sources
+    # data inside the page, and marks inside its own drawings
+    assert all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
+    assert not re.findall(r"<(?:script|link|iframe)\b|url\((?!#)|@import", page)
+
+
+def test_the_page_is_well_formed_and_escapes_names(report):
+    page = report.to_html()
+    assert "<dog>" not in page
+    assert "&lt;dog&gt; &amp; co" in page
+    opened: list[str] = []
+
+    class Checker(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            if tag not in ("meta", "img", "br", "hr", "path", "use", "rect"):
+                opened.append(tag)
+
+        def handle_startendtag(self, tag, attrs):
+            pass
+
+        def handle_endtag(self, tag):
+            if tag not in ("path", "use", "rect"):
+                assert opened.pop() == tag
+
+    Checker().feed(page)
+    assert opened == []
+
+
+def test_the_page_says_the_figures(report):
+    text = re.sub(r"<[^>]+>", " ", report.to_html())
+    for shown in (
+        "71.5",
+        "12,345",
+        "trial: resnet20 with eca on digits",
+        "7 of 10",
+        "10 of 10",
+        "4 of 10",
+        "horse 60%",
+    ):
+        assert shown in " ".join(text.split()), shown
+
+
+def test_classes_are_listed_worst_first_with_their_rivals():
+    rows = re.findall(
+        r"<tr><td>(.*?)</td>.*?<td>(\d+ of \d+)</td><td>(.*?)</td></tr>", figures.accuracy_by_class(MATRIX, NAMES)
+    )
+    assert [(name, count) for name, count, _ in rows] == [
+        ("horse", "4 of 10"), ("cat", "7 of 10"), ("&lt;dog&gt; &amp; co", "10 of 10")
+    ]  # fmt: skip
+    assert rows[1][2] == "&lt;dog&gt; &amp; co (2)"
+    assert rows[2][2] == ""
+
+
+def test_a_class_without_images_does_not_divide_by_zero():
+    assert "0 of 0" in figures.accuracy_by_class([[0, 0], [1, 1]], ["a", "b"])
+    assert "<svg" in figures.confusion([[0, 0], [1, 1]], ["a", "b"])
+
+
+def test_many_classes_are_cut_to_the_worst():
+    n = 50
+    matrix = [[10 - at % 10 if a == at else (at % 10 if a == (at + 1) % n else 0) for a in range(n)] for at in range(n)]
+    table = figures.accuracy_by_class(matrix, [f"c{at}" for at in range(n)])
+    assert table.count("<tr><td>") == figures.MOST_CLASSES_LISTED
+    assert "20 better classes are left out" in table
+
+
+def test_png_is_the_image():
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    for channels in (1, 3):
+        image = torch.randint(0, 256, (channels, 5, 7), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        read = torch.from_numpy(np.array(Image.open(io.BytesIO(figures.png(image)))))
+        assert torch.equal(read if channels == 1 else read.permute(2, 0, 1), image.squeeze(0))
+
+
+def test_written_and_read_again(report):
+    page = report.write()
+    assert page.read_text() == report.to_html()
+    assert sorted(path.name for path in (report.folder / "examples").iterdir()) == ["00-cat.png", "01--dog-co.png"]
+    again = Report.read(report.folder)
+    assert again.to_dict() == report.to_dict()
+
+
+def test_reports_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match=r"no finished run here \(metrics.json is missing\)"):
+        Report.read(tmp_path)
+    for text in ("{", "[]", '{"recipe": {}}', '{"recipe": {"epoch": 3}}'):
+        (tmp_path / "metrics.json").write_text(text)
+        with pytest.raises(DataError, match="not a report that this version can read"):
+            Report.read(tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_file(path, "old")
+    monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_file(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
