@@ -23,11 +23,12 @@ class GateHook:
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """The hook's result takes the output's place."""
-        if self.axis == 1:
-            scaled = self.gate(output)
-        else:
-            scaled = self.gate(output.movedim(self.axis, 1)).movedim(1, self.axis)
-        if scaled.requires_grad and output.requires_grad and not torch.compiler.is_compiling():
+        scaled = self.gate(output.movedim(self.axis, 1)).movedim(1, self.axis)
+        if torch.compiler.is_compiling():
+            return scaled
+        if scaled.stride() != output.stride():
+            scaled = torch.empty_like(output).copy_(scaled)
+        if scaled.requires_grad and output.requires_grad:
             keep_layout(output, scaled)
         return scaled
 
