@@ -20,6 +20,7 @@ from ecanet.errors import ConfigError
 
 __all__ = [
     "DataConfig",
+    "DetectorConfig",
     "ModelConfig",
     "OptimizerConfig",
     "Recipe",
@@ -62,7 +63,8 @@ class _Checked:
 class DataConfig(_Checked):
     """Which images, at which size, changed how.
 
-    ``name`` is ``digits``, ``fashion-mnist``, ``cifar10``, ``cifar100`` or ``folder:PATH``. ``root`` is where files lie
+    ``name`` is ``digits``, ``fashion-mnist``, ``cifar10``, ``cifar100`` or ``folder:PATH``, or for detection
+    ``coco:PATH``, ``scenes`` or ``scenes:fashion-mnist``. ``root`` is where files lie
     that ``name`` does not locate. ``image_size=None`` keeps small sets as they are and crops photographs to 224.
     ``batch_size`` counts the images of one device and one step. ``crop_padding`` and ``flip`` shift and mirror small
     images; photographs are always cropped at random and mirrored. ``random_augment`` is RandAugment's magnitude, 0 for
@@ -102,6 +104,23 @@ class ModelConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DetectorConfig(_Checked):
+    """What ``create_detector`` is called with beside `ModelConfig`, whose ``name`` is then the detector's.
+
+    An image's short side is resized to ``data.image_size``; while training, to that or one of ``scales`` by lot.
+    """
+
+    backbone: str = "resnet50"
+    norm: Literal["eval", "frozen", "train"] = "eval"
+    frozen_stages: int = 1
+    freeze_attention: bool = False
+    small: bool = False
+    scales: tuple[int, ...] = ()
+
+    LIMITS: ClassVar = {"frozen_stages": (0, None)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig(_Checked):
     """``learning_rate`` is meant for ``base_batch`` images a step and scaled in proportion to the batch in use.
 
@@ -133,12 +152,14 @@ class OptimizerConfig(_Checked):
 class ScheduleConfig(_Checked):
     """How the learning rate goes down, after rising in a line over ``warmup_epochs``.
 
-    ``cosine`` ends at 0; ``step`` multiplies by ``factor`` every ``step_epochs``; ``exponential`` every epoch.
+    ``cosine`` ends at 0; ``step`` multiplies by ``factor`` every ``step_epochs``, or after each of ``milestones`` if
+    there are any; ``exponential`` every epoch.
     """
 
     name: Literal["constant", "cosine", "step", "exponential"] = "cosine"
     warmup_epochs: float = 0
     step_epochs: int = 30
+    milestones: tuple[int, ...] = ()
     factor: float = 0.1
 
     LIMITS: ClassVar = {"warmup_epochs": (0, None), "step_epochs": (1, None), "factor": (0, 1)}
@@ -150,13 +171,15 @@ class Recipe(_Checked):
 
     ``accumulate`` batches make one step. ``mixup`` and ``cutmix`` are the Beta distributions' parameters, 0 for none;
     with both, each batch gets one of them. ``loss="bce"`` asks of every class on its own whether it is there.
-    ``ema_decay`` keeps a running mean of the weights, and evaluates that.
+    ``ema_decay`` keeps a running mean of the weights, and evaluates that. ``detector`` is for the detection task, which
+    has no use for ``loss``, smoothing and mixing.
     """
 
     name: str = "custom"
     task: str = "classification"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     epochs: int = 1

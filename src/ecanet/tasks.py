@@ -4,6 +4,7 @@ A task has ``monitor``, the name of the metric by which the best checkpoint is c
 ``evidence()``, plain data for the report.
 """
 
+import json
 import math
 from dataclasses import asdict
 from typing import Any, ClassVar, cast
@@ -15,12 +16,12 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from torchvision.transforms import v2
 
-from ecanet import models
+from ecanet import models, tasks_detection
 from ecanet.config import Recipe, ScheduleConfig, suggestion, to_dict
 from ecanet.data.sources import Look
 from ecanet.errors import ConfigError
 
-__all__ = ["TASKS", "Classification", "Task", "build", "learning_rate_factor"]
+__all__ = ["TASKS", "Classification", "Detection", "Task", "build", "learning_rate_factor"]
 
 # a confusion matrix grows with the square of the classes
 MOST_CLASSES_COMPARED = 1000
@@ -55,7 +56,11 @@ class Task(L.LightningModule):
         """Plain data that the report draws; `ecanet.report` says which names it knows."""
         return {}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def files(self) -> dict[str, str]:
+        """What the last evaluation found, as the names and contents of files, where there is a format for it."""
+        return {}
+
+    def forward(self, x: Any) -> Any:
         """The network's output for normalised images ``x``."""
         return self.model(x.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else x)
 
@@ -209,6 +214,8 @@ def learning_rate_factor(schedule: ScheduleConfig, epoch: float, epochs: int) ->
         case "cosine":
             done = (epoch - schedule.warmup_epochs) / (epochs - schedule.warmup_epochs)
             return (1 + math.cos(math.pi * min(done, 1.0))) / 2
+        case "step" if schedule.milestones:
+            return schedule.factor ** sum(epoch >= milestone for milestone in schedule.milestones)
         case "step":
             return schedule.factor ** (int(epoch) // schedule.step_epochs)
         case "exponential":
@@ -217,4 +224,62 @@ def learning_rate_factor(schedule: ScheduleConfig, epoch: float, epochs: int) ->
             return 1.0
 
 
-TASKS: dict[str, Any] = {"classification": Classification}
+class Detection(Task):
+    """Boxes, and masks with Mask R-CNN, around objects; COCO's average precision, from 0 to 1, on the held-out images.
+
+    ``AP``, ``AP50``, ``AP75``, ``APS``, ``APM`` and ``APL`` are the boxes', ``mask_AP`` and so on the masks'; -1 stands
+    where no held-out object has the size.
+    """
+
+    monitor = "AP"
+
+    def __init__(self, recipe: Recipe, look: Look):
+        super().__init__(recipe, look, tasks_detection.detector(recipe, look))
+        self.outcome: tasks_detection.Outcome | None = None
+
+    def forward(self, x: list[Tensor], targets: Any = None) -> Any:
+        """Losses by name while training, else what is found on each of the images ``x`` (3, H, W) from 0 to 1."""
+        return self.model(x, targets)
+
+    def training_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], batch_idx: int) -> Tensor:
+        """The sum of the detector's losses."""
+        images, targets = batch
+        losses = self(images, targets)
+        loss = torch.stack(list(losses.values())).sum()
+        self.log_dict(
+            {"train_loss": loss, **{f"{name.removeprefix('loss_')}_loss": value for name, value in losses.items()}},
+            on_step=False,
+            on_epoch=True,
+            batch_size=len(images),
+            sync_dist=True,
+        )
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last evaluation."""
+        self.outcome = tasks_detection.Outcome(cast(Any, self.trainer).datamodule.held_out.annotations)
+
+    def validation_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], batch_idx: int) -> None:
+        """Note what is found, and keep a few examples, right and wrong."""
+        assert self.outcome is not None
+        self.outcome.add(*batch, self(batch[0]))
+
+    def on_validation_epoch_end(self) -> None:
+        """Score what all processes found together."""
+        assert self.outcome is not None
+        if self.trainer.world_size > 1:
+            self.outcome.gather()
+        self.log_dict(self.outcome.score(), batch_size=1)
+
+    def evidence(self) -> dict[str, Any]:
+        """Class names, precision by recall, and examples, right and wrong."""
+        found = self.outcome.evidence() if self.outcome else {}
+        return {"class_names": list(self.look.class_names), **found}
+
+    def files(self) -> dict[str, str]:
+        """What was found on the held-out images as COCO's result files, ``bbox.json`` and ``segm.json``."""
+        results = self.outcome.results if self.outcome else {}
+        return {f"{kind}.json": json.dumps(entries) for kind, entries in results.items()}
+
+
+TASKS: dict[str, Any] = {"classification": Classification, "detection": Detection}

@@ -71,6 +71,8 @@ def run(
         report = _report(recipe, task, history, place)
         if trainer.is_global_zero:
             report.write()
+            for name, content in task.files().items():
+                write_file(place / "results" / name, content)
             display.done(report)
     return report
 

@@ -16,6 +16,7 @@ from ecanet.data.sources import IMAGE_SUFFIXES, Look, read_image
 from ecanet.errors import CheckpointError, ConfigError, DataError
 from ecanet.models.checkpoints import load_checkpoint, read_file
 from ecanet.progress import quiet_lightning
+from ecanet.report import write_file
 
 __all__ = ["Prediction", "evaluate", "image_files", "predict", "restore"]
 
@@ -29,6 +30,8 @@ def evaluate(
     accelerator: str = "auto",
 ) -> dict[str, float]:
     """The metrics of ``checkpoint`` (a file, or a run's folder) on held-out data, by default its run's.
+
+    What a detector found is written too, as COCO's result files, into a folder of the checkpoint's name beside it.
 
     Weights from elsewhere need ``model`` and ``data_name``; with a run's checkpoint these outrank its recipe.
 
@@ -55,7 +58,10 @@ def evaluate(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        return {name: float(value) for name, value in trainer.validate(task, images, verbose=False)[0].items()}
+        metrics = trainer.validate(task, images, verbose=False)[0]
+        for name, content in task.files().items():
+            write_file(path.with_suffix("") / name, content)
+        return {name: float(value) for name, value in metrics.items()}
 
 
 def restore(

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ecanet.config import DataConfig, suggestion
+from ecanet.data import boxes
 from ecanet.data.images import images, knows
 from ecanet.data.sources import SMALL_SETS
 from ecanet.errors import ConfigError
@@ -24,5 +25,7 @@ def build(config: DataConfig, *, seed: int = 0, train: bool = True) -> Any:
     """
     if knows(config.name):
         return images(config, seed=seed, train=train)
-    names = [*SMALL_SETS, "folder:PATH"]
+    if boxes.knows(config.name):
+        return boxes.boxes(config, seed=seed, train=train)
+    names = [*SMALL_SETS, "folder:PATH", "coco:PATH", "scenes"]
     raise ConfigError(f"unknown data {config.name!r}; {suggestion(config.name, names)}")

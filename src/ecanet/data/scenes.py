@@ -113,7 +113,7 @@ def _written(
         Image.fromarray(picture).save(folder / name)
         images.append({"id": number, "file_name": name, "height": config.side, "width": config.side})
         for label, mask in objects:
-            run_lengths = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+            run_lengths: Any = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -162,10 +162,10 @@ def _scene(
 def _sizes(side: int, count: int, random: np.random.Generator) -> Iterator[tuple[int, int]]:
     """Heights and widths of the objects, the largest first, since the later ones lie in front.
 
-    Heights are spread evenly on a logarithmic scale over small and medium; one scene in five begins with an object
+    Heights are spread evenly on a logarithmic scale over small and medium; one scene in eight begins with an object
     that fills it, the only way to be large (above 96² pixels) on a canvas of 128.
     """
-    if random.random() < 0.2:
+    if random.random() < 0.125:
         yield side - int(random.integers(0, 5)), side - int(random.integers(0, 5))
         count = min(count - 1, 3)
     heights = np.exp(random.uniform(np.log(16), np.log(0.55 * side), count))
@@ -199,7 +199,8 @@ def _background(side: int, random: np.random.Generator) -> tuple[NDArray[np.floa
 
 
 def _colour(light: bool, random: np.random.Generator, vivid: bool = True) -> NDArray[np.float64]:
-    """A random light or dark colour; ``vivid`` ones stand out from those that are not."""
-    lowest, highest = (140, 255) if light else (0, 115)
-    colour = random.uniform(lowest, highest, 3)
-    return colour if vivid else colour * 0.7 + (lowest + highest) * 0.15
+    """A random light or dark colour; ``vivid`` ones differ in hue too, and stand out from those that are not."""
+    colour = random.uniform(90, 255, 3) if vivid else random.uniform(160, 240, 3)
+    if vivid:
+        colour[random.integers(3)] = random.uniform(210, 255)
+    return colour if light else 255 - colour

@@ -56,7 +56,8 @@ def create_detector(
     frozen_stages: int = 1,
     freeze_attention: bool = False,
     small: bool = False,
-    short_sides: int | Sequence[int] = 800,
+    short_side: int = 800,
+    scales: Sequence[int] = (),
     mean: Sequence[float] = (0.485, 0.456, 0.406),
     std: Sequence[float] = (0.229, 0.224, 0.225),
     **options: object,
@@ -79,8 +80,8 @@ def create_detector(
         frozen_stages: the stem and this many stages are not trained; 0 trains all. Gates are trained everywhere.
         freeze_attention: do not train the gates of the frozen stages either, as the paper counts its parameters.
         small: narrow pyramid and heads, few proposals and small anchors, for images of about 128 pixels.
-        short_sides: an image's short side is resized to this (the long one to at most 5/3 of it); of several, each
-            training image draws one and evaluation takes the last.
+        short_side: an image's short side is resized to this, its long one to at most 5/3 of it.
+        scales: while training, more short sides to draw from.
         mean: of the images' channels, for normalisation.
         std: their deviations.
         **options: go to the attention.
@@ -101,10 +102,11 @@ def create_detector(
         raise ConfigError(f"norm must be 'eval', 'frozen' or 'train', got {norm!r}")
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ConfigError(f"num_classes must be a positive integer, got {num_classes!r}")
-    network = create_model(backbone, attention=attention, kernel_sizes=kernel_sizes, weights=weights, **options)
-    sides = (short_sides,) if isinstance(short_sides, int) else tuple(short_sides)
-    if not sides or min(sides) < 1:
-        raise ConfigError(f"short_sides must be one positive integer or several, got {short_sides!r}")
+    gates: dict[str, Any] = {"attention": attention, "kernel_sizes": kernel_sizes, **options}
+    network = create_model(backbone, weights=weights, **gates)
+    sides = (*scales, short_side)
+    if min(sides) < 1:
+        raise ConfigError(f"short_side and scales must be positive, got {short_side!r} and {tuple(scales)!r}")
     pyramid = Pyramid(
         network,
         levels=_levels(name, network, small),
@@ -116,7 +118,7 @@ def create_detector(
     )
     shape = {
         "min_size": sides,
-        "max_size": round(sides[-1] * 5 / 3),
+        "max_size": round(max(sides) * 5 / 3),
         "image_mean": list(mean),
         "image_std": list(std),
     }
@@ -224,7 +226,7 @@ class _RetinaNet(RetinaNet):
             targets = [{**target, "labels": target["labels"] - 1} for target in targets]
             if any(bool((target["labels"] < 0).any()) for target in targets):
                 raise ConfigError("labels count from 1; a target has label 0 or less")
-        found = super().forward(images, targets)
+        found: Any = super().forward(images, targets)
         return found if self.training else [{**each, "labels": each["labels"] + 1} for each in found]
 
 
