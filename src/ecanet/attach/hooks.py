@@ -23,7 +23,9 @@ class GateHook:
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """The hook's result takes the output's place."""
-        scaled = self.gate(output.movedim(self.axis, 1)).movedim(1, self.axis)
+        scaled = self.gate(output if self.axis == 1 else output.movedim(self.axis, 1))
+        if self.axis != 1:  # a view, which costs an in-place addition afterwards, so only where it must be
+            scaled = scaled.movedim(1, self.axis)
         if torch.compiler.is_compiling():
             return scaled
         if scaled.stride() != output.stride():

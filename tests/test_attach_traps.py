@@ -1,0 +1,185 @@
+"""What silently drops a gate elsewhere: each is survived, or refused in one line."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import attach_sweep as sweep
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+import ecanet
+from ecanet.errors import AttachError
+
+
+def small(attached=True, trained=True):
+    """A plain ResNet-18 with attention attached, and gates that do something."""
+    torch.manual_seed(0)
+    model = models.resnet18(num_classes=4)
+    sweep.randomize(model)
+    if attached:
+        ecanet.attach(model)
+        if trained:
+            sweep.excite([model.get_submodule(site.name) for site in ecanet.attached(model)])
+    return model.eval()
+
+
+def image():
+    return sweep.noise(2, 3, 64, 64)
+
+
+def test_sync_batchnorm_conversion_keeps_the_gates():
+    model = small()
+    before = model(image())
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert isinstance(converted.layer1[0].bn2, nn.SyncBatchNorm)
+    assert torch.equal(converted(image()), before)
+    assert len(ecanet.attached(converted)) == 8
+
+
+def test_compiling_right_after_a_conversion_is_refused_or_right():
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(small())
+    with pytest.raises(Exception, match="run the model once before compiling"):
+        torch.compile(converted, backend="eager", fullgraph=True)(image())
+
+
+def test_compile_fullgraph_and_export():
+    model = small()
+    with torch.no_grad():
+        expected = model(image())
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(image())
+        exported = torch.export.export(model, (image(),))
+    bound = 1e3 * torch.finfo(torch.float32).eps * expected.abs().max()
+    assert (compiled - expected).abs().max() <= bound
+    assert (exported.module()(image()) - expected).abs().max() <= bound
+    assert "layer1.0.eca.conv.weight" in exported.state_dict
+
+
+def test_wrapped_and_compiled_models_are_refused():
+    with pytest.raises(AttachError, match=r"OptimizedModule: attach before torch\.compile"):
+        ecanet.attach(torch.compile(small(False), backend="eager"))
+    compiled = small(False)
+    compiled.layer1.compile(backend="eager")
+    with pytest.raises(AttachError, match=r"layer1 is compiled: attach before"):
+        ecanet.attach(compiled)
+    with pytest.raises(AttachError, match=r"DataParallel: attach to its \.module"):
+        ecanet.attach(nn.DataParallel(small(False)))
+    with pytest.raises(AttachError, match="ScriptModule: attach before scripting"):
+        ecanet.attach(torch.jit.trace(small(False), image()))
+    with pytest.raises(AttachError, match="lazy"):
+        ecanet.attach(nn.Sequential(nn.LazyConv2d(4, 3)))
+
+
+def test_ddp(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = small(trained=False).train()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped(image()).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+        wrapped(image()).sum().backward()  # a second step fails if parameters were unused in the first
+        with pytest.raises(AttachError, match="DistributedDataParallel"):
+            ecanet.attach(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_deepcopy_ema_and_pickle():
+    model = small()
+    expected = model(image())
+    for twin in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.optim.swa_utils.AveragedModel(model).module,
+    ):
+        assert torch.equal(twin.eval()(image()), expected)
+        assert twin.layer1[0].eca is not model.layer1[0].eca
+        twin.layer1[0].eca.neutralize()
+        assert not torch.equal(twin(image()), expected)
+        assert torch.equal(model(image()), expected)
+        assert len(ecanet.attached(twin)) == 8
+
+
+def test_half_and_double_conversion_take_the_gates_along():
+    model = small(trained=False).half()
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    plain = small(False).half()
+    assert torch.equal(model(image().half()), plain(image().half()))
+
+
+def test_gate_left_out_by_fx_is_reported():
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    features = create_feature_extractor(small(), ["layer2"])
+    with pytest.raises(AttachError, match="no part of this model"):
+        ecanet.attached(features)
+
+
+def test_removed_target_is_reported():
+    model = small()
+    del model.layer1[0].bn2
+    with pytest.raises(AttachError, match=r"gate 'layer1\.0\.eca' is no longer reachable: 'bn2' was removed"):
+        ecanet.attached(model)
+
+
+class ConvNormAct(nn.Module):
+    """Ultralytics' Conv: `fuse` deletes the norm and puts another forward in."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return nn.functional.silu(self.bn(self.conv(x)))
+
+    def fuse(self):
+        self.conv = nn.utils.fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
+        del self.bn
+        self.forward = lambda x: nn.functional.silu(self.conv(x))
+
+
+class Residual(nn.Module):
+    """A block whose branch ends in such a module."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.cv1, self.cv2 = ConvNormAct(channels), ConvNormAct(channels)
+
+    def forward(self, x):
+        return x + self.cv2(self.cv1(x))
+
+
+def test_the_gate_survives_fusing_the_norm():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Residual(8)).eval()
+    ecanet.attach(model)
+    assert ecanet.attached(model)[0].after == "1.cv2"
+    sweep.excite([model[1].eca])
+    before = model(image())
+    model[1].cv1.fuse()
+    model[1].cv2.fuse()
+    after = model(image())
+    assert (after - before).abs().max() <= 1e3 * torch.finfo(torch.float32).eps * before.abs().max()
+    sweep.excite([model[1].eca], seed=5)
+    assert not torch.equal(model(image()), after)
+    assert len(ecanet.attached(model)) == 1
+
+
+def test_pickle_into_a_fresh_process_does_not_lose_hooks(tmp_path):
+    torch.save(small(), tmp_path / "model.pt")
+    code = f"""
+import torch, ecanet
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+calls = []
+handles = [m.register_forward_hook(lambda *a: calls.append(1)) for m in model.modules()]
+assert len(ecanet.attached(model)) == 8
+x = torch.rand((2, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+before = model(x)
+model.layer1[0].eca.neutralize()
+assert not torch.equal(model(x), before)
+print(len(calls) > 0)
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["True"]
