@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any, ClassVar, cast
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -66,7 +67,9 @@ class Task(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Random numbers depend on seed, epoch and process alone, so an interrupted run repeats none."""
-        torch.manual_seed(self.recipe.seed + (self.current_epoch << 32) + (self.global_rank << 48))
+        # torch looks at 32 bits of a seed on a CPU, so all three are mixed into as many
+        mixed = np.random.SeedSequence((self.recipe.seed, self.current_epoch, self.global_rank)).generate_state(1)
+        torch.manual_seed(int(mixed[0]))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep with the weights what is needed to use them, as plain values."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -150,7 +151,9 @@ class Batches(Sampler[list[tuple[int, bool]]]):
         return max(1, len(self.wide) // (self.batch_size * self.world))
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        random = torch.Generator().manual_seed(self.seed + (self.epoch << 32))
+        # torch looks at 32 bits of a seed on a CPU, so seed and epoch are mixed into as many
+        mixed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
+        random = torch.Generator().manual_seed(mixed)
         order = torch.randperm(len(self.wide), generator=random)
         mirror = (torch.rand(len(self.wide), generator=random) < 0.5) & self.flip
         waiting: dict[bool, list[tuple[int, bool]]] = {True: [], False: []}

@@ -1,0 +1,195 @@
+"""Annotated images: what a folder in COCO's layout says, and what is said of a broken one."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from ecanet.config import DataConfig
+from ecanet.data.annotations import _run_lengths, decode, read_annotations
+from ecanet.data.boxes import Batches, Boxes, boxes, flipped
+from ecanet.errors import DataError
+
+SQUARE = [[2.0, 3.0, 7.0, 3.0, 7.0, 9.0, 2.0, 9.0]]
+
+
+def annotation(number=1, image=1, category=7, box=(2.0, 3.0, 5.0, 6.0), segmentation=SQUARE, **more):
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "bbox": list(box),
+        "area": 30.0,
+        "iscrowd": 0,
+        "segmentation": segmentation,
+        **more,
+    }
+
+
+def folder(path, annotations, images=((1, 20, 12), (2, 10, 30))):
+    """A COCO folder with pictures (id, width, height) whose two halves are alike."""
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": width, "height": height} for i, width, height in images],
+        "categories": [{"id": 7, "name": "cup"}, {"id": 3, "name": "cat"}],
+        "annotations": annotations,
+    }
+    for split in ("train2017", "val2017"):
+        (path / split).mkdir(parents=True, exist_ok=True)
+        for i, width, height in images:
+            shades = np.arange(width * height * 3, dtype=np.uint8).reshape(height, width, 3)
+            Image.fromarray(shades).save(path / split / f"{i}.png")
+        (path / "annotations").mkdir(exist_ok=True)
+        (path / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return path
+
+
+def read(path, **options):
+    return read_annotations(path / "annotations" / "instances_val2017.json", path / "val2017", **options)
+
+
+def test_a_target_is_what_the_file_says(tmp_path):
+    crowd = annotation(3, box=(0, 0, 20, 12), iscrowd=1, segmentation={"size": [12, 20], "counts": [0, 240]})
+    found = read(folder(tmp_path, [annotation(), annotation(2, category=3, box=(0, 0, 4, 4)), crowd]))
+    assert found.class_names == ("cat", "cup")
+    image, target = Boxes(found)[0, False]
+    assert image.shape == (3, 12, 20)
+    assert image.dtype == torch.uint8
+    assert target["boxes"].tolist() == [[2, 3, 7, 9], [0, 0, 4, 4]]
+    # labels count from 1 in the order of the categories' ids, and the crowd is left out
+    assert target["labels"].tolist() == [2, 1]
+    expected = torch.zeros(12, 20, dtype=torch.uint8)
+    expected[3:9, 2:7] = 1
+    assert torch.equal(target["masks"][0], expected)
+    # evaluation knows the crowd
+    assert [a["iscrowd"] for a in found.ground_truth().dataset["annotations"]] == [0, 0, 1]
+
+
+def test_an_image_without_objects_has_an_empty_target(tmp_path):
+    _, target = Boxes(read(folder(tmp_path, [annotation()])))[1, True]
+    assert target["boxes"].shape == (0, 4)
+    assert target["labels"].shape == (0,)
+    assert target["masks"].shape == (0, 30, 10)
+
+
+def test_flips_take_boxes_and_masks_along(tmp_path):
+    data = Boxes(read(folder(tmp_path, [annotation()])))
+    image, target = data[0, False]
+    mirrored, moved = data[0, True]
+    assert torch.equal(mirrored, image.flip(-1))
+    # 20 wide: the box from 2 to 7 is now from 13 to 18
+    assert moved["boxes"].tolist() == [[13, 3, 18, 9]]
+    rows, columns = moved["masks"][0].nonzero().unbind(1)
+    assert [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] == [13, 3, 18, 9]
+    assert torch.equal(flipped(mirrored, moved)[1]["boxes"], target["boxes"])
+
+
+def test_boxes_are_clipped_and_degenerate_ones_counted(tmp_path):
+    hanging, outside = annotation(2, box=(15, -4, 10, 8)), annotation(3, box=(30, 2, 5, 5))
+    found = read(folder(tmp_path, [annotation(), hanging, outside, annotation(4, box=(19.5, 2, 5, 5))]))
+    assert [o["bbox"] for o in found.pictures[0].objects] == [[2, 3, 5, 6], [15, 0, 5, 4]]
+    assert found.degenerate == 2
+
+
+BROKEN = {
+    "no such image": annotation(9, image=5),
+    "unknown category 4": annotation(9, category=4),
+    r"not four finite numbers": annotation(9, box=(1, 2, math.nan, 4)),
+    r"box \[1, 2, 0, 4\] has no area": annotation(9, box=(1, 2, 0, 4)),
+    "has no area": annotation(9, box=(1, 2, 3, -4)),
+    "three points or more": annotation(9, segmentation=[[1.0, 2.0, 3.0, 4.0]]),
+    "as x, y, x, y": annotation(9, segmentation=[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]]),
+    "coordinates are not all finite": annotation(9, segmentation=[[1.0, 2.0, 3.0, 4.0, 5.0, math.inf]]),
+    "list of polygons is empty": annotation(9, segmentation=[]),
+    r"mask's size is \[5, 5\]": annotation(9, segmentation={"size": [5, 5], "counts": [25]}),
+    "sum to 250, not to its 240": annotation(9, segmentation={"size": [12, 20], "counts": [10, 240]}),
+    "run lengths cannot be read": annotation(9, segmentation={"size": [12, 20], "counts": "Q"}),
+}
+
+
+@pytest.mark.parametrize("complaint", BROKEN)
+def test_a_broken_annotation_is_named_in_one_line(tmp_path, complaint):
+    path = folder(tmp_path, [annotation(), BROKEN[complaint]])
+    with pytest.raises(DataError, match=rf"annotation 9 of image \d: .*{complaint}.*data.on_corrupt=skip") as error:
+        read(path)
+    assert "\n" not in str(error.value)
+    # and without it the rest is as it was
+    found = read(path, skip=True)
+    assert len(found.problems) == 1
+    assert [len(p.objects) for p in found.pictures] == [1, 0]
+
+
+def test_a_missing_image_is_named_or_skipped(tmp_path):
+    path = folder(tmp_path, [annotation(), annotation(2, image=2, box=(1, 1, 2, 2))])
+    (path / "val2017" / "2.png").unlink()
+    with pytest.raises(DataError, match=r"image 2: .*2\.png is missing"):
+        read(path)
+    found = read(path, skip=True)
+    assert [p.id for p in found.pictures] == [1]
+    # one line for the image, none for what was on it
+    assert len(found.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [("{", "cannot be read as JSON"), ("[]", "no list called 'images'"), ('{"images": [{"id": 1}]}', "no 'file_name'")],
+)
+def test_a_file_of_another_kind_is_said_to_be(tmp_path, content, complaint):
+    path = folder(tmp_path, [])
+    (path / "annotations" / "instances_val2017.json").write_text(content)
+    with pytest.raises(DataError, match=complaint):
+        read(path)
+
+
+def test_an_image_of_another_size_than_annotated_is_named(tmp_path):
+    path = folder(tmp_path, [annotation()])
+    Image.new("RGB", (5, 5)).save(path / "val2017" / "1.png")
+    assert "5 × 5 pixels, its annotation says 20 × 12" in Boxes(read(path))[0, False].message
+
+
+def test_compressed_run_lengths_are_read_as_pycocotools_writes_them():
+    random = np.random.default_rng(0)
+    for side in (1, 7, 200):
+        mask = (random.random((side, side + 3)) < 0.3).astype(np.uint8)
+        text = coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
+        lengths = list(_run_lengths(text))
+        runs = np.concatenate([np.full(n, value % 2, np.uint8) for value, n in enumerate(lengths)])
+        assert np.array_equal(runs.reshape(mask.shape, order="F"), mask)
+        assert np.array_equal(decode({"size": list(mask.shape), "counts": text}, *mask.shape), mask)
+
+
+def test_batches_are_of_one_shape_and_repeat_by_epoch(tmp_path):
+    shapes = [(i, 20 if i % 2 else 10, 15) for i in range(1, 17)]
+    pictures = read(folder(tmp_path, [], images=shapes)).pictures
+
+    def epoch(number, rank=0, world=1, flip=True):
+        batches = Batches(pictures, 4, flip=flip, seed=3, rank=rank, world=world)
+        batches.set_epoch(number)
+        return list(batches)
+
+    assert epoch(0) == epoch(0)
+    assert epoch(0) != epoch(1)
+    for batch in epoch(0):
+        assert len({pictures[place].width for place, _ in batch}) == 1
+    places = [place for batch in epoch(5) for place, _ in batch]
+    assert sorted(places) == list(range(16))
+    assert {mirror for batch in epoch(0) for _, mirror in batch} == {True, False}
+    assert not any(mirror for batch in epoch(0, flip=False) for _, mirror in batch)
+    # two processes share the batches of one
+    assert sorted(epoch(0, 0, 2) + epoch(0, 1, 2)) == sorted(epoch(0))
+
+
+def test_a_coco_folder_becomes_batches(tmp_path, capsys):
+    path = folder(tmp_path, [annotation(), BROKEN["unknown category 4"], annotation(5, box=(30, 2, 5, 5))])
+    data = boxes(DataConfig(name=f"coco:{path}", batch_size=2, workers=0, on_corrupt="skip"))
+    said = capsys.readouterr().out.splitlines()
+    assert sum("skipped: annotation 9" in line for line in said) == 2
+    assert sum(line.startswith("dropped: 1 boxes") for line in said) == 2
+    assert len(data.train) == len(data.held_out) == 2
+    images, targets, unreadable = next(iter(data.val_dataloader()))
+    assert [tuple(image.shape) for image in images] == [(3, 12, 20), (3, 30, 10)]
+    assert [len(target["labels"]) for target in targets] == [1, 0]
+    assert unreadable == []

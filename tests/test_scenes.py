@@ -1,0 +1,111 @@
+"""Scenes are a true COCO folder, the same for the same seed, and their held-out digits are held out."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from ecanet.data.annotations import decode, read_annotations
+from ecanet.data.scenes import FEWEST_VISIBLE, SceneConfig, _scene, _sprites, scenes
+from ecanet.data.sources import SMALL_SETS
+from ecanet.errors import ConfigError
+
+FEW = SceneConfig(train=6, held_out=60)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return scenes(FEW, tmp_path_factory.mktemp("scenes"))
+
+
+def content(place, split="val2017"):
+    return json.loads((place / "annotations" / f"instances_{split}.json").read_text())
+
+
+def test_the_folder_is_cocos_and_nothing_is_wrong_with_it(place):
+    for split, count in (("train2017", 6), ("val2017", 60)):
+        found = read_annotations(place / "annotations" / f"instances_{split}.json", place / split)
+        assert len(found.pictures) == count
+        assert found.degenerate == 0
+        assert found.class_names == tuple("0123456789")
+
+
+def test_one_to_eight_objects_of_all_sizes(place):
+    annotations = content(place)["annotations"]
+    per_image = np.bincount([a["image_id"] for a in annotations], minlength=61)[1:]
+    assert per_image.min() >= 1
+    assert per_image.max() <= 8
+    assert len(set(per_image)) >= 5
+    areas = np.array([a["area"] for a in annotations])
+    assert (areas < 32**2).any()
+    assert ((areas > 32**2) & (areas < 96**2)).any()
+    assert (areas > 96**2).any()
+
+
+def test_boxes_hold_their_masks_tightly_and_masks_do_not_overlap(place):
+    seen = {}
+    for a in content(place)["annotations"]:
+        mask = decode(a["segmentation"], 128, 128)
+        rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+        x, y, width, height = a["bbox"]
+        assert (x, y, x + width, y + height) == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+        assert a["area"] == mask.sum() == coco_mask.area(a["segmentation"])
+        seen[a["image_id"]] = seen.get(a["image_id"], 0) + mask
+    # the one in front hides the one behind
+    assert all(count.max() == 1 for count in seen.values())
+
+
+def test_some_objects_are_hidden_in_part_and_none_too_much():
+    sprites, labels = _sprites(FEW, train=False)
+    hidden = 0
+    for n in range(40):
+        _, objects = _scene(FEW, sprites, labels, np.random.default_rng(n))
+        boxes = [np.argwhere(mask) for _, mask in objects]
+        spans = [(at.min(0), at.max(0)) for at in boxes]
+        hidden += any(
+            (np.maximum(a[0], b[0]) <= np.minimum(a[1], b[1])).all() for i, a in enumerate(spans) for b in spans[:i]
+        )
+        # a digit's ink covers some tenth of its box at the very least
+        assert all(len(at) >= FEWEST_VISIBLE * 0.1 * np.ptp(at, axis=0).prod() for at in boxes)
+    assert hidden >= 10
+
+
+def test_the_same_seed_makes_the_same_files(place, tmp_path):
+    again = scenes(FEW, tmp_path)
+    other = scenes(SceneConfig(train=6, held_out=60, seed=1), tmp_path)
+    assert content(again) == content(place)
+    assert content(other)["annotations"] != content(place)["annotations"]
+    first = [np.asarray(Image.open(p / "val2017" / "000000000001.png")) for p in (place, again, other)]
+    assert np.array_equal(first[0], first[1])
+    assert not np.array_equal(first[0], first[2])
+    assert first[0].shape == (128, 128, 3)
+
+
+def test_made_once(place, monkeypatch):
+    monkeypatch.setattr("ecanet.data.scenes._scene", None)
+    assert scenes(FEW, place.parent) == place
+
+
+def test_held_out_scenes_show_held_out_sprites():
+    for train in (True, False):
+        sprites, labels = _sprites(FEW, train=train)
+        images, expected = SMALL_SETS["digits"].load(None, train)
+        assert np.array_equal(sprites, images[:, 0].numpy())
+        assert np.array_equal(labels, expected.numpy())
+    held_out = {sprite.tobytes() for sprite in _sprites(FEW, train=False)[0]}
+    assert not held_out & {sprite.tobytes() for sprite in _sprites(FEW, train=True)[0]}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"sprites": "cats"}, "digits or fashion-mnist"),
+        ({"side": 20}, "side must be at least 64"),
+        ({"most": 0}, "most"),
+    ],
+)
+def test_settings_that_make_no_scenes_are_refused(wrong, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        SceneConfig(**wrong)
