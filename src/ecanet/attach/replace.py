@@ -21,7 +21,7 @@ KINDS = {
         r"^(\w*(SE|Se)(Module|Layer|Block|Attention)?|\w*SqueezeExcit(e|ation)(Layer|Module|Block)?|se_?(layer|block|module))$"
     ),
     "eca": re.compile(
-        r"^(C?ECA|C?Eca|c?eca)_?([Mm]odule|[Ll]ayer|[Bb]lock|[Aa]ttention|NS)?$|^EfficientChannelAttention$"
+        r"^(C?ECA|C?Eca|[Cc]?eca)_?([Mm]odule|[Ll]ayer|[Bb]lock|[Aa]ttention|NS)?$|^EfficientChannelAttention$"
     ),
 }
 """Class names of torchvision's, timm's, Hugging Face's, the authors' and commonly pasted modules."""
