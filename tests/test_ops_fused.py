@@ -10,13 +10,22 @@ import pytest
 import torch
 from torch import nn
 
+from budget import assert_within_budget, layout
 from ecanet import ECA, ops, traffic
 from ecanet.errors import ConfigError
-from budget import assert_within_budget, layout
 
 pytest.importorskip("triton")
 
-SHAPES = [(2, 1, 1, 1), (1, 3, 7, 7), (5, 17, 7, 7), (2, 3, 17, 19), (1, 64, 7, 7), (1, 2048, 7, 7), (0, 3, 5, 5), (2, 70, 23, 29)]
+SHAPES = [
+    (2, 1, 1, 1),
+    (1, 3, 7, 7),
+    (5, 17, 7, 7),
+    (2, 3, 17, 19),
+    (1, 64, 7, 7),
+    (1, 2048, 7, 7),
+    (0, 3, 5, 5),
+    (2, 70, 23, 29),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -59,16 +68,20 @@ def results(impl, tensors, norm, gate, shortcut, activation, wide):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_tail_within_budget(shape, last, dtype, impl):
     tensors, norm, gate = case(shape, last, dtype)
-    for index, (shortcut, activation) in enumerate([("plain", "relu"), (None, "relu6"), ("normed", "relu"), ("plain", None)]):
+    for index, (shortcut, activation) in enumerate(
+        [("plain", "relu"), (None, "relu6"), ("normed", "relu"), ("plain", None)]
+    ):
         if shape[1] > 100 and index > 1:
             continue  # the wide one once with and once without a shortcut
         norm.train(index != 3)
         actual = results(impl, tensors, norm, gate, shortcut, activation, False)
         low = results("reference", tensors, norm, gate, shortcut, activation, False)
         oracle = results("reference", tensors, norm, gate, shortcut, activation, True)
-        # an element within rounding of the activation's corner may fall on either side: its share of a sum
         for number, (a, b, c) in enumerate(zip(actual, low, oracle, strict=True)):
-            assert_within_budget(f"{shortcut} {activation} result {number}", a.float(), b.float(), c.double(), roundings=8)
+            # gradients are differences of terms as large as dy, which may leave nothing: their rounding is that of dy
+            terms = tensors[2].flatten()
+            a, b, c = (torch.cat((x.flatten(), terms.to(x.dtype))) for x in (a, b, c))
+            assert_within_budget(f"{shortcut} {activation} result {number}", a, b, c, roundings=4)
 
 
 @pytest.mark.parametrize("impl", ["lean", "fused"])

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -173,7 +174,9 @@ def folded(convolution: nn.Module, norm: nn.Module) -> nn.Module:
     """``convolution`` with ``norm`` in its weights."""
     assert isinstance(convolution, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)
-    return fuse_conv_bn_eval(convolution, norm)
+    # in float64, so that the folded weights are rounded once
+    wide = fuse_conv_bn_eval(copy.deepcopy(convolution).double(), copy.deepcopy(norm).double())
+    return wide.to(convolution.weight.dtype).requires_grad_(False)
 
 
 def fold_norms(model: nn.Module) -> None:
@@ -181,11 +184,10 @@ def fold_norms(model: nn.Module) -> None:
     for parent in model.modules():
         if isinstance(parent, InferenceBlock):
             continue
-        names = list(parent._modules)
-        for first, second in zip(names, names[1:], strict=False):
+        for first, second in pairwise(list(parent._modules)):
             convolution, norm = parent._modules[first], parent._modules[second]
             follows = isinstance(parent, nn.Sequential) or (first, second) == ("conv1", "bn1")
-            if follows and type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
-                if not norm._forward_hooks and norm.running_mean is not None:
-                    parent._modules[first] = folded(convolution, norm)
-                    parent._modules[second] = nn.Identity()
+            plain = type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None
+            if follows and plain and not hooked(norm):  # pyright: ignore[reportArgumentType]
+                parent._modules[first] = folded(convolution, norm)  # pyright: ignore[reportArgumentType]
+                parent._modules[second] = nn.Identity()

@@ -8,6 +8,7 @@ LAST says that channels are neighbours in memory (channels-last); else positions
 the activation passed on, come eight channels to a byte: (N, P, C / 8) for LAST, else (N, C / 8, P).
 """
 
+# ruff: noqa: N803
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
