@@ -3,12 +3,12 @@
 import copy
 import warnings
 
-import attach_sweep as sweep
 import pytest
 import torch
 from torch import nn
 from torchvision import models
 
+import attach_sweep as sweep
 import ecanet
 from ecanet.errors import AttachError, ConfigError
 
@@ -351,3 +351,10 @@ def test_a_gate_trains_only_in_an_optimizer_made_afterwards():
     model.train()(image()).square().sum().backward()
     optimizer.step()
     assert all(model.get_submodule(site.name).conv.weight.any() for site in ecanet.attached(model))
+
+
+def test_the_first_example_of_the_guide_runs():
+    page = (sweep.ROOT / "docs" / "attach.md").read_text() if (sweep.ROOT / "docs").is_dir() else None
+    if page is None:
+        pytest.skip("the guide is not here")
+    exec(page.split("```python\n")[1].split("```")[0], {})
