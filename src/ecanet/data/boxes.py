@@ -185,7 +185,7 @@ class BoxData(ImageData):
         pictures, config = self.train.annotations.pictures, self.config
         batches = Batches(pictures, config.batch_size, flip=config.flip, seed=self.seed, rank=rank, world=world)
         # workers start before Lightning names the epoch to the sampler
-        batches.set_epoch(self.trainer.current_epoch if self.trainer else 0)
+        batches.set_epoch(self.first_epoch)
         return self._batches(self.train, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[Any]:

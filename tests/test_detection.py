@@ -1,0 +1,308 @@
+"""Detectors: what they count, what of them is trained, what they are scored, and that they learn."""
+
+import copy
+import json
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from ecanet import create_model
+from ecanet.attention.base import Attention
+from ecanet.config import with_settings
+from ecanet.cost import count
+from ecanet.data.annotations import read_annotations
+from ecanet.data.boxes import Boxes
+from ecanet.data.scenes import SceneConfig, scenes
+from ecanet.errors import ConfigError
+from ecanet.models.detection import DETECTORS, create_detector
+from ecanet.recipes import find
+from ecanet.tasks_detection import METRICS, Outcome, all_found, average_precision
+
+SMALL = {"num_classes": 10, "small": True, "short_side": 128}
+
+
+def trainable(name, backbone, attention):
+    with torch.device("meta"):
+        model = create_detector(name, backbone, attention=attention, freeze_attention=True)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# the paper's Table 5, millions
+TABLE_5 = {
+    ("faster_rcnn", "resnet50"): ("41.53", "44.02", "41.53"),
+    ("faster_rcnn", "resnet101"): ("60.52", "65.24", "60.52"),
+    ("mask_rcnn", "resnet50"): ("44.18", "46.67", "44.18"),
+    ("mask_rcnn", "resnet101"): ("63.17", "67.89", "63.17"),
+    ("retinanet", "resnet50"): ("37.74", "40.23", "37.74"),
+    ("retinanet", "resnet101"): ("56.74", "61.45", "56.74"),
+}
+
+
+@pytest.mark.parametrize(("name", "backbone"), TABLE_5)
+def test_trainable_parameters_are_the_papers(name, backbone):
+    measured = tuple(f"{trainable(name, backbone, a) / 1e6:.2f}" for a in ("none", "se", "eca"))
+    assert measured == TABLE_5[name, backbone]
+
+
+def test_plain_counts_are_known_exactly():
+    assert [trainable(name, "resnet50", "none") for name in DETECTORS] == [41_531_812, 44_175_349, 37_743_348]
+
+
+@pytest.mark.parametrize(("backbone", "added"), [("resnet50", "0.11"), ("resnet101", "0.18")])
+def test_the_gates_add_what_the_paper_prints(backbone, added):
+    with torch.device("meta"):
+        plain, eca = (count(create_model(backbone, attention=a), (3, 800, 1280)) for a in ("none", "eca"))
+    assert f"{(eca.operations - plain.operations) / 1e9:.2f}" == added
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory):
+    folder = scenes(SceneConfig(train=4, held_out=4), tmp_path_factory.mktemp("scenes"))
+    return Boxes(read_annotations(folder / "annotations" / "instances_train2017.json", folder / "train2017"))
+
+
+def batch(data):
+    items = [data[at, False] for at in range(len(data))]
+    return [image.float() / 255 for image, _ in items], [target for _, target in items]
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("norm", ["eval", "frozen", "train"])
+def test_what_is_frozen_stays_and_every_gate_learns(name, norm, some):
+    torch.manual_seed(0)
+    model = create_detector(name, "resnet18", norm=norm, **SMALL)
+    before = copy.deepcopy(model.state_dict())
+    images, targets = batch(some)
+    model.train()
+    torch.stack(list(model(images, targets).values())).sum().backward()
+    gates = [p for m in model.modules() if isinstance(m, Attention) for p in m.parameters()]
+    assert len(gates) >= 6
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in gates)
+    body = model.backbone.body
+    assert not any(p.requires_grad for p in (body.conv1.weight, body.bn1.weight, body.layer1[0].conv1.weight))
+    assert body.layer2[0].conv1.weight.grad is not None
+    assert body.layer2[0].bn1.weight.requires_grad == (norm != "frozen")
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    if norm == "train":
+        assert moved
+        assert not any(k.startswith(("backbone.body.bn1", "backbone.body.layer1")) for k in moved)
+        assert "backbone.body.layer2.0.bn1.running_mean" in moved
+    else:
+        assert not moved
+
+
+def test_frozen_stages_and_frozen_gates():
+    model = create_detector("faster_rcnn", "resnet18", frozen_stages=0, **SMALL)
+    assert all(p.requires_grad for p in model.parameters())
+    model = create_detector("faster_rcnn", "resnet18", frozen_stages=2, freeze_attention=True, **SMALL)
+    still = {n.split(".")[2] for n, p in model.named_parameters() if not p.requires_grad}
+    assert still == {"conv1", "bn1", "layer1", "layer2"}
+    assert not any(p.requires_grad for p in model.backbone.body.layer2.parameters())
+    with pytest.raises(ConfigError, match="frozen_stages must be 0 to 4"):
+        create_detector("faster_rcnn", "resnet18", frozen_stages=5, **SMALL)
+
+
+@pytest.mark.parametrize("backbone", ["resnet20", "mobilenet_v2", "resnet18"])
+@pytest.mark.parametrize("name", DETECTORS)
+def test_every_backbone_fits_every_detector(name, backbone, some):
+    model = create_detector(name, backbone, attention="se", **SMALL)
+    images, targets = batch(some)
+    losses = model(images[:1], targets[:1])
+    assert all(loss.isfinite() for loss in losses.values())
+    with torch.no_grad():
+        found = model.eval()(images[:1])[0]
+    assert {"boxes", "labels", "scores"} <= found.keys()
+    assert ("masks" in found) == (name == "mask_rcnn")
+
+
+def test_an_empty_image_gives_finite_losses(some):
+    images, targets = batch(some)
+    empty = {k: v[:0] for k, v in targets[0].items() if k != "image_id"}
+    for name in DETECTORS:
+        losses = create_detector(name, "resnet20", **SMALL)(images[:1], [empty])
+        assert all(loss.isfinite() for loss in losses.values()), name
+
+
+def test_the_backbone_takes_classification_weights(tmp_path):
+    network = create_model("resnet18", num_classes=7)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "weights.pth")
+    model = create_detector("retinanet", "resnet18", weights=tmp_path / "weights.pth", **SMALL)
+    own = model.backbone.body.state_dict()
+    assert own
+    assert all(torch.equal(own[k], network.state_dict()[k]) for k in own)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"name": "yolo"}, "faster_rcnn, mask_rcnn, retinanet"),
+        ({"norm": "group"}, "'eval', 'frozen' or 'train'"),
+        ({"num_classes": 0}, "num_classes"),
+        ({"short_side": 0}, "positive"),
+        ({"backbone": "resnet5"}, "unknown model"),
+    ],
+)
+def test_mistakes_are_named(settings, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        create_detector(**{"name": "faster_rcnn", "backbone": "resnet18", **settings})
+
+
+def test_retinanet_wants_labels_from_one(some):
+    images, targets = batch(some)
+    targets[0] = {**targets[0], "labels": targets[0]["labels"] * 0}
+    with pytest.raises(ConfigError, match="labels count from 1"):
+        create_detector("retinanet", "resnet20", **SMALL)(images, targets)
+
+
+# scores
+
+
+def perfect(data):
+    found = []
+    for at in range(len(data)):
+        target = data[at, False][1]
+        sure = torch.ones(len(target["labels"]))
+        masks = target["masks"][:, None].float()
+        found.append({"boxes": target["boxes"], "labels": target["labels"], "scores": sure, "masks": masks})
+    return found
+
+
+def test_perfect_predictions_score_one_and_none_score_zero(some):
+    images, targets = batch(some)
+    outcome = Outcome(some.annotations)
+    outcome.add(images, targets, perfect(some))
+    scores = outcome.score()
+    # means of some hundred ones
+    assert {round(v, 12) for v in scores.values()} - {-1} == {1.0}
+    assert set(scores) == {*METRICS, *(f"mask_{name}" for name in METRICS)}
+    assert all(example["right"] for example in outcome.examples)
+    nothing = Outcome(some.annotations)
+    nothing.add(images, targets, [{k: v[:0] for k, v in found.items()} for found in perfect(some)])
+    assert {v for v in nothing.score().values() if v != -1} == {0.0}
+    assert not any(example["right"] for example in nothing.examples)
+
+
+def test_scores_are_those_of_pycocotools_on_the_files(some, tmp_path):
+    images, targets = batch(some)
+    random = torch.Generator().manual_seed(0)
+    found = perfect(some)
+    for each in found:
+        n = len(each["labels"])
+        each["boxes"] = each["boxes"] + torch.randn(n, 4, generator=random) * 1.5
+        each["scores"] = torch.rand(n, generator=random)
+        each["masks"] = each["masks"].roll(1, -1)
+        each["labels"] = torch.where(torch.rand(n, generator=random) < 0.2, 1, each["labels"])
+    outcome = Outcome(some.annotations)
+    outcome.add(images, targets, found)
+    scores = outcome.score()
+    file = some.annotations.pictures[0].path.parents[1] / "annotations" / "instances_train2017.json"
+    for kind, prefix in (("bbox", ""), ("segm", "mask_")):
+        (tmp_path / "found.json").write_text(json.dumps(outcome.results[kind]))
+        with redirect_stdout(None):
+            truth = COCO(str(file))
+            scoring = COCOeval(truth, truth.loadRes(str(tmp_path / "found.json")), kind)
+            scoring.evaluate()
+            scoring.accumulate()
+            scoring.summarize()
+        assert [scores[prefix + name] for name in METRICS] == scoring.stats[:6].tolist()
+        assert 0 < scores[prefix + "AP"] < 1
+
+
+def test_what_is_right_is_all_of_it(some):
+    target, found = some[0, False][1], perfect(some)[0]
+    assert all_found(target, found)
+    assert not all_found(target, {**found, "labels": found["labels"] % 10 + 1})
+    assert not all_found(target, {**found, "boxes": found["boxes"] + 40})
+    assert not all_found(target, {**found, "scores": found["scores"] * 0.4})
+
+
+# runs
+
+
+def test_the_papers_recipe():
+    from ecanet.tasks import learning_rate_factor
+
+    recipe = find("coco:/data")
+    o = recipe.optimizer
+    assert (recipe.epochs, recipe.data.batch_size, recipe.data.image_size) == (12, 8, 800)
+    assert (o.learning_rate, o.base_batch, o.momentum, o.weight_decay) == (0.01, 8, 0.9, 1e-4)
+    assert recipe.data.name == "coco:/data"
+    rates = [learning_rate_factor(recipe.schedule, epoch, 12) for epoch in (1, 7.99, 8, 10.99, 11, 11.9)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01], rel=1e-12)
+
+
+def tiny(monkeypatch, tmp_path, **settings):
+    """A run of the scenes recipe on eight scenes."""
+    few = SceneConfig(train=8, held_out=4)
+    monkeypatch.setattr("ecanet.data.boxes.SceneConfig", lambda **_: few)
+    changes = {"data.root": str(tmp_path / "scenes"), "data.batch_size": 4, "detector.backbone": "resnet20"}
+    return with_settings(find("scenes"), {**changes, "epochs": 2, **settings})
+
+
+def test_a_run_writes_its_results_and_resumes_exactly(monkeypatch, tmp_path):
+    import lightning as L
+
+    from ecanet.train import run
+    from ecanet.trained import evaluate
+
+    recipe = tiny(monkeypatch, tmp_path)
+    whole = run(recipe, folder=tmp_path / "whole", accelerator="cpu", quiet=True)
+
+    class Stop(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                raise RuntimeError("cut off")
+
+    made = L.Trainer.__init__
+    monkeypatch.setattr(
+        L.Trainer, "__init__", lambda self, **o: made(self, **{**o, "callbacks": [*o["callbacks"], Stop()]})
+    )
+    with pytest.raises(RuntimeError, match="cut off"):
+        run(recipe, folder=tmp_path / "cut", accelerator="cpu", quiet=True)
+    monkeypatch.setattr(L.Trainer, "__init__", made)
+    resumed = run(recipe, folder=tmp_path / "cut", resume=True, accelerator="cpu", quiet=True)
+    states = [torch.load(r.last_checkpoint, weights_only=True)["state_dict"] for r in (whole, resumed)]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert whole.metrics["AP"] == resumed.metrics["AP"]
+    for kind in ("bbox", "segm"):
+        assert isinstance(json.loads((tmp_path / "whole" / "results" / f"{kind}.json").read_text()), list)
+    scores = evaluate(whole.last_checkpoint, accelerator="cpu")
+    assert scores["AP"] == whole.metrics["AP"]
+    assert (tmp_path / "whole" / "checkpoints" / "last" / "bbox.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DETECTORS)
+def test_four_images_are_learnt_by_heart(name, some):
+    torch.manual_seed(0)
+    model = create_detector(name, "resnet18", norm="train", frozen_stages=0, **SMALL)
+    images, targets = batch(some)
+    steps = 400
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
+    losses = []
+    for _ in range(steps):
+        loss = torch.stack(list(model(images, targets).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+    outcome = Outcome(some.annotations)
+    with torch.no_grad():
+        outcome.add(images, targets, model.eval()(images))
+    scores = outcome.score()
+    assert scores["AP50"] == pytest.approx(1.0)
+    if name == "mask_rcnn":
+        assert scores["mask_AP50"] == pytest.approx(1.0)
+
+
+def test_nothing_found_is_scored_by_kind(some):
+    truth = some.annotations.ground_truth()
+    figures, curve = average_precision(truth, [], "segm")
+    assert figures["AP"] == 0
+    assert set(curve) == {0.0}
