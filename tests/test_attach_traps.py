@@ -65,9 +65,9 @@ def test_wrapped_and_compiled_models_are_refused():
     compiled.layer1.compile(backend="eager")
     with pytest.raises(AttachError, match=r"layer1 is compiled: attach before"):
         ecanet.attach(compiled)
-    with pytest.raises(AttachError, match=r"DataParallel: attach to its \.module"):
+    with pytest.raises(AttachError, match="DataParallel: "):
         ecanet.attach(nn.DataParallel(small(False)))
-    with pytest.raises(AttachError, match="ScriptModule: attach before scripting"):
+    with pytest.raises(AttachError, match="ScriptModule: attach before"):
         ecanet.attach(torch.jit.trace(small(False), image()))
     with pytest.raises(AttachError, match="lazy"):
         ecanet.attach(nn.Sequential(nn.LazyConv2d(4, 3)))
