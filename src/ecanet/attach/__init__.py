@@ -189,7 +189,7 @@ def remove(model: nn.Module, name: str, gate: nn.Module, record: Record) -> None
     """Undo what `attach` and `fold` did for one gate."""
     keeper, _, key = name.rpartition(".")
     block = model.get_submodule(keeper)
-    if record.folded:
+    if hooks.is_folded(gate, record):
         unfold(block, record)
     if record.mode == "hook":
         hooks.uninstall(block, key, record.target)

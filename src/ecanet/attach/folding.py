@@ -27,7 +27,7 @@ def fold(model: Model) -> Model:
     Raises:
         AttachError: nothing is attached, or a gate has no norm or convolution of its own before it; names the first.
     """
-    found = [item for item in hooks.gates(model) if item[2].mode != "replace" and not item[2].folded]
+    found = [item for item in hooks.gates(model) if item[2].mode != "replace" and not hooks.is_folded(*item[1:])]
     if not found:
         raise AttachError("there is no lossless gate to fold; attach first")
     for name, gate, record in found:
@@ -40,7 +40,7 @@ def fold(model: Model) -> Model:
             scale(affine_tensors(model.get_submodule(name.rpartition(".")[0]), record), 2)
             scale([next(iter(gate.parameters()))], 0.5)
             gate.set_gain(1.0)
-            record.folded = True
+            record.doubled = True
     return model
 
 

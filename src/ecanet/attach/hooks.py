@@ -85,9 +85,14 @@ class Record:
         self.lossless = lossless
         self.affine = affine
         """Name, counted from the block, of the norm or convolution right before the gate."""
-        self.folded = False
+        self.doubled = False
         self.replaced: nn.Module | None = None
         """The module whose place the gate took; not a child, so not in the state dict."""
+
+
+def is_folded(gate: nn.Module, record: Record) -> bool:
+    """Whether what stands before ``gate`` is doubled now: `fold` did it, and no file with a gain was loaded since."""
+    return record.doubled and float(gate.gain) == 1  # pyright: ignore[reportArgumentType]
 
 
 def install(block: nn.Module, key: str, target: str, gate: nn.Module, axis: int) -> None:
@@ -161,11 +166,11 @@ def reachable(model: nn.Module, name: str, gate: nn.Module, record: Record) -> b
 
 WRAPPERS = {
     "DistributedDataParallel": "attach to its .module before wrapping it, so that gates are synchronised",
-    "DataParallel": "attach to its .module before wrapping it",
+    "DataParallel": "its replicas would share one gate; use DistributedDataParallel, and attach before wrapping",
     "FullyShardedDataParallel": "attach before sharding",
     "FSDPModule": "attach before sharding",
     "OptimizedModule": "attach before torch.compile, since a compiled model ignores later hooks",
-    "ScriptModule": "attach before scripting or tracing",
+    "ScriptModule": "attach before torch.jit.trace (torch.jit.script does not know hooks like ours)",
 }
 """By class name, so that nothing needs importing."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ecanet.attach.hooks import Record
+from ecanet.attach.hooks import Record, is_folded
 from ecanet.attention import ChannelAttention
 
 
@@ -52,7 +52,7 @@ def describe(name: str, gate: nn.Module, record: Record) -> AttachedSite:
         kernel_size=getattr(gate, "kernel_size", None),
         parameters=sum(p.numel() for p in gate.parameters()),
         after=name if record.mode == "replace" else f"{keeper}.{record.target}".lstrip("."),
-        note="; ".join(filter(None, (note, "folded" if record.folded else ""))),
+        note="; ".join(filter(None, (note, "folded" if is_folded(gate, record) else ""))),
     )
 
 
@@ -67,6 +67,6 @@ def change(gate: nn.Module, record: Record) -> float:
     shape = (64, gate.channels, *(() if isinstance(gate, ChannelAttention) else (4, 4)))
     x = torch.randn(shape, generator=generator).to(like.device)  # pyright: ignore
     if isinstance(gate, ChannelAttention):
-        doubled = 2 if record.folded else 1
+        doubled = 2 if is_folded(gate, record) else 1
         return float((doubled * gate.weigh(doubled * x) - 1).abs().max())
     return float((gate(x.to(like.dtype)) - x.to(like.dtype)).abs().max())

@@ -6,6 +6,7 @@ skip gain).
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,7 +71,19 @@ class Finder:
         kinds = {type(self.model.get_submodule(name)).__name__ for name in blocks}
         if any(INVERTED_RESIDUAL.search(kind) for kind in kinds):
             sites += self.inverted_residual(blocks)
+        self.refuse_shared(sites)
         return sites
+
+    def refuse_shared(self, sites: list[Site]) -> None:
+        """Raise AttachError if a target (a shared activation, say) also runs where no residual branch ends."""
+        ends = Counter(site.target for site in sites)
+        runs = Counter(self.names.get(call.module) for call in self.trace.calls)
+        for target, count in ends.items():
+            if runs[target] > count:
+                raise AttachError(
+                    f"{target!r} ends {count} residual branch(es) but runs {runs[target]} times, so a gate on it would "
+                    f"act elsewhere too; give the branch a module of its own there, or choose other modules with where="
+                )
 
     def inverted_residual(self, done: set[str]) -> list[Site]:
         """The last step of inverted residual blocks that have no site yet."""
