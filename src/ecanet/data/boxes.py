@@ -203,7 +203,15 @@ class BoxData(ImageData):
 
     def _batches(self, dataset: Boxes, **options: Any) -> DataLoader[Any]:
         workers = min(8, os.cpu_count() or 1) if self.config.workers is None else self.config.workers
-        return DataLoader(dataset, num_workers=workers, collate_fn=_together, persistent_workers=workers > 0, **options)
+        return DataLoader(
+            dataset,
+            num_workers=workers,
+            collate_fn=_together,
+            persistent_workers=workers > 0,
+            # of its own, or each epoch's loader would take a number from the run's
+            generator=torch.Generator(),
+            **options,
+        )
 
 
 def _together(samples: list[Any]) -> tuple[list[Tensor] | None, list[Target], list[Unreadable]]:
