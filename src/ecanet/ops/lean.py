@@ -118,7 +118,7 @@ def evaluated_tail(
     shortcut_norm: nn.Module | None,
     activation: Activation,
 ) -> Tensor:
-    """A tail whose norm stands still: gate and addition in one pass, bit for bit the plain block where the gate is 1."""
+    """A tail whose norm stands still: gate and addition in one pass, bit for bit the plain block at gate 1."""
     b = norm(z)
     with without_autocast(b):
         g = gate(squeeze(b)).reshape(*b.shape[:2], *(1,) * (b.dim() - 2)).to(b.dtype)
@@ -132,7 +132,7 @@ def evaluated_tail(
 
 
 def affine(x: Tensor, a: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
-    """``a x + b`` in ``a``'s dtype, into ``out`` if that is its dtype, by the operations that suit ``x``'s layout."""
+    """``a x + b`` in ``a``'s dtype, into ``out`` if that is its dtype, by what suits ``x``'s layout."""
     target = out if out.dtype == a.dtype else None
     if b is None:
         return torch.mul(x, spread(a), out=target)
@@ -142,7 +142,7 @@ def affine(x: Tensor, a: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
 
 
 def products(t: Tensor, x: Tensor, mu: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``sum t (x - mu)`` and ``sum t`` over each plane of a group: a batch norm's own reduction, a plane as a channel."""
+    """``sum t (x - mu)`` and ``sum t`` over each plane: a batch norm's own reduction, a plane as a channel."""
     n, c, p, _ = x.shape
     wide = widened(x.dtype)
     one = x.new_ones(c, dtype=wide)

@@ -13,9 +13,9 @@ from ecanet.ops.reference import Activation
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """``y = act(a (z - mu) + b + s)``, where s is the shortcut or, with a norm, ``shortcut_a (shortcut - shortcut_mu)``.
+    """``y = act(a (z - mu) + b + s)``, s the shortcut or, with a norm, ``shortcut_a (shortcut - shortcut_mu)``.
 
-    ``a``, ``b`` and ``shortcut_a`` are (N, C), ``mu`` and ``shortcut_mu`` (C,); None stands for 0 (``shortcut_a``: for 1).
+    ``a``, ``b``, ``shortcut_a`` are (N, C), ``mu``, ``shortcut_mu`` (C,); None stands for 0 (``shortcut_a``: for 1).
     """
 
     a: Tensor
@@ -33,7 +33,7 @@ class Passes(Protocol):
     """Whether, without a shortcut, the activation's sign is computed again from z instead of kept."""
 
     def moments(self, z: Tensor, order: int) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of each plane; ``order`` 1 leaves the variance 0, order 0 both (and reads nothing)."""
+        """Mean and biased variance of each plane; ``order`` 1 leaves the variance 0, order 0 both."""
         ...
 
     def apply(self, z: Tensor, shortcut: Tensor | None, form: Form) -> tuple[Tensor, Tensor | None]:
@@ -50,7 +50,7 @@ class Passes(Protocol):
         ...
 
     def grads(self, t: Tensor, z: Tensor, form: Form, m: Tensor, dm: Tensor | None, dv: Tensor | None) -> Tensor:
-        """``dz = a t + dm / P + 2 (z - m) dv / P``; with ``form.activation``, ``t`` is dy and the sign is computed again."""
+        """``dz = a t + dm / P + 2 (z - m) dv / P``; with ``form.activation`` ``t`` is dy, the sign computed again."""
         ...
 
     def active(self, kept: Tensor, z: Tensor, form: Form) -> Tensor:

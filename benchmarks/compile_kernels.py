@@ -1,0 +1,107 @@
+"""Compile every kernel ahead of time for compute capability 9.0 and write registers, spills and shared memory."""
+
+import json, re, subprocess, sys, tempfile
+from pathlib import Path
+import triton, torch
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from ecanet.ops import kernels as K
+
+
+def build(name, fn, tensors, consts, last, kind):
+    sig, const = {}, {}
+    for arg in fn.arg_names:
+        if arg in consts:
+            sig[arg] = "constexpr"
+            const[(fn.arg_names.index(arg),)] = consts[arg]
+        elif arg in ("channels", "positions", "part"):
+            sig[arg] = "i32"
+        elif arg.removesuffix("_ptr") in tensors:
+            sig[arg] = "*" + tensors[arg.removesuffix("_ptr")]
+        else:
+            sig[arg] = "constexpr"
+            const[(fn.arg_names.index(arg),)] = None
+    attrs = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(fn.arg_names) if not sig[a] == "constexpr"}
+    out = triton.compile(ASTSource(fn, sig, const, attrs), target=GPUTarget("cuda", 90, 32))
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as f:
+        f.write(out.asm["ptx"].encode())
+        f.flush()
+        log = subprocess.run(
+            [
+                str(next(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas"))),
+                "-v",
+                "-arch=sm_90a",
+                f.name,
+                "-o",
+                "/dev/null",
+            ],
+            capture_output=True,
+            text=True,
+        ).stderr
+    regs = re.search(r"Used (\d+) registers", log)
+    sp = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    return {
+        "kernel": name,
+        "dtype": kind,
+        "layout": "channels_last" if last else "contiguous",
+        "registers": int(regs[1]) if regs else None,
+        "spill_stores": int(sp[1]) if sp else None,
+        "spill_loads": int(sp[2]) if sp else None,
+        "shared_bytes": out.metadata.shared,
+    }
+
+
+rows = []
+for kind in ("bf16", "fp16", "fp32"):
+    for last in (True, False):
+        g = {"LAST": last, "BLOCK_P": 32 if last else 256, "BLOCK_C": 64 if last else 8, "WIDE": tl.float32}
+        f = "fp32"
+        rows.append(build("_moments", K._moments, {"z": kind, "mean": f, "variance": f}, {"ORDER": 2, **g}, last, kind))
+        rows.append(
+            build(
+                "_apply",
+                K._apply,
+                {"z": kind, "s": kind, "y": kind, "bits": "u8", "a": f, "b": f, "mu": f},
+                {"HAS_B": True, "HAS_MU": True, "SHORTCUT": 1, "ACTIVATION": 1, "BITS": True, **g},
+                last,
+                kind,
+            )
+        )
+        rows.append(
+            build(
+                "_reduce",
+                K._reduce,
+                {"dy": kind, "bits": "u8", "z": kind, "t": kind, "a": f, "b": f, "mu": f, "da": f, "db": f, "ds": f},
+                {
+                    "HAS_B": True,
+                    "HAS_MU": True,
+                    "NORMED_SHORTCUT": False,
+                    "ACTIVATION": 1,
+                    "BITS": True,
+                    "WRITE": True,
+                    **g,
+                },
+                last,
+                kind,
+            )
+        )
+        rows.append(
+            build(
+                "_grads",
+                K._grads,
+                {"t": kind, "z": kind, "dz": kind, "a": f, "b": f, "mu": f, "m": f, "dm": f, "dv": f},
+                {"HAS_B": True, "HAS_MU": True, "HAS_DM": True, "HAS_DV": True, "ACTIVATION": 0, **g},
+                last,
+                kind,
+            )
+        )
+report = {
+    "target": "compute capability 9.0, compiled ahead of time, not run",
+    "triton": triton.__version__,
+    "torch": torch.__version__,
+    "kernels": rows,
+}
+Path(sys.argv[1]).write_text(json.dumps(report, indent=1) + "\n")
+for r in rows:
+    print(*r.values())
