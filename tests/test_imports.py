@@ -19,7 +19,7 @@ READING_ORDER = [
     for line in (
         "__main__ cli cli_compare cli_detect cli_inspect cli_bench cli_options",
         "bench paper_pages paper paper_rows ablate_pages ablate ablate_rows inspect_pages",
-        "train trained recipes progress",
+        "train detect trained recipes progress",
         "report figures tasks tasks_detection",
         "data data.boxes data.scenes data.annotations data.images data.sources config",
         "optimize inspect export traffic",
