@@ -306,3 +306,29 @@ def test_nothing_found_is_scored_by_kind(some):
     figures, curve = average_precision(truth, [], "segm")
     assert figures["AP"] == 0
     assert set(curve) == {0.0}
+
+
+def test_detect_draws_and_lists_what_is_found(monkeypatch, tmp_path, some):
+    from ecanet.data.sources import Look
+    from ecanet.detect import detect
+    from ecanet.tasks import build
+
+    recipe = tiny(monkeypatch, tmp_path)
+    look = Look(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
+    task = build(recipe, look)
+    found = perfect(some)
+    # what the network says is known, so what is written can be
+    monkeypatch.setattr(task.model, "forward", lambda images, targets=None: [dict(found[0])])
+    path = some.annotations.pictures[0].path
+    answers = detect(task, [path, path], tmp_path / "out")
+    boxes, labels = found[0]["boxes"], found[0]["labels"]
+    listed = json.loads((tmp_path / "out" / f"{path.stem}.json").read_text())["objects"]
+    assert [o["name"] for o in listed] == [str(label - 1) for label in labels.tolist()]
+    assert listed[0]["box"] == [*boxes[0, :2].tolist(), *(boxes[0, 2:] - boxes[0, :2]).tolist()]
+    assert len({answer["picture"] for answer in answers}) == 2
+    from ecanet.data.sources import read_image
+
+    assert not torch.equal(read_image(answers[0]["picture"], 3), read_image(path, 3))
+    found[0]["scores"] = found[0]["scores"] * 0.3
+    assert detect(task, [path], tmp_path / "low")[0]["objects"] == []
+    assert torch.equal(read_image(tmp_path / "low" / f"{path.stem}.png", 3), read_image(path, 3))
