@@ -58,11 +58,19 @@ def candidates(model: nn.Module, example: Any) -> Iterator[tuple[tuple[Any, ...]
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
     for size in sizes(model, axes):
-        shape = (2, first.in_channels, *(size,) * axes)
+        shape = (2, channels(model, first), *(size,) * axes)
         image = torch.rand(shape, generator=generator).to(like.device, like.dtype)
         yield (image,), {}
         if axes == 2 and size == SIZES[0]:
             yield (list(image),), {}  # detectors take a list of images
+
+
+def channels(model: nn.Module, first: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> int:
+    """Image channels: what timm's configuration says (a transform may come before the first convolution), or its own."""
+    says = getattr(model, "pretrained_cfg", None) or {}
+    shape = says.get("input_size") if isinstance(says, Mapping) else None
+    told = getattr(model, "in_chans", None) or (shape[0] if shape and first.in_channels > 4 else None)
+    return told if isinstance(told, int) else first.in_channels
 
 
 def sizes(model: nn.Module, axes: int) -> tuple[int, ...]:
