@@ -66,11 +66,10 @@ def candidates(model: nn.Module, example: Any) -> Iterator[tuple[tuple[Any, ...]
 
 
 def channels(model: nn.Module, first: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> int:
-    """Image channels: what timm's configuration says (a transform may come before the first convolution), or its own."""
+    """Image channels: the first convolution's, or timm's where a transform of the image comes before it."""
     says = getattr(model, "pretrained_cfg", None) or {}
     shape = says.get("input_size") if isinstance(says, Mapping) else None
-    told = getattr(model, "in_chans", None) or (shape[0] if shape and first.in_channels > 4 else None)
-    return told if isinstance(told, int) else first.in_channels
+    return shape[0] if shape and first.in_channels > 4 else first.in_channels
 
 
 def sizes(model: nn.Module, axes: int) -> tuple[int, ...]:
