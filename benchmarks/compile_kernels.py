@@ -24,30 +24,19 @@ def build(name, fn, tensors, consts, last, kind):
             const[(fn.arg_names.index(arg),)] = None
     attrs = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(fn.arg_names) if not sig[a] == "constexpr"}
     out = triton.compile(ASTSource(fn, sig, const, attrs), target=GPUTarget("cuda", 90, 32))
-    with tempfile.NamedTemporaryFile(suffix=".ptx") as f:
-        f.write(out.asm["ptx"].encode())
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(out.asm["cubin"])
         f.flush()
-        log = subprocess.run(
-            [
-                str(next(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas"))),
-                "-v",
-                "-arch=sm_90a",
-                f.name,
-                "-o",
-                "/dev/null",
-            ],
-            capture_output=True,
-            text=True,
-        ).stderr
-    regs = re.search(r"Used (\d+) registers", log)
-    sp = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        log = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", log)}
     return {
         "kernel": name,
         "dtype": kind,
         "layout": "channels_last" if last else "contiguous",
-        "registers": int(regs[1]) if regs else None,
-        "spill_stores": int(sp[1]) if sp else None,
-        "spill_loads": int(sp[2]) if sp else None,
+        "registers": usage["REG"],
+        "stack_bytes": usage["STACK"],
+        "local_bytes": usage["LOCAL"],
         "shared_bytes": out.metadata.shared,
     }
 

@@ -42,7 +42,8 @@ class _Count(TorchDispatchMode):
         if func.is_view or any(name == part or (len(part) > 4 and part in name) for part in ELSEWHERE):
             return out
         written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = {name: x for name, x in (kwargs or {}).items() if name not in ("out", "grad_input")}  # only written
+        inputs = [x for x in tree_leaves((args, given)) if isinstance(x, Tensor)]
         if name.rstrip("_") in ("zero", "fill", "copy", "zeros_like", "ones_like") and len(inputs) < 3:
             inputs = inputs[1:] if name.endswith("_") else []  # the target is only written
         self.traffic.written += sum(self._bytes(x) for x in written)
