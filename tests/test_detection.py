@@ -269,6 +269,9 @@ def test_a_run_writes_its_results_and_resumes_exactly(monkeypatch, tmp_path):
     assert whole.metrics["AP"] == resumed.metrics["AP"]
     for kind in ("bbox", "segm"):
         assert isinstance(json.loads((tmp_path / "whole" / "results" / f"{kind}.json").read_text()), list)
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "Precision by recall" in page
+    assert "Detections" in page
     scores = evaluate(whole.last_checkpoint, accelerator="cpu")
     assert scores["AP"] == whole.metrics["AP"]
     assert (tmp_path / "whole" / "checkpoints" / "last" / "bbox.json").is_file()

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ecanet.data.sources import read_image
 from ecanet.errors import ConfigError
-from ecanet.figures import png
+from ecanet.figures import drawn, png
 from ecanet.report import write_file
 from ecanet.tasks import Detection, Task
 
-__all__ = ["detect", "drawn"]
+__all__ = ["detect"]
 
 
 def detect(
@@ -50,25 +50,6 @@ def detect(
         write_file(picture.with_suffix(".json"), json.dumps(answer, indent=2))
         answers.append(answer)
     return answers
-
-
-def drawn(image: Tensor, found: dict[str, Tensor], class_names: Sequence[str]) -> Tensor:
-    """``image``, uint8 (3, H, W), with the boxes and masks ``found`` on it, each in a colour of its own."""
-    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
-
-    if not len(found["boxes"]):
-        return image
-    colours: Any = [COLOURS[at % len(COLOURS)] for at in range(len(found["boxes"]))]
-    names = [
-        f"{class_names[label - 1]} {score:.2f}"
-        for label, score in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)
-    ]
-    if "masks" in found:
-        image = draw_segmentation_masks(image, found["masks"][:, 0] > 0.5, alpha=0.5, colors=colours)
-    return draw_bounding_boxes(image, found["boxes"], names, colors=colours, width=max(1, min(image.shape[1:]) // 200))
-
-
-COLOURS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45", "#ffe119"]
 
 
 def _objects(found: dict[str, Tensor], class_names: Sequence[str]) -> list[dict[str, Any]]:

@@ -11,12 +11,23 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = ["accuracy_by_class", "confusion", "curves", "examples", "png", "svg"]
+__all__ = [
+    "accuracy_by_class",
+    "confusion",
+    "curves",
+    "detections",
+    "drawn",
+    "examples",
+    "png",
+    "precision_recall",
+    "svg",
+]
 
 # matrices up to this many classes show their numbers
 MOST_CLASSES_NUMBERED = 20
 # tables of classes show this many at most, the worst
 MOST_CLASSES_LISTED = 30
+COLOURS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45", "#ffe119"]
 NO_METRIC = ("epoch", "learning_rate", "images_per_second", "seconds")
 
 
@@ -94,6 +105,53 @@ def examples(found: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> 
             f"<figcaption>{said}{truth}</figcaption></figure>"
         )
     return f"<div class=grid>{''.join(cards)}</div>"
+
+
+def precision_recall(found: Mapping[str, Sequence[float]]) -> str:
+    """Precision at recall 0, 0.01, …, 1, one line for boxes and one for masks."""
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, values in found.items():
+        axes.plot([at / 100 for at in range(len(values))], values, label=name)
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return svg(figure)
+
+
+def detections(found: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> str:
+    """Images with what a detector found drawn on them, and what there is where that differs."""
+    from torchvision.utils import draw_bounding_boxes
+
+    cards = []
+    for example in found:
+        picture, truth = drawn(example["image"], example["found"], class_names), example["truth"]
+        if not example["right"] and len(truth["boxes"]):
+            # what there is, in white
+            picture = draw_bounding_boxes(picture, truth["boxes"], colors="white")
+        names = ", ".join(str(class_names[label - 1]) for label in truth["labels"].tolist()) or "nothing"
+        data = base64.b64encode(png(picture)).decode()
+        cards.append(
+            f"<figure class={'right' if example['right'] else 'wrong'}><img src='data:image/png;base64,{data}' alt=''>"
+            f"<figcaption>is {html.escape(names)}</figcaption></figure>"
+        )
+    return f"<div class=grid>{''.join(cards)}</div>"
+
+
+def drawn(image: Tensor, found: dict[str, Tensor], class_names: Sequence[str]) -> Tensor:
+    """``image``, uint8 (3, H, W), with the boxes and masks ``found`` on it, each in a colour of its own."""
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+    if not len(found["boxes"]):
+        return image
+    colours: Any = [COLOURS[at % len(COLOURS)] for at in range(len(found["boxes"]))]
+    names = [
+        f"{class_names[label - 1]} {score:.2f}"
+        for label, score in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)
+    ]
+    if "masks" in found:
+        image = draw_segmentation_masks(image, found["masks"][:, 0] > 0.5, alpha=0.5, colors=colours)
+    return draw_bounding_boxes(image, found["boxes"], names, colors=colours, width=max(1, min(image.shape[1:]) // 200))
 
 
 def png(image: Tensor) -> bytes:

@@ -136,12 +136,33 @@ def _examples(report: Report) -> Section | None:
     return "Examples", note, figures.examples(found, report.evidence["class_names"])
 
 
+def _precision_recall(report: Report) -> Section | None:
+    if not (found := report.evidence.get("precision_recall")):
+        return None
+    note = "An object counts as found where half of the area agrees; mean over the classes."
+    return "Precision by recall", note, figures.precision_recall(found)
+
+
+def _detections(report: Report) -> Section | None:
+    if not (found := report.evidence.get("detections")):
+        return None
+    note = "The first held-out images on which all is right, and the first on which something is not (truth in white)."
+    return "Detections", note, figures.detections(found, report.evidence["class_names"])
+
+
 def _is_loss(name: str) -> bool:
     return name.endswith("loss")
 
 
 # each looks for its evidence, and gives a heading, a note and HTML, or None where there is nothing to draw
-SECTIONS: list[Callable[[Report], Section | None]] = [_curves, _by_class, _confusion, _examples]
+SECTIONS: list[Callable[[Report], Section | None]] = [
+    _curves,
+    _by_class,
+    _confusion,
+    _examples,
+    _precision_recall,
+    _detections,
+]
 
 
 def page(

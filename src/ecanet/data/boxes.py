@@ -183,7 +183,7 @@ class BoxData(ImageData):
         assert self.train is not None
         rank, world = self._place()
         pictures, config = self.train.annotations.pictures, self.config
-        batches = Batches(pictures, config.batch_size, flip=config.flip, seed=self.seed, rank=rank, world=world)
+        batches = Batches(pictures, config.batch_size, flip=bool(config.flip), seed=self.seed, rank=rank, world=world)
         # workers start before Lightning names the epoch to the sampler
         batches.set_epoch(self.first_epoch)
         return self._batches(self.train, batch_sampler=batches)
