@@ -56,7 +56,10 @@ def test_outputs_stay(name):
     x = torch.randn(32, 3, 96, 96, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, actual = model(x), optimized(x)
-    assert (actual - expected).norm() / expected.norm() < 1e-5
+        oracle = copy.deepcopy(model).double()(x.double())
+    # a deep network with random weights amplifies rounding: the copy may err twice as much as the network itself does
+    assert (actual - oracle).norm() <= 2 * (expected - oracle).norm()
+    assert (actual - expected).norm() / expected.norm() < 2e-5
     assert torch.equal(actual.argmax(1), expected.argmax(1))
     assert any(isinstance(m, InferenceBlock) for m in optimized.modules())
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for b in optimized.modules()
