@@ -177,7 +177,7 @@ def test_help_fits_a_screen(ecanet, command):
         ("train digits --kernel-sizes 3,x", "kernel sizes '3,x' are not"),
         ("train digits --set data.batchsize=3", "data.batchsize is not a setting; did you mean 'batch_size'"),
         ("train digits --set epochs", "--set epochs: expected KEY=VALUE"),
-        ("train digits --device banana", "cannot train like this: .*banana"),
+        ("train digits --device banana", "--device must be one of auto, cpu.*, got 'banana'"),
         ("train folder:nowhere", "nowhere: no such folder"),
         ("train fashion-mnist --data-dir nowhere", "nowhere: no such folder"),
         ("train --resume nowhere", "nowhere: no run here to go on with"),

@@ -66,7 +66,10 @@ def test_lists_become_tuples_and_whole_numbers_become_rates():
         ({"data": {"workers": -2}}, "data.workers must be at least 0, got -2"),
         ({"data": {"eval_crop": 1.5}}, "data.eval_crop must be at most 1, got 1.5"),
         ({"data": {"on_corrupt": "x"}}, "data.on_corrupt must be 'error' or 'skip', got 'x'"),
-        ({"model": {"kernel_sizes": [3, "x"]}}, "model.kernel_sizes must be a text or a list of whole numbers"),
+        (
+            {"model": {"kernel_sizes": [3, "x"]}},
+            "model.kernel_sizes must be a text or a whole number or a list of whole numbers",
+        ),
         ({"optimizer": {"name": "lamb"}}, "optimizer.name must be 'sgd' or 'adamw', got 'lamb'"),
         ({"optimizer": {"learning_rate": -0.1}}, "optimizer.learning_rate must be at least 0, got -0.1"),
         ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate must be at least 0, got nan"),

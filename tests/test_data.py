@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -338,12 +339,48 @@ def test_corrupt_images_are_skipped_by_choice_and_named_once(photos, capsys):
     assert capsys.readouterr().out.splitlines() == [f"skipped: {victim}: cannot be read as an image (not an image)"]
 
 
-def test_a_batch_with_nothing_readable_ends_the_run(photos):
+def test_a_batch_with_nothing_readable_is_empty(photos):
     for path in (photos / "val").rglob("*.png"):
         path.write_bytes(b"no image")
     module = data.build(folder_config(photos, on_corrupt="skip"))
-    with pytest.raises(DataError, match="not one image of a batch of 4 could be read"):
-        batches(module, module.val_dataloader())
+    assert all(len(images) == len(labels) == 0 for images, labels in batches(module, module.val_dataloader()))
+
+
+def test_skipping_goes_on_past_a_batch_of_one_bad_image_and_stops_where_nothing_is_left(photos, tmp_path):
+    from ecanet.config import ModelConfig, Recipe
+    from ecanet.train import run
+
+    recipe = Recipe(data=folder_config(photos, on_corrupt="skip", batch_size=3), model=ModelConfig(name="resnet8"))
+    pictures = sorted((photos / "val").rglob("*.png"))
+    for path in pictures[:3]:
+        path.write_bytes(b"no image")
+    assert 0 <= run(recipe, folder=tmp_path / "some", quiet=True).metrics["top1"] <= 100
+    for path in pictures:
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match="not one held-out image could be read"):
+        run(recipe, folder=tmp_path / "none", quiet=True)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_a_value_are_scaled_down(tmp_path, channels):
+    from PIL import Image
+
+    ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png", channels)[0].flatten().tolist() == list(range(256))
+    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(DataError, match=r"float\.tiff: its values are floating-point"):
+        read_image(tmp_path / "float.tiff", channels)
+
+
+def test_one_class_is_not_enough(photos):
+    import shutil
+
+    for part in ("train", "val"):
+        for folder in sorted((photos / part).iterdir())[1:]:
+            shutil.rmtree(folder)
+    with pytest.raises(DataError, match="only one class"):
+        data.build(folder_config(photos))
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (1, "RGBA"), (3, "P"), (3, "L")])

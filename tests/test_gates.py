@@ -237,6 +237,8 @@ def test_explicit_kernel_size_wins(attention):
         (lambda: ECA(2, 7, padding_mode="circular"), "wraps more than once around 2 channels"),
         (lambda: ECA(64, gamma=0), "gamma must not be 0"),
         (lambda: SE(64, 0), "reduction must be at least 1, got 0"),
+        (lambda: SE(64, 16.0), "reduction must be at least 1, got 16.0"),
+        (lambda: ECA(64, gamma="2"), "gamma must be a number, got '2'"),
         (lambda: SEGC(64, 3), "groups must divide the 64 channels, got 3"),
         (lambda: ECA(64)(torch.randn(1, 3, 8, 8)), "ECA(channels=64) got 3 channels"),
         (lambda: ECA(8)(torch.randn(8)), "got shape (8,)"),

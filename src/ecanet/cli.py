@@ -25,9 +25,11 @@ from ecanet.cli_options import (
     ModelName,
     Settings,
     changed,
+    checked_device,
     console,
     model_config,
     parsed,
+    torch_device,
 )
 from ecanet.config import parse_kernel_sizes
 from ecanet.errors import ConfigError, DataError
@@ -99,7 +101,7 @@ def train(
         recipe = changed(recipes.find(name), changes)
     from ecanet.train import run
 
-    run(recipe, folder=resume or out, resume=resume is not None, accelerator=device)
+    run(recipe, folder=resume or out, resume=resume is not None, accelerator=checked_device(device))
 
 
 @app.command(name="eval")
@@ -121,7 +123,7 @@ def evaluate(
         model=model_config(model, attention, kernel_sizes),
         data_name=data,
         data_dir=data_dir,
-        accelerator=device,
+        accelerator=checked_device(device),
     )
     if as_json:
         print(json.dumps(metrics))
@@ -140,7 +142,7 @@ def predict(
     model: ModelName = None,
     attention: Attention = None,
     kernel_sizes: KernelSizes = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda.")] = "cpu",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Name what is in image files: the likeliest classes with their probabilities."""
@@ -153,7 +155,7 @@ def predict(
         checkpoint, model=model_config(model, attention, kernel_sizes), data_name=data, data_dir=data_dir
     )
     found: list[trained.Prediction] = []
-    for answer in trained.predict(task, files, top=top, device=device):
+    for answer in trained.predict(task, files, top=top, device=torch_device(device)):
         if isinstance(answer, trained.Prediction):
             found.append(answer)
         elif on_corrupt == "error":

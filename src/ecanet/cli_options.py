@@ -9,7 +9,7 @@ from rich.console import Console
 from ecanet.config import ModelConfig, Recipe, parse_kernel_sizes, with_settings
 from ecanet.errors import ConfigError
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint, or a run's folder (its best one).", show_default=False)]
 ModelName = Annotated[str | None, typer.Option("--model", help="Network: see `ecanet models`.", show_default=False)]
@@ -60,3 +60,32 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     if isinstance(epochs, int) and 0 < epochs <= warmup and "schedule.warmup_epochs" not in changes:
         changes = {"schedule.warmup_epochs": warmup * epochs / recipe.epochs, **changes}
     return with_settings(recipe, changes)
+
+
+def checked_device(name: str) -> str:
+    """``name`` if it is a device that this machine has: auto, cpu, gpu, mps.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    import torch
+
+    gpu = ["gpu"] if torch.cuda.is_available() else []
+    usable = ["auto", "cpu", *gpu, *(["mps"] if torch.backends.mps.is_available() else [])]
+    if name not in usable:
+        raise ConfigError(f"--device must be one of {', '.join(usable)} on this machine, got {name!r}")
+    return name
+
+
+def torch_device(name: str) -> str:
+    """What torch calls the device ``name``; the GPU for auto, where there is one.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    import torch
+
+    name = checked_device("gpu" if name == "cuda" else name)
+    if name == "auto":
+        name = "gpu" if torch.cuda.is_available() else "cpu"
+    return {"gpu": "cuda"}.get(name, name)

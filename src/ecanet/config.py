@@ -67,8 +67,8 @@ class DataConfig(_Checked):
     ``coco:PATH``, ``scenes`` or ``scenes:fashion-mnist``. ``root`` is where files lie
     that ``name`` does not locate. ``image_size=None`` keeps small sets as they are and crops photographs to 224.
     ``batch_size`` counts the images of one device and one step. ``crop_padding`` and ``flip`` shift and mirror small
-    images; photographs are always cropped at random and mirrored. ``random_augment`` is RandAugment's magnitude, 0 for
-    none. ``eval_crop`` is the evaluation crop's share of the short side.
+    images; photographs are always cropped at random, and mirrored unless ``flip`` is false. ``random_augment`` is
+    RandAugment's magnitude, 0 for none. ``eval_crop`` is the evaluation crop's share of the short side.
     """
 
     name: str = "digits"
@@ -77,7 +77,7 @@ class DataConfig(_Checked):
     batch_size: int = 128
     workers: int | None = None
     crop_padding: int = 0
-    flip: bool = False
+    flip: bool | None = None
     random_augment: int = 0
     eval_crop: float = 0.875
     on_corrupt: Literal["error", "skip"] = "error"
@@ -98,7 +98,7 @@ class ModelConfig(_Checked):
 
     name: str = "resnet20"
     attention: str = "eca"
-    kernel_sizes: str | tuple[int, ...] = "official"
+    kernel_sizes: str | int | tuple[int, ...] = "official"
     weights: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -262,16 +262,22 @@ def with_settings(config: T, settings: Mapping[str, Any]) -> T:
     return from_dict(type(config), values)
 
 
-def parse_kernel_sizes(text: str) -> str | tuple[int, ...]:
-    """``official`` and ``adaptive`` as they are, ``3,5,5,7`` and ``3557`` as one integer per stage.
+def parse_kernel_sizes(text: str) -> str | int | tuple[int, ...]:
+    """``official``, ``adaptive``; ``3,5,5,7`` and ``3557`` as one integer per stage; ``5`` and ``11`` as one for all.
 
     >>> parse_kernel_sizes("adaptive"), parse_kernel_sizes("3557"), parse_kernel_sizes("3, 5, 5, 11")
     ('adaptive', (3, 5, 5, 7), (3, 5, 5, 11))
+    >>> parse_kernel_sizes("11")
+    11
     """
     if text in ("official", "adaptive"):
         return text
+    if text.isdecimal() and len(text) <= 2:
+        return int(text)
     parts = text.split(",") if "," in text else list(text)
     try:
+        if not parts:
+            raise ValueError
         return tuple(int(part) for part in parts)
     except ValueError:
         raise ConfigError(

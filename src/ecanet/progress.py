@@ -91,7 +91,10 @@ class Display(L.Callback):
     """A bar with images per second while an epoch runs, and one line when it is done."""
 
     def __init__(self, history: History, *, quiet: bool = False):
-        self.history, self.console = history, Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.history, self.console = (
+            history,
+            Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False),
+        )
         self.bar: Progress | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from ecanet import models, tasks_detection
 from ecanet.config import Recipe, ScheduleConfig, suggestion, to_dict
 from ecanet.data.sources import Look
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, DataError
 
 __all__ = ["TASKS", "Classification", "Detection", "Task", "build", "learning_rate_factor"]
 
@@ -151,8 +151,10 @@ class Classification(Task):
         shares = shares * (1 - smoothing) + smoothing / classes
         return F.binary_cross_entropy_with_logits(logits, shares, reduction="sum") / len(logits)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Loss of one batch, mixed if the recipe says so."""
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
+        """Loss of one batch, mixed if the recipe says so; none for a batch of unreadable images."""
+        if not len(batch[0]):
+            return None
         images, labels = batch if self.mix is None else self.mix(*batch)
         loss = self.loss(self(images), labels)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
@@ -161,10 +163,14 @@ class Classification(Task):
     def on_validation_epoch_start(self) -> None:
         """Forget the last evaluation's examples."""
         self.examples = []
+        self.seen = 0
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count what is right, and keep a few examples of both kinds."""
         images, labels = batch
+        if not len(images):
+            return
+        self.seen += len(images)
         logits = self(images).float()
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
@@ -175,6 +181,8 @@ class Classification(Task):
 
     def on_validation_epoch_end(self) -> None:
         """Gather the counts of all processes, while they are all here."""
+        if not self.seen:
+            raise DataError("not one held-out image could be read, so there is nothing to evaluate on")
         for name, metric in (("top1", self.top1), ("top5", self.top5)):
             self.log(name, 100 * metric.compute())
             metric.reset()

@@ -61,10 +61,20 @@ def run(
             # Lightning would compute in bfloat16, and say so in a warning only
             raise ConfigError("precision 16-mixed needs a GPU; on a CPU set precision=bf16-mixed or precision=32")
         if trainer.is_global_zero:
-            write_file(place / "recipe.json", json.dumps(to_dict(recipe), indent=2))
+            try:
+                write_file(place / "recipe.json", json.dumps(to_dict(recipe), indent=2))
+            except OSError as error:
+                raise ConfigError(f"{place}: cannot keep a run there ({error.strerror})") from None
             write_file(place / "environment.json", json.dumps(environment(), indent=2))
         last = place / "checkpoints" / "last.ckpt"
-        trainer.fit(task, images, ckpt_path=str(last) if resume and last.is_file() else None, weights_only=True)
+        try:
+            trainer.fit(task, images, ckpt_path=str(last) if resume and last.is_file() else None, weights_only=True)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ConfigError(
+                "batch norm needs more than one value a channel: raise data.batch_size or data.image_size"
+            ) from None
         if not history.evaluated:
             # resumed after the last epoch: the figures are in the checkpoint, the evidence is not
             trainer.validate(task, images, verbose=False)
@@ -90,6 +100,8 @@ def read_recipe(folder: str | Path) -> Recipe:
         raise ConfigError(f"{folder}: no run here to go on with (recipe.json is missing)") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not JSON ({error})") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _claimed(recipe: Recipe, folder: str | Path | None, resume: bool) -> Path:
@@ -100,6 +112,10 @@ def _claimed(recipe: Recipe, folder: str | Path | None, resume: bool) -> Path:
         stamp = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
         return next(p for n in range(1, 1000) if not (p := Path("runs", stamp + (f"-{n}" if n > 1 else ""))).exists())
     folder = Path(folder)
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "read-only" if nearest.is_dir() else "a file"
+        raise ConfigError(f"{folder}: cannot keep a run there; {nearest} is {what}")
     if resume:
         if (old := read_recipe(folder)) != recipe:
             raise ConfigError(f"{folder} holds another recipe: {_difference(to_dict(old), to_dict(recipe))}")
@@ -123,8 +139,8 @@ def _trainer(
     checkpoints = {"dirpath": place / "checkpoints", "save_on_train_epoch_end": True, "enable_version_counter": False}
     callbacks = [
         *callbacks,
-        ModelCheckpoint(filename="best", monitor=task.monitor, mode="max", **checkpoints),
-        ModelCheckpoint(filename="last", **checkpoints),
+        _Keeper(filename="best", monitor=task.monitor, mode="max", **checkpoints),
+        _Keeper(filename="last", **checkpoints),
     ]
     if recipe.ema_decay is not None:
         callbacks.append(WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay)))
@@ -152,6 +168,16 @@ def _trainer(
         )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise ConfigError(f"cannot train like this: {str(error).strip().splitlines()[0]}") from None
+
+
+class _Keeper(ModelCheckpoint):
+    """Knows its files again when the run's folder has moved; Lightning would forget which was best."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        here = Path(str(self.dirpath))
+        moved = {key: str(here / Path(old).name) for key, old in state_dict.items() if key.endswith("_path") and old}
+        scores = {str(here / Path(old).name): score for old, score in state_dict.get("best_k_models", {}).items()}
+        super().load_state_dict({**state_dict, **moved, "best_k_models": scores, "dirpath": self.dirpath})
 
 
 class _WholeFiles(TorchCheckpointIO):

@@ -65,6 +65,12 @@ def attach(
             it cannot be kept.
         ConfigError: the attention or an option does not exist or does not fit.
     """
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"attach takes a network (a torch.nn.Module), got {model!r}")
+    if not (where is None or isinstance(where, str) or callable(where)):
+        raise AttachError(f"where= takes a glob, a module class or a function of (name, module), got {where!r}")
+    if attention == "none":
+        raise AttachError("attention 'none' is nothing to attach; detach() takes gates out")
     hooks.refuse_wrapped(model)
     kernel_sizes: Any = options.pop("kernel_sizes", None)
     check_attention(attention, options)

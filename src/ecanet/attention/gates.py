@@ -27,6 +27,9 @@ def adaptive_kernel_size(channels: int, gamma: float = 2, b: float = 1) -> int:
         ConfigError: ``channels`` is not a positive integer, or ``gamma`` is 0.
     """
     check_count(channels)
+    for what, value in (("gamma", gamma), ("b", b)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{what} must be a number, got {value!r}")
     if gamma == 0:
         raise ConfigError("gamma must not be 0: the kernel size is (log2(C) + b) / gamma")
     t = int(abs((math.log2(channels) + b) / gamma))
@@ -149,8 +152,8 @@ class SE(ChannelAttention):
 
     def __init__(self, channels: int, reduction: int = 16, *, bias: bool = False):
         super().__init__(channels)
-        if reduction < 1:
-            raise ConfigError(f"reduction must be at least 1, got {reduction}")
+        if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 1:
+            raise ConfigError(f"reduction must be at least 1, got {reduction!r}")
         hidden = max(1, channels // reduction)
         self.fc1 = nn.Linear(channels, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, channels, bias=bias)

@@ -100,7 +100,9 @@ class ImageData(L.LightningDataModule):
                 self.skipped.add(problem.message)
                 print(f"skipped: {problem.message}", flush=True)
         if pictures is None:
-            raise DataError(f"not one image of a batch of {len(unreadable)} could be read; {unreadable[0].message}")
+            # a batch of none, which a step passes over
+            pictures = torch.empty(0, self.look.channels, self.look.size, self.look.size, dtype=torch.uint8)
+            labels = torch.empty(0, dtype=torch.int64)
         return pictures, labels
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
@@ -177,11 +179,19 @@ def _from_folder(config: DataConfig, seed: int, train: bool) -> ImageData:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; folder:PATH needs PATH/train/CLASS/… and PATH/val/CLASS/…")
     names = class_folders(folder / ("train" if train else "val"))
+    if len(names) < 2:
+        raise DataError(f"{folder}: only one class ({names[0]}); telling images apart takes two folders or more")
+    if config.root:
+        raise DataError(f"--data-dir means nothing for {config.name}, which says itself where it is")
+    if config.crop_padding:
+        raise DataError("data.crop_padding is for small images; photographs are cropped at random as they are")
     if train and (strange := sorted(set(class_folders(folder / "val")) - set(names))):
         raise DataError(f"{folder / 'val' / strange[0]}: a class that train/ does not have")
     size = config.image_size or 224
     look = Look(class_names=names, channels=3, size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD, crop=config.eval_crop)
-    changes = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+    changes: list[v2.Transform] = [v2.RandomResizedCrop(size, antialias=True)]
+    if config.flip is not False:
+        changes.append(v2.RandomHorizontalFlip())
     if config.random_augment:
         changes.append(v2.RandAugment(magnitude=config.random_augment))
     training = Folder(folder / "train", names, look.channels, v2.Compose(changes)) if train else None

@@ -86,6 +86,9 @@ def load_digits(root: str | None, train: bool) -> tuple[Tensor, Tensor]:
     """Scikit-learn's 1,797 handwritten digits of 8 × 8 pixels; every fifth is held out for evaluation."""
     from sklearn import datasets
 
+    if root:
+        raise DataError("--data-dir means nothing for digits, which scikit-learn brings along")
+
     bunch: Any = datasets.load_digits()
     images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))[:, None]
     labels = torch.from_numpy(bunch.target.astype(np.int64))
@@ -264,9 +267,29 @@ def read_image(path: str | Path, channels: int) -> Tensor:
 
     try:
         with Image.open(path) as image:
-            return pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
+            return pil_to_tensor(shallow(image).convert("L" if channels == 1 else "RGB"))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:  # a broken image makes Pillow raise almost anything
         why = "not an image" if type(error).__name__ == "UnidentifiedImageError" else str(error) or type(error).__name__
         raise DataError(f"{path}: cannot be read as an image ({why})") from None
+
+
+def shallow(image: Any) -> Any:
+    """Pillow's ``image`` with 8 bits a value: 16 are scaled down (Pillow itself would turn all above 255 white).
+
+    Raises:
+        DataError: values without a known range, which nobody can scale.
+    """
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise DataError("its values do not fit 16 bits; convert it to 8 or 16 bits a value first")
+        from PIL import Image
+
+        return Image.fromarray((values // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise DataError("its values are floating-point, of no known range; convert it to 8 or 16 bits a value first")
+    return image

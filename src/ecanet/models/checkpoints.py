@@ -106,11 +106,15 @@ def read_file(path: str | Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if path.read_bytes()[:1] not in (b"P", b"\x80"):  # neither a zip archive nor a pickle
+            raise CheckpointError(f"{path} is not a checkpoint") from error
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = next((line for line in lines if "Unsupported" in line), lines[0])[:120]
         raise CheckpointError(
-            f"{path} is not a plain weights file and was not loaded, since it may run code: {first_line(error)}"
+            f"{path} was not loaded, since it may run code and not only hold weights: {reason}"
         ) from error
     except Exception as error:  # whatever torch's reader meets in a damaged file
-        raise CheckpointError(f"{path} is truncated or not a checkpoint: {first_line(error)}") from error
+        raise CheckpointError(f"{path} is truncated or not a checkpoint ({first_line(error)})") from error
 
 
 def first_line(error: Exception) -> str:
@@ -125,6 +129,9 @@ def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str =
         CheckpointError: no name of ``state`` fits the network.
     """
     state = renamed(state, model)
+    if not state.keys() & model.state_dict().keys():
+        first = next(iter(state), "none")
+        raise CheckpointError(f"{source} shares no tensor name with this network (its first is {first!r})")
     report = LoadReport(source, head=head_names(model))
     report.resized = resize_kernels(model, state)
     for name, gate in gates_of(model).items():
@@ -139,10 +146,6 @@ def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str =
     report.unexpected = list(result.unexpected_keys)
     report.missing = [k for k in result.missing_keys if k not in report.mismatched]
     report.matched = [k for k in fitting if k not in report.unexpected]
-    if not report.matched:
-        raise CheckpointError(
-            f"{source} shares no tensor name with this network (first: {next(iter(state), 'none')!r})"
-        )
     return report
 
 

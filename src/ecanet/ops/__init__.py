@@ -1,10 +1,10 @@
 """Operations with one meaning and several implementations; ``reference.py`` is the meaning.
 
 ``impl="reference"`` is plain PyTorch, ``"lean"`` the same in fewer passes over memory (any device), ``"fused"`` the
-fewest, in Triton kernels (CUDA). ``"auto"`` is fused on a CUDA device of compute capability 8.0 or newer, lean
-elsewhere, and the reference where those two do not apply: under export, forward-mode differentiation and
-`torch.func`, with a mask, and (lean) under `torch.compile`, which fuses the reference itself. An explicit choice is
-never replaced by another: it raises where it does not apply.
+fewest, in Triton kernels (CUDA). ``"auto"`` is lean, and the reference where that does not apply: under export,
+forward-mode differentiation and `torch.func`, with a mask, and under `torch.compile`, which fuses the reference itself.
+``"fused"`` must be asked for until its kernels have run on a GPU: they are checked in Triton's interpreter only. An
+explicit choice is never replaced by another: it raises where it does not apply.
 """
 
 from typing import Literal, cast
@@ -92,11 +92,9 @@ def choose(impl: Impl, x: Tensor, obstacle: str | None = None) -> Passes | None:
         return None
     obstacle = obstacle or _mode(x)
     if impl == "auto":
-        if obstacle:
+        if obstacle or torch.compiler.is_compiling() or x.device.type == "meta":
             return None
-        impl = "fused" if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) else "lean"
-        if impl == "lean" and (torch.compiler.is_compiling() or x.device.type == "meta"):
-            return None
+        impl = "lean"
     if obstacle:
         raise ConfigError(f"impl={impl!r} does not apply: {obstacle}; use impl='reference'")
     if impl == "lean":
