@@ -1,10 +1,7 @@
 """Every fused path against the float64 reference: value and every gradient. Kernels run in Triton's interpreter."""
 
 import copy
-import os
-
-if not __import__("torch").cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton decorates the kernels
+import math
 
 import pytest
 import torch
@@ -81,8 +78,10 @@ def test_tail_within_budget(shape, last, dtype, impl):
         for number, (a, b, c) in enumerate(zip(actual, low, oracle, strict=True)):
             # gradients are differences of terms as large as dy, which may leave nothing: their rounding is that of dy
             terms = tensors[2].flatten()
+            # a sum of n terms in another order differs by about sqrt(n) roundings (parameters': float32)
+            summed = max(1, terms.numel() // max(1, a.numel()))
             a, b, c = (torch.cat((x.flatten(), terms.to(x.dtype))) for x in (a, b, c))
-            assert_within_budget(f"{shortcut} {activation} result {number}", a, b, c, roundings=4)
+            assert_within_budget(f"{shortcut} {activation} result {number}", a, b, c, roundings=4 * math.isqrt(summed))
 
 
 @pytest.mark.parametrize("impl", ["lean", "fused"])
@@ -128,7 +127,7 @@ def test_gradients_of_gradients(impl, activation):
 
 
 def test_passes_over_memory():
-    """The claim: 4.1 passes over the block's output forward and, with autograd's 3 for the residual sum, 9.2 backward."""
+    """The claim: 4.1 passes over the block's output forward; 9.2 backward, with autograd's 3 for the residual sum."""
     tensors, norm, gate = case((2, 64, 16, 16), True, torch.bfloat16)
     z, s, dy = tensors
     z.requires_grad_()
