@@ -1,11 +1,18 @@
 """Compile every kernel ahead of time for compute capability 9.0 and write registers, spills and shared memory."""
 
-import json, re, subprocess, sys, tempfile
+import json
+import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
-import triton, torch
+
+import torch
+import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
 from ecanet.ops import kernels as K
 
 

@@ -183,3 +183,52 @@ assert not torch.equal(model(x), before)
 print(len(calls) > 0)
 """
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["True"]
+
+
+def test_detach_halves_only_what_is_doubled_now():
+    """Loading a file from before `fold` undoes the doubling; `detach` must not halve then."""
+    torch.manual_seed(0)
+    model, x = models.resnet18(num_classes=4).eval(), image()
+    sweep.randomize(model)
+    plain, before = copy.deepcopy(model.state_dict()), model(x)
+    ecanet.attach(model)
+    unfolded = copy.deepcopy(model.state_dict())
+    ecanet.fold(model)
+    model.load_state_dict(unfolded)
+    ecanet.detach(model)
+    assert torch.equal(model(x), before)
+    assert all(torch.equal(tensor, plain[key]) for key, tensor in model.state_dict().items())
+
+
+class SharedActivation(nn.Module):
+    """A residual block whose one activation ends the branch and also stands inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return x + self.act(self.conv2(self.act(self.conv1(x))))
+
+
+def test_a_gate_is_not_put_on_a_module_that_also_runs_elsewhere():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), SharedActivation())
+    with pytest.raises(AttachError, match=r"'1.act' ends 1 residual branch\(es\) but runs 2 times"):
+        ecanet.attach(model)
+    ecanet.attach(model, where="*.conv2")
+    assert [site.after for site in ecanet.attached(model)] == ["1.conv2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("resnet50", "eca", None), "attach takes a network"),
+        ((nn.Conv2d(3, 8, 3), "none", None), "nothing to attach"),
+        ((nn.Conv2d(3, 8, 3), "eca", 5), "where= takes a glob"),
+    ],
+)
+def test_mistakes_are_named(arguments, says):
+    model, attention, where = arguments
+    with pytest.raises(AttachError, match=says):
+        ecanet.attach(model, attention, where=where)

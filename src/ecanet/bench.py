@@ -96,8 +96,8 @@ def build(device: str) -> dict[str, nn.Module]:
     networks: dict[str, nn.Module] = {
         "ecanet plain": models.create_model("resnet50", attention="none"),
         "ecanet eca": models.create_model("resnet50", attention="eca"),
-        "timm eca": resnet.ResNet(resnet.Bottleneck, shape, block_args={"attn_layer": "eca"}),
-        "timm se": resnet.ResNet(resnet.Bottleneck, shape, block_args={"attn_layer": "se"}),
+        "timm eca": resnet.ResNet(resnet.Bottleneck, shape, block_args={"attn_layer": "eca"}),  # pyright: ignore[reportArgumentType]
+        "timm se": resnet.ResNet(resnet.Bottleneck, shape, block_args={"attn_layer": "se"}),  # pyright: ignore[reportArgumentType]
         "torchvision plain": resnet50(),
     }
     return {

@@ -71,7 +71,7 @@ def squeezed(convolution: nn.Module, h: Tensor) -> Tensor:
     """Channel means of a 1x1 convolution's output, from the means of its input."""
     weight, bias = convolution.weight.flatten(1), convolution.bias  # pyright: ignore
     p = reference.squeeze(h)
-    return F.linear(p, weight.to(p.dtype), bias.to(p.dtype))
+    return F.linear(p, weight.to(p.dtype), bias.to(p.dtype))  # pyright: ignore[reportArgumentType]
 
 
 def expands(convolution: nn.Module) -> bool:

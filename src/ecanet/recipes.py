@@ -136,7 +136,7 @@ def coco_2x() -> Recipe:
 
 
 def scenes() -> Recipe:
-    """Digits strewn over canvases, found and cut out by a small Mask R-CNN, with no download; not yet measured to the end.
+    """Digits strewn over canvases, found and cut out by a small Mask R-CNN; no download; not yet measured.
 
     Everything is trained from scratch. ``--model faster_rcnn`` and ``--model retinanet`` train the other detectors.
     """

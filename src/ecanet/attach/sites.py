@@ -56,6 +56,8 @@ class Finder:
             AttachError: there are none.
         """
         sites = self.residual() if where is None else self.selected(where)
+        if where is None:
+            self.refuse_shared(sites, sites)
         sites = sites or (self.stage_ends() if where is None else [])
         if not sites:
             raise AttachError(
@@ -71,15 +73,17 @@ class Finder:
         kinds = {type(self.model.get_submodule(name)).__name__ for name in blocks}
         if any(INVERTED_RESIDUAL.search(kind) for kind in kinds):
             sites += self.inverted_residual(blocks)
-        self.refuse_shared(sites)
         return sites
 
-    def refuse_shared(self, sites: list[Site]) -> None:
-        """Raise AttachError if a target (a shared activation, say) also runs where no residual branch ends."""
-        ends = Counter(site.target for site in sites)
+    def refuse_shared(self, sites: list[Site], found: list[Site]) -> None:
+        """Raise AttachError if a target of ``sites`` (a shared activation, say) also runs where no branch ends.
+
+        ``found`` are the ends of all residual branches.
+        """
+        ends = Counter(site.target for site in found)
         runs = Counter(self.names.get(call.module) for call in self.trace.calls)
-        for target, count in ends.items():
-            if runs[target] > count:
+        for target in {site.target: None for site in sites}:
+            if runs[target] > (count := ends[target]):
                 raise AttachError(
                     f"{target!r} ends {count} residual branch(es) but runs {runs[target]} times, so a gate on it would "
                     f"act elsewhere too; give the branch a module of its own there, or choose other modules with where="
@@ -184,6 +188,7 @@ class Finder:
         sites: list[Site] = []
         for name in chosen:
             inside = [site for site in found if f"{site.block}.".startswith(name + ".")]
+            self.refuse_shared(inside, found)
             sites += inside or [self.at_module(name)]
         return sites
 

@@ -180,7 +180,7 @@ def _from_folder(config: DataConfig, seed: int, train: bool) -> ImageData:
         raise DataError(f"{folder}: no such folder; folder:PATH needs PATH/train/CLASS/… and PATH/val/CLASS/…")
     names = class_folders(folder / ("train" if train else "val"))
     if len(names) < 2:
-        raise DataError(f"{folder}: only one class ({names[0]}); telling images apart takes two folders or more")
+        raise DataError(f"{folder}: only one class ({names[0]}); telling images apart takes two folders or more")  # pyright: ignore[reportGeneralTypeIssues]
     if config.root:
         raise DataError(f"--data-dir means nothing for {config.name}, which says itself where it is")
     if config.crop_padding:

@@ -1,5 +1,8 @@
 """The passes of a residual tail by Triton's kernels: launchers, and operators that `torch.compile` keeps."""
 
+# Triton's launcher turns plain numbers into constexpr, which its annotations do not say
+# pyright: reportArgumentType=false
+
 from collections.abc import Callable
 from typing import Any
 

@@ -200,12 +200,12 @@ def _grads(
     if HAS_DV or ACTIVATION != NONE:
         x = tl.load(z_ptr + here, mask=inside, other=0.0).to(WIDE)
     if ACTIVATION != NONE:
-        y = _affine(x, a_ptr, b_ptr, mu_ptr, at, c, known, HAS_B, HAS_MU, WIDE)
+        y = _affine(x, a_ptr, b_ptr, mu_ptr, at, c, known, HAS_B, HAS_MU, WIDE)  # pyright: ignore[reportPossiblyUnboundVariable]
         t = tl.where(_live(y, ACTIVATION), t, 0.0)
     dz = t * tl.load(a_ptr + at, mask=known, other=0.0).to(WIDE)[None, :]
     if HAS_DM:
         dz += (tl.load(dm_ptr + at, mask=known, other=0.0).to(WIDE) / positions)[None, :]
     if HAS_DV:
         slope = tl.load(dv_ptr + at, mask=known, other=0.0).to(WIDE) * 2 / positions
-        dz += (x - tl.load(m_ptr + at, mask=known, other=0.0).to(WIDE)[None, :]) * slope[None, :]
+        dz += (x - tl.load(m_ptr + at, mask=known, other=0.0).to(WIDE)[None, :]) * slope[None, :]  # pyright: ignore[reportPossiblyUnboundVariable]
     tl.store(dz_ptr + here, dz.to(dz_ptr.dtype.element_ty), mask=inside)

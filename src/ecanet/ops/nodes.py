@@ -53,7 +53,7 @@ class _Moments(torch.autograd.Function):
         return m, v, z.new_empty(()).expand(z.shape), m.new_empty(()).expand(3, *m.shape)
 
     @staticmethod
-    def backward(ctx: Any, dm: Tensor | None, dv: Tensor | None, t: Tensor | None, form: Tensor | None):
+    def backward(ctx: Any, dm: Tensor | None, dv: Tensor | None, t: Tensor | None, form: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         z, m = ctx.saved_tensors
         dm, dv = dm if ctx.order > 0 else None, dv if ctx.order > 1 else None
         if t is None or form is None:
@@ -79,7 +79,7 @@ class _Tail(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         z, kept, shortcut, a, b, mu, shortcut_a, shortcut_mu = ctx.saved_tensors
         form = Form(a=a, b=b, mu=mu, shortcut_a=shortcut_a, shortcut_mu=shortcut_mu, activation=ctx.activation)
         if torch.is_grad_enabled():

@@ -79,7 +79,7 @@ def _normalised(z: Tensor, norm: nn.Module, passes: Passes, squeezed: bool, reco
     if norm.weight is not None:
         a = a * norm.weight.to(wide)  # pyright: ignore
     b = torch.zeros_like(a) if norm.bias is None else norm.bias.to(wide)  # pyright: ignore
-    return _Normalised(wire, m, mu, a, b)
+    return _Normalised(wire, m, mu, a, b)  # pyright: ignore[reportArgumentType]
 
 
 def uses_batch_statistics(norm: nn.Module) -> bool:
