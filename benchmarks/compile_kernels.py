@@ -29,7 +29,7 @@ def build(name, fn, tensors, consts, last, kind):
         else:
             sig[arg] = "constexpr"
             const[(fn.arg_names.index(arg),)] = None
-    attrs = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(fn.arg_names) if not sig[a] == "constexpr"}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(fn.arg_names) if sig[a] != "constexpr"}
     out = triton.compile(ASTSource(fn, sig, const, attrs), target=GPUTarget("cuda", 90, 32))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(out.asm["cubin"])
