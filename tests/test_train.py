@@ -496,3 +496,13 @@ def test_quickstart_reaches_97_percent(tmp_path, seed):
 
 def test_lightnings_versions_that_were_malicious_are_not_used():
     assert tuple(int(part) for part in L.__version__.split(".")[:3]) >= (2, 6, 4)
+
+
+def test_a_moved_run_still_knows_its_best(tmp_path):
+    there, here = (train._Keeper(dirpath=tmp_path / name, filename="best", monitor="top1", mode="max") for name in "ab")
+    there.best_model_score, there.best_model_path = torch.tensor(97.0), str(tmp_path / "a" / "best.ckpt")
+    there.best_k_models = {there.best_model_path: torch.tensor(97.0)}
+    here.load_state_dict(there.state_dict())
+    assert here.best_model_score == 97
+    assert here.best_model_path == str(tmp_path / "b" / "best.ckpt")
+    assert here.best_k_models == {str(tmp_path / "b" / "best.ckpt"): torch.tensor(97.0)}
