@@ -107,7 +107,7 @@ class ECA(ChannelAttention):
         padded = (
             F.pad(p[:, None], (r, r), mode="circular")[:, 0] if self.padding_mode == "circular" else F.pad(p, (r, r))
         )
-        # a matrix product over k taps: the weight gradient of F.conv1d takes six times as long on a CPU
+        # a matrix product over k taps: the weight gradient of F.conv1d is slow on a CPU
         return (padded.unfold(1, self.kernel_size, 1) @ self.conv.weight[0].to(p.dtype).mT)[..., 0].sigmoid()
 
     def last(self) -> Iterable[Tensor]:
