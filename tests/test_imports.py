@@ -18,7 +18,7 @@ READING_ORDER = [
     module
     for line in (
         "__main__ cli cli_compare cli_detect cli_inspect cli_bench cli_options",
-        "bench paper_pages paper paper_rows ablate_pages ablate ablate_rows inspect_pages",
+        "bench paper_pages paper paper_runs paper_detection paper_rows ablate_pages ablate ablate_rows inspect_pages",
         "train detect trained recipes progress",
         "report figures tasks tasks_detection",
         "data data.boxes data.scenes data.annotations data.images data.sources config",

@@ -1,7 +1,8 @@
 """The paper's tables, its numbers beside what this library measures.
 
-What is printed stands in `paper_rows`; `paper_pages` writes the result down. A cell that was measured is marked ✓, or
-has the number found here beside it.
+What is printed stands in `paper_rows`; `paper_pages` writes the result down. `paper_runs` has the commands and the
+accuracies, `paper_detection` the costs of detectors. A cell that was measured is marked ✓, or has the number found
+here beside it.
 """
 
 import statistics
@@ -15,26 +16,31 @@ import torch
 from torch import nn
 
 from ecanet.attention import Attention
-from ecanet.config import ModelConfig, suggestion
+from ecanet.config import suggestion
 from ecanet.cost import WHY, Cost, build, count, default_size
 from ecanet.errors import ConfigError, DataError
 from ecanet.models import create_model
+from ecanet.paper_detection import WHY as DETECTORS
+from ecanet.paper_detection import detector_cost
 from ecanet.paper_rows import TABLES, Network, Row, Table
+from ecanet.paper_runs import checkpoint_of, command, misfit, scores
 from ecanet.report import environment
 
 MEASURES = ("params", "flops", "speed", "accuracy")
 MEASURE_OF = {
     "#Param": "params",
     "FLOPs": "flops",
+    "GFLOPs": "flops",
     "Train FPS": "speed",
     "Infer FPS": "speed",
     "Top-1": "accuracy",
     "Top-5": "accuracy",
 }
-DETECTION = ("5", "6")
+BINARY = {"M": 2**20, "G": 2**30}
+DECIMAL = {"M": 10**6, "": 10**9}
+"""What the suffix of a printed number stands for: Table 5 prints GFLOPs without one."""
 BATCH = {True: 2, False: 32}
 """Images in a step whose speed is measured: on a CPU, on a GPU."""
-NOT_YET = "Not yet measured here."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,15 +78,16 @@ def run(
     """Measure the table called ``name`` (1 to 6, poster, figure4), or all of them.
 
     ``measure`` chooses among params, flops, speed and accuracy. Accuracy needs ``data``, a folder in ImageNet's layout,
-    and ``weights``, a folder with one checkpoint (or run) per row, named as the commands name them; rows without one
-    keep the printed figure. Speed is this machine's: the rate of each network as a share of the plain network's.
+    or in COCO's for Tables 5 and 6, and ``weights``, a folder with one checkpoint (or run) per row, named as the
+    commands name them; rows without one keep the printed figure. Speed is this machine's: the rate of each network as
+    a share of the plain network's.
 
     >>> str(run("poster", measure=["params"])[0].cells[0]["#Param"])
     '11.148M ✓'
 
     Raises:
         ConfigError: a table or measure does not exist.
-        DataError: the data or the folder of weights is not there.
+        DataError: the data or the folder of weights is not there, or the data are not in the table's layout.
     """
     if name is not None and name not in TABLES:
         raise ConfigError(f"the paper has no table {name!r}; {suggestion(name, list(TABLES))}")
@@ -90,6 +97,8 @@ def run(
     for what in (data, weights):
         if what is not None and not Path(what).is_dir():
             raise DataError(f"{what}: no such folder")
+    if data is not None and name is not None and (wrong := misfit(TABLES[name], data)):
+        raise DataError(wrong)
     chosen = TABLES.values() if name is None else [TABLES[name]]
     return [_measured(table, measure, data, weights, device) for table in chosen]
 
@@ -99,10 +108,8 @@ def _measured(
 ) -> Measured:
     cells = [{column: Cell(printed=text) for column, text in row.printed.items()} for row in table.rows]
     result = Measured(table=table, cells=cells, commands=[command(row.network) for row in table.rows])
-    if table.name in DETECTION:
-        result.remarks.append(NOT_YET)
-    if "FLOPs" in table.columns and {"params", "flops"} & set(measure):
-        result.remarks.append(WHY)
+    if {"params", "flops"} & set(measure):
+        result.remarks += [why for column, why in (("FLOPs", WHY), ("GFLOPs", DETECTORS)) if column in table.columns]
     for row, found in zip(table.rows, cells, strict=True):
         if row.network is not None:
             if table.name == "2" and "params" in measure:
@@ -113,11 +120,15 @@ def _measured(
         _add_speed(table, cells, device)
         where = f"{environment()['device']}, {torch.get_num_threads()} threads, batch {BATCH[device == 'cpu']}"
         result.remarks.append(f"Speed: measured on {where}, as shares of the plain network's rate (lowest to highest).")
-    if "accuracy" in measure and "Top-1" in table.columns:
+    if "accuracy" in measure and {"Top-1", "AP"} & set(table.columns):
         if data is None or weights is None:
             result.remarks.append("Accuracy was not measured: give --data and --weights, or train a row as below.")
+        elif wrong := misfit(table, data):
+            result.remarks.append(f"Accuracy was not measured: {wrong}.")
         else:
             _add_accuracy(table, cells, data, weights)
+    elif "AP" in table.columns:
+        result.remarks.append("AP is as printed; --measure accuracy measures it.")
     return result
 
 
@@ -126,9 +137,14 @@ def _measured(
 
 def costs(row: Row, measure: Sequence[str]) -> dict[str, Cell]:
     """The row's cells of parameters and operations, counted."""
-    wanted = [c for c in ("#Param", "FLOPs") if c in row.printed and MEASURE_OF[c] in measure]
+    wanted = [c for c in ("#Param", "FLOPs", "GFLOPs") if c in row.printed and MEASURE_OF[c] in measure]
     if row.network is None or not wanted:
         return {}
+    if row.network.detector:
+        detector = detector_cost(row.network)
+        ours = {"#Param": detector.trainable, "GFLOPs": detector.operations}
+        today = {"#Param": f"{detector.parameters / 1e6:.2f}M with the frozen ones", "GFLOPs": "by the same rules"}
+        return {c: compared(row.printed[c], ours[c], today[c], row.own, units=DECIMAL) for c in wanted}
     cost = cost_of(row.network)
     early = row.network.name in ("resnet18", "resnet34")  # counted a year later, by other rules
     ours = {"#Param": cost.parameters, "FLOPs": cost.operations_2020 if early else cost.operations}
@@ -139,8 +155,8 @@ def costs(row: Row, measure: Sequence[str]) -> dict[str, Cell]:
     return {column: compared(row.printed[column], ours[column], today[column], row.own) for column in wanted}
 
 
-def compared(printed: str, ours: int, today: str, own: bool) -> Cell:
-    """The cell ``printed`` ("24.37M", "3.86G") beside ``ours`` in units of 2^20 or 2^30; if unlike, ``today``'s too.
+def compared(printed: str, ours: int, today: str, own: bool, *, units: dict[str, int] = BINARY) -> Cell:
+    """The cell ``printed`` ("24.37M", "3.86G") beside ``ours`` in its suffix's unit; if unlike, ``today``'s too.
 
     Only where the authors counted themselves (``own``) can a number cut after its last digit pass for theirs.
 
@@ -149,9 +165,10 @@ def compared(printed: str, ours: int, today: str, own: bool) -> Cell:
     >>> str(compared("25.80M", 25_779_072, "25.78 x 10^6", False))
     '25.80M (here 24.58M; 25.78 x 10^6)'
     """
-    number, suffix = printed[:-1], printed[-1]
+    number = printed.rstrip("MG")
+    suffix = printed[len(number) :]
     digits = len(number.partition(".")[2])
-    value = ours / {"M": 2**20, "G": 2**30}[suffix]
+    value = ours / units[suffix]
     if f"{value:.{digits}f}" == number:
         return Cell(printed=printed, agrees=True)
     if own and f"{int(value * 10**digits) / 10**digits:.{digits}f}" == number:
@@ -215,37 +232,15 @@ def cost_of(network: Network) -> Cost:
 # accuracy
 
 
-def command(network: Network | None) -> str | None:
-    """The command that trains a row's network by the paper's recipe, into runs/KEY; None where there is none."""
-    if network is None or ":" in network.name:
-        return None
-    mobile = network.name == "mobilenet_v2"
-    parts = ["ecanet train", "imagenet_mobilenet --set data.name=folder:PATH" if mobile else "folder:PATH"]
-    parts += [f"--model {network.name}", f"--attention {network.attention}"]
-    if network.kernel_sizes != "official":
-        parts.append(f"--kernel-sizes {','.join(map(str, network.kernel_sizes))}")
-    parts += [f"--set model.options.{key}={value}" for key, value in network.options.items()]
-    return " ".join([*parts, f"--out runs/{network.key}"])
-
-
 def _add_accuracy(table: Table, cells: list[dict[str, Cell]], data: str | Path, weights: str | Path) -> None:
-    from ecanet.trained import evaluate
-
     for row, found in zip(table.rows, cells, strict=True):
-        checkpoint = row.network and _checkpoint(row.network, Path(weights))
+        checkpoint = row.network and checkpoint_of(row.network, Path(weights))
         if row.network is None or checkpoint is None:
             continue
-        n = row.network
-        model = ModelConfig(name=n.name, attention=n.attention, kernel_sizes=n.kernel_sizes, options=n.options)
-        metrics = evaluate(checkpoint, model=model, data_name=f"folder:{data}")
-        for column, metric in (("Top-1", "top1"), ("Top-5", "top5")):
-            if column in found and metric in metrics:
-                text, printed = f"{metrics[metric]:.2f}", row.printed[column]
+        for column, text in scores(row.network, checkpoint, data, masks=table.name == "6").items():
+            if column in found:
+                printed = row.printed[column]
                 found[column] = Cell(printed=printed, here="" if text == printed else text, agrees=text == printed)
-
-
-def _checkpoint(network: Network, folder: Path) -> Path | None:
-    return next((p for p in sorted(folder.glob(f"{network.key}*")) if p.name.split(".")[0] == network.key), None)
 
 
 # speed

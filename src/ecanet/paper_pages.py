@@ -35,8 +35,9 @@ def _markdown(measured: Measured) -> str:
     lines += ["", *_agreement(measured)]
     lines += ["", *measured.remarks] if measured.remarks else []
     lines += ["", *(f"{i}. {FOOTNOTES[note]}" for i, note in enumerate(used, 1))] if used else []
-    commands = list(dict.fromkeys(c for c in measured.commands if c))
-    lines += ["", "To train a row (PATH: ImageNet's folder):", "", *(f"    {c}" for c in commands)] if commands else []
+    commands = list(dict.fromkeys(line for c in measured.commands if c for line in c.splitlines()))
+    folders = "COCO's folder; IMAGENET: ImageNet's, for backbones" if "AP" in table.columns else "ImageNet's folder"
+    lines += ["", f"To train a row (PATH: {folders}):", "", *(f"    {c}" for c in commands)] if commands else []
     return "\n".join(lines)
 
 
