@@ -14,6 +14,7 @@ from ecanet.attention import (
     list_attentions,
     make_attention,
 )
+from ecanet.inference import optimize
 from ecanet.models import create_model, list_models, load_checkpoint
 
 __version__ = "0.1.0"
@@ -37,4 +38,5 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "make_attention",
+    "optimize",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ecanet import models, ops, traffic
 from ecanet.attention.gates import ECA
 from ecanet.errors import ConfigError
-from ecanet.optimize import optimize
+from ecanet.inference import optimize
 
 Step = Callable[[], object]
 
