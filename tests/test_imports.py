@@ -18,11 +18,12 @@ READING_ORDER = [
     module
     for line in (
         "__main__ cli cli_compare cli_detect cli_inspect cli_bench cli_options",
-        "bench paper_pages paper paper_runs paper_detection paper_rows ablate_pages ablate ablate_rows inspect_pages",
+        "bench_pages bench bench_check bench_layers bench_networks",
+        "paper_pages paper paper_runs paper_detection paper_rows ablate_pages ablate ablate_rows inspect_pages",
         "train detect trained recipes progress",
         "report figures tasks tasks_detection",
         "data data.boxes data.scenes data.annotations data.images data.sources config",
-        "inference inference_parts inspect export traffic",
+        "inference inference_parts inspect export measure traffic",
         "cost models.detection models models.checkpoints models.mobilenet models.resnet models.tail models.placement",
         "models.slots attach.preview attach attach.replace attach.kernels attach.folding attach.report attach.example",
         "attach.sites attach.branches attach.watch attach.hooks",

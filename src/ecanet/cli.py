@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ecanet import __version__, cli_compare, cli_detect, recipes
+from ecanet import __version__, cli_bench, cli_compare, cli_detect, recipes
 from ecanet.cli_options import (
     AsJson,
     Attention,
@@ -44,6 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_compare.app)
+app.add_typer(cli_bench.app)
 app.add_typer(cli_detect.app)
 
 
