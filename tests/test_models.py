@@ -1,5 +1,6 @@
 """Networks: the paper's parameter counts, torchvision's outputs, and the gate where the paper puts it."""
 
+import copy
 import re
 
 import pytest
@@ -8,6 +9,7 @@ import torchvision
 from torch.nn import functional as F
 
 import ecanet
+from ecanet import create_model, ops
 from ecanet.errors import CheckpointError, ConfigError
 
 PLAIN = {
@@ -243,3 +245,51 @@ def test_weights_that_cannot_be_had_are_an_error(torchvision_file, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(CheckpointError, match=r"cannot get torchvision's weights for 'resnet34' .*as weights="):
         ecanet.create_model("resnet34", weights="torchvision")
+
+
+def stage_gradients(stage, x):
+    """What a training step of ``stage`` gives: output, and the gradients of ``x`` and of every parameter."""
+    x = x.clone().requires_grad_()
+    y = stage(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *stage.parameters()])]
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet34"])
+@pytest.mark.parametrize("attention", ["eca", "none", "cbam"])
+def test_gradients_between_blocks_meet_inside_the_tail(name, attention, monkeypatch):
+    stage = create_model(name, attention=attention).layer2.double()
+    calls = []
+    plain = copy.deepcopy(stage)
+    plain.register_forward_hook(lambda *_: calls.append(1))  # somebody listens: every block is called plainly
+    channels = 256 if name == "resnet50" else 64
+    x = torch.randn(2, channels, 10, 10, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    for a, b in zip(stage_gradients(stage, x), stage_gradients(plain, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert calls
+    if attention == "eca":
+        assert folds(stage, x, monkeypatch) == len(stage) - 1
+        assert folds(plain, x, monkeypatch) == 0
+
+
+def folds(stage, x, monkeypatch):
+    """How many of the stage's tails add two gradients inside their backward."""
+    given = []
+    with monkeypatch.context() as patch:
+        original = ops.lean.reduce
+        patch.setattr(ops.lean, "reduce", lambda dy, more, *rest: given.append(more) or original(dy, more, *rest))
+        stage_gradients(stage, x)
+    return sum(more is not None for more in given)
+
+
+def test_a_listener_sees_the_whole_gradient():
+    model = create_model("resnet18", attention="eca", num_classes=3)
+    seen = []
+    model.layer2[0].register_forward_hook(lambda module, args, y: seen.append(y))
+    x = torch.randn(2, 3, 64, 64)
+    loss = model(x).square().sum()
+    (found,) = torch.autograd.grad(loss, seen[0])
+    model.zero_grad()
+    y = seen[0].detach().requires_grad_()
+    rest = model.fc(model.avgpool(model.layer4(model.layer3(model.layer2[1](y)))).flatten(1))
+    (expected,) = torch.autograd.grad(rest.square().sum(), y)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

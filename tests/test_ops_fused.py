@@ -45,18 +45,20 @@ def case(shape, last, dtype, seed=0):
     return [layout(x, last) for x in tensors], norm, ECA(shape[1])
 
 
-def results(impl, tensors, norm, gate, shortcut, activation, wide):
-    """y, dz, dshortcut, dparameters and running statistics."""
+def results(impl, tensors, norm, gate, shortcut, activation, wide, twice=False):
+    """y, dz, dshortcut, dparameters and running statistics; ``twice`` with a gradient on each of two ways."""
     norm, gate = (copy.deepcopy(m).double() if wide else copy.deepcopy(m) for m in (norm, gate))
     side = copy.deepcopy(norm).train(norm.training) if shortcut == "normed" else None
     z, s, dy = (x.double() if wide else x if impl == "reference" else fenced(x) for x in tensors)
     z, s = z.detach().requires_grad_(), s.detach().requires_grad_()
     addend = None if shortcut is None else s
-    y = ops.residual_tail(z, norm, gate.weigh, addend, side, activation, impl=impl)
+    ways = ops.residual_tail_twice if twice else ops.residual_tail
+    y = ways(z, norm, gate.weigh, addend, side, activation, impl=impl)
     leaves = [z, *norm.parameters(), *gate.parameters()]
     leaves += [] if shortcut is None else [s]
     leaves += [] if side is None else list(side.parameters())
-    gradients = torch.autograd.grad(y, leaves, dy)
+    gradients = torch.autograd.grad(y, leaves, (dy, dy.flip(1)) if twice else dy)
+    y = y[1] if twice else y
     return [y.detach(), *gradients, norm.running_mean, norm.running_var]
 
 
@@ -88,14 +90,16 @@ def test_tail_within_budget(shape, last, dtype, impl):
             assert_within_budget(f"{shortcut} {activation} result {number}", a, b, c, roundings=4 * math.isqrt(summed))
 
 
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("impl", ["lean", "fused"])
-def test_float64_is_the_reference(impl):
+def test_float64_is_the_reference(impl, last, twice):
     """In float64 nothing but the order of sums differs."""
-    tensors, norm, gate = case((3, 17, 9, 11), True, torch.float64)
+    tensors, norm, gate = case((3, 17, 9, 11), last, torch.float64)
     norm, gate = norm.double(), gate.double()
     for shortcut, activation in [("plain", "relu"), (None, "relu"), ("normed", "relu6"), ("plain", None)]:
-        actual = results(impl, tensors, norm, gate, shortcut, activation, True)
-        expected = results("reference", tensors, norm, gate, shortcut, activation, True)
+        actual = results(impl, tensors, norm, gate, shortcut, activation, True, twice)
+        expected = results("reference", tensors, norm, gate, shortcut, activation, True, twice)
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -130,6 +134,50 @@ def test_gradients_of_gradients(impl, activation):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("impl", ["lean", "fused"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_ways_within_budget(dtype, impl):
+    """The gradients of both ways are added before they are rounded: never worse than autograd's sum."""
+    tensors, norm, gate = case((2, 17, 17, 19), True, dtype)
+    for shortcut in ("plain", "normed"):
+        three = [
+            results(kind, tensors, norm, gate, shortcut, "relu", wide, True)
+            for kind, wide in ((impl, False), ("reference", False), ("reference", True))
+        ]
+        for number, (a, b, c) in enumerate(zip(*three, strict=True)):
+            summed = max(1, tensors[2].numel() // max(1, a.numel()))
+            assert_within_budget(f"{shortcut} result {number}", a, b, c, roundings=4 * math.isqrt(summed))
+
+
+@pytest.mark.parametrize("impl", ["lean", "fused"])
+def test_each_way_alone_and_none(impl):
+    tensors, norm, gate = case((2, 17, 7, 7), True, torch.float32)
+    z, s, dy = tensors
+    z.requires_grad_()
+    s.requires_grad_()
+    ways = ops.residual_tail_twice(z, norm, gate.weigh, s, impl=impl)
+    assert torch.equal(*ways)
+    expected = torch.autograd.grad(ops.residual_tail(z, norm, gate.weigh, s, impl=impl), [z, s], dy)
+    for way in ways:
+        found = torch.autograd.grad(way, [z, s], dy, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    one, both = ops.residual_tail_twice(z, norm, gate.weigh, None, impl=impl)  # no shortcut: nothing to fold
+    assert one is both
+
+
+def test_passes_over_memory_with_the_fold():
+    """The gradients of both ways meet inside the reduction: one pass more to read, three of autograd's less."""
+    tensors, norm, gate = case((2, 64, 16, 16), True, torch.bfloat16)
+    z, s, dy = tensors
+    z.requires_grad_()
+    s.requires_grad_()
+    one = z.numel() * z.element_size()
+    ways = ops.residual_tail_twice(z, norm, gate.weigh, s, impl="fused")
+    with traffic.interpreted() as backward:
+        torch.autograd.grad(ways, [z, s], (dy, dy))
+    assert 7.0 < backward.moved / one <= 7.1
+
+
 def test_passes_over_memory():
     """The claim: 4.1 passes over the block's output forward; 9.2 backward, with autograd's 3 for the residual sum."""
     tensors, norm, gate = case((2, 64, 16, 16), True, torch.bfloat16)
@@ -146,7 +194,7 @@ def test_passes_over_memory():
 
 
 def test_eager_passes_are_what_the_table_says():
-    tensors, norm, gate = case((2, 64, 16, 16), True, torch.float32)
+    tensors, norm, gate = case((2, 128, 24, 24), True, torch.float32)
     z, s, dy = tensors
     z.requires_grad_()
     with traffic.counted(smallest=z.numel()) as reference:
@@ -179,7 +227,9 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(torch.ops.ecanet.moments, (z, 2), test_utils=checks)
     torch.library.opcheck(torch.ops.ecanet.apply, (z, s, a, a, mu, None, None, "relu"), test_utils=checks)
     _, bits = fused._apply(z, s, a, a, mu, None, None, "relu")
-    torch.library.opcheck(torch.ops.ecanet.reduce, (dy, bits, z, None, a, a, mu, None, "relu"), test_utils=checks)
+    for more in (None, s):
+        arguments = (dy, more, bits, z, None, a, a, mu, None, "relu")
+        torch.library.opcheck(torch.ops.ecanet.reduce, arguments, test_utils=checks)
     torch.library.opcheck(torch.ops.ecanet.grads, (dy, z, a, a, mu, a, a, a, None), test_utils=checks)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ecanet.models import placement
 from ecanet.models.slots import KernelRule, Slot
-from ecanet.models.tail import finish
+from ecanet.models.tail import Stage, Twins, finish
 
 BASIC, BOTTLENECK = "basic", "bottleneck"
 
@@ -68,9 +68,13 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, width, H / stride, W / stride)."""
+        return self.twice(x, x, False)[0]
+
+    def twice(self, x: Tensor, twin: Tensor, wanted: bool) -> Twins:
+        """The same, two times if ``wanted``, from the block before's output ``x`` and its ``twin``; see `Stage`."""
         branch = self.relu(self.bn1(self.conv1(x)))
         branch = self.conv2(branch)
-        return finish(branch, self.bn2, self.attention, x, self.downsample)
+        return finish(branch, self.bn2, self.attention, twin, self.downsample, wanted)
 
 
 class Bottleneck(nn.Module):
@@ -100,10 +104,14 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, 4 * width, H / stride, W / stride)."""
+        return self.twice(x, x, False)[0]
+
+    def twice(self, x: Tensor, twin: Tensor, wanted: bool) -> Twins:
+        """The same, two times if ``wanted``, from the block before's output ``x`` and its ``twin``; see `Stage`."""
         branch = self.relu(self.bn1(self.conv1(x)))
         branch = self.relu(self.bn2(self.conv2(branch)))
         branch = self.conv3(branch)
-        return finish(branch, self.bn3, self.attention, x, self.downsample)
+        return finish(branch, self.bn3, self.attention, twin, self.downsample, wanted)
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -141,7 +149,7 @@ class ResNet(nn.Module):
                 channels = width * block.expansion
                 if placement.stands_after(slot, stage, index, depth):
                     blocks[f"{index}_{slot.key}"] = slot.build(channels, stage)  # torchvision's names stay as they are
-            self.add_module(f"layer{stage + 1}", nn.Sequential(blocks))
+            self.add_module(f"layer{stage + 1}", Stage(blocks))
             self.stages.append(f"layer{stage + 1}")
             width *= 2
         self.avgpool = nn.AdaptiveAvgPool2d(1)

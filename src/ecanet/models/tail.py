@@ -1,12 +1,47 @@
 """The end of a residual block: norm, gate, shortcut and activation, in as few passes over memory as there are."""
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from ecanet import ops
 from ecanet.attention.gates import ChannelAttention
 
+Twins = tuple[Tensor, Tensor]
+"""A block's output for the next block's branch, and the same for its shortcut; see `ops.residual_tail_twice`."""
 
-def finish(z: Tensor, norm: nn.Module, attention: nn.Module, x: Tensor, downsample: nn.Module) -> Tensor:
+
+class Stage(nn.Sequential):
+    """Blocks one after the other; what goes from one to the next goes on two edges, whose gradients meet for nothing.
+
+    Where anything listens to a module in it, every block is called as any module and gives one tensor with all of its
+    gradient.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """(N, C, H, W) -> (N, C', H', W')."""
+        if not self._unwatched(x):
+            return super().forward(x)
+        twin, last = x, len(self) - 1
+        for index, block in enumerate(self):
+            if hasattr(block, "twice"):
+                x, twin = block.twice(x, twin, index < last)  # pyright: ignore[reportCallIssue]
+            else:
+                x = twin = block(x)
+        return x
+
+    def _unwatched(self, x: Tensor) -> bool:
+        """Whether gradients are wanted, and nobody can see the tensors between the blocks or asks for a graph."""
+        if type(x) is not Tensor or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if torch.jit.is_tracing() or has_any_global_hook():
+            return False
+        return not any(hooked(m) or "forward" in vars(m) or m._compiled_call_impl for m in self.modules())
+
+
+def finish(
+    z: Tensor, norm: nn.Module, attention: nn.Module, x: Tensor, downsample: nn.Module, twice: bool = False
+) -> Twins:
     """``relu(attention(norm(z)) + downsample(x))`` for the block's last convolution ``z`` and its input ``x``.
 
     Gates of the squeeze, gate, scale form go through `ops.residual_tail`; others, and modules that something hooks
@@ -14,11 +49,13 @@ def finish(z: Tensor, norm: nn.Module, attention: nn.Module, x: Tensor, downsamp
     """
     identity = isinstance(attention, nn.Identity)
     if hooked(attention) or not (identity or isinstance(attention, ChannelAttention)):
-        return attention(norm(z)).add(downsample(x)).relu_()
+        return (attention(norm(z)).add(downsample(x)).relu_(),) * 2
     gate = attention.weigh if isinstance(attention, ChannelAttention) else None
     if isinstance(downsample, nn.Sequential) and len(downsample) == 2 and not hooked(downsample):
-        return ops.residual_tail(z, norm, gate, downsample[0](x), downsample[1])
-    return ops.residual_tail(z, norm, gate, downsample(x))
+        tail = (z, norm, gate, downsample[0](x), downsample[1])
+    else:
+        tail = (z, norm, gate, downsample(x))
+    return ops.residual_tail_twice(*tail) if twice else (ops.residual_tail(*tail),) * 2
 
 
 def hooked(module: nn.Module) -> bool:

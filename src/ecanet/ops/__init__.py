@@ -18,7 +18,7 @@ from ecanet.ops import lean, reference, tail
 from ecanet.ops.passes import Passes
 from ecanet.ops.reference import Activation, Gate
 
-__all__ = ["Activation", "Gate", "Impl", "residual_tail", "squeeze_scale"]
+__all__ = ["Activation", "Gate", "Impl", "residual_tail", "residual_tail_twice", "squeeze_scale"]
 
 Impl = Literal["auto", "reference", "lean", "fused"]
 
@@ -58,6 +58,38 @@ def residual_tail(
     Raises:
         ConfigError: ``impl`` is unknown or does not apply, or shapes do not fit.
     """
+    return _residual_tail(z, norm, gate, shortcut, shortcut_norm, activation, impl, False)[0]
+
+
+def residual_tail_twice(
+    z: Tensor,
+    norm: nn.Module,
+    gate: Gate | None = None,
+    shortcut: Tensor | None = None,
+    shortcut_norm: nn.Module | None = None,
+    activation: Activation = "relu",
+    *,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`residual_tail`'s output two times, for the next block's branch and for its shortcut.
+
+    The two are one tensor with an edge to the backward each, so that their gradients are added inside its first pass
+    over memory. Each has only its own way's gradient: give them to nobody who might ask for the whole of it. Where the
+    reference runs, or without a shortcut, they are the same object.
+    """
+    return _residual_tail(z, norm, gate, shortcut, shortcut_norm, activation, impl, True)
+
+
+def _residual_tail(
+    z: Tensor,
+    norm: nn.Module,
+    gate: Gate | None,
+    shortcut: Tensor | None,
+    shortcut_norm: nn.Module | None,
+    activation: Activation,
+    impl: Impl,
+    twice: bool,
+) -> tuple[Tensor, Tensor]:
     check(z, None)
     if shortcut is not None and shortcut.shape != z.shape:
         raise ConfigError(f"the shortcut has shape {tuple(shortcut.shape)}, the branch {tuple(z.shape)}")
@@ -72,12 +104,12 @@ def residual_tail(
         if gate is None:
             passes = None
         elif not tail.uses_batch_statistics(norm) and z.dtype == reference.widened(z.dtype):
-            return lean.evaluated_tail(z, norm, gate, shortcut, shortcut_norm, activation)
+            return (lean.evaluated_tail(z, norm, gate, shortcut, shortcut_norm, activation),) * 2
     if passes is None:
-        return reference.residual_tail(z, norm, gate, shortcut, shortcut_norm, activation)
+        return (reference.residual_tail(z, norm, gate, shortcut, shortcut_norm, activation),) * 2
     z = dense(z)
     shortcut = None if shortcut is None else dense(shortcut, z)
-    return tail.residual_tail(z, norm, gate, shortcut, shortcut_norm, activation, passes)
+    return tail.residual_tail(z, norm, gate, shortcut, shortcut_norm, activation, passes, twice)
 
 
 def choose(impl: Impl, x: Tensor, obstacle: str | None = None) -> Passes | None:

@@ -52,11 +52,13 @@ def apply(z: Tensor, shortcut: Tensor | None, form: Form) -> tuple[Tensor, Tenso
 
 
 def reduce(
-    dy: Tensor, kept: Tensor | None, z: Tensor, shortcut: Tensor | None, form: Form
+    dy: Tensor, more: Tensor | None, kept: Tensor | None, z: Tensor, shortcut: Tensor | None, form: Form
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The sums over each plane, and t (dy, where the sign is computed again)."""
-    sums, t = _launcher(_reduce)(dy, kept, z, shortcut, form.a, form.b, form.mu, form.shortcut_mu, form.activation)
-    return sums[0], sums[1], sums[2] if len(sums) > 2 else None, dy if kept is None else t
+    sums, t = _launcher(_reduce)(
+        dy, more, kept, z, shortcut, form.a, form.b, form.mu, form.shortcut_mu, form.activation
+    )
+    return sums[0], sums[1], sums[2] if len(sums) > 2 else None, dy if kept is None and more is None else t
 
 
 def grads(t: Tensor, z: Tensor, form: Form, m: Tensor, dm: Tensor | None, dv: Tensor | None) -> Tensor:
@@ -164,20 +166,21 @@ def _apply(
 
 
 def _reduce(
-    dy: Tensor, bits: Tensor | None, z: Tensor, shortcut: Tensor | None, a: Tensor, b: Tensor | None,
-    mu: Tensor | None, shortcut_mu: Tensor | None, activation: str | None,
+    dy: Tensor, more: Tensor | None, bits: Tensor | None, z: Tensor, shortcut: Tensor | None, a: Tensor,
+    b: Tensor | None, mu: Tensor | None, shortcut_mu: Tensor | None, activation: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grid = _Grid(z)
     normed = shortcut is not None and shortcut_mu is not None
-    t = z.new_empty(0) if bits is None else torch.empty_like(z)
+    write = bits is not None or more is not None
+    t = torch.empty_like(z) if write else z.new_empty(0)
     kinds = 3 if normed else 2
     if not z.numel():
         return z.new_zeros((kinds, *z.shape[:2]), dtype=widened(z.dtype)), t
     parts = z.new_empty((kinds, grid.columns[2], *z.shape[:2]), dtype=widened(z.dtype))
     kernels._reduce[grid.columns](
-        dy, bits, z, shortcut, t, _packed(a), _packed(b), mu, shortcut_mu, parts[0], parts[1], parts[-1],
+        dy, more, bits, z, shortcut, t, _packed(a), _packed(b), mu, shortcut_mu, parts[0], parts[1], parts[-1],
         grid.channels, grid.positions, grid.part, HAS_B=b is not None, HAS_MU=mu is not None, NORMED_SHORTCUT=normed,
-        ACTIVATION=ACTIVATIONS[activation], BITS=bits is not None, WRITE=bits is not None,  # pyright: ignore
+        ACTIVATION=ACTIVATIONS[activation], MORE=more is not None, BITS=bits is not None, WRITE=write,  # pyright: ignore
         **grid.options,
     )  # fmt: skip
     return parts.sum(1) if parts.shape[1] > 1 else parts[:, 0], t
@@ -219,11 +222,11 @@ def _fake_apply(z: Tensor, shortcut: Tensor | None, a: Tensor, *rest: Any) -> tu
 
 
 def _fake_reduce(
-    dy: Tensor, bits: Tensor | None, z: Tensor, shortcut: Tensor | None, *rest: Any
+    dy: Tensor, more: Tensor | None, bits: Tensor | None, z: Tensor, shortcut: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     kinds = 3 if shortcut is not None and rest[-2] is not None else 2
     sums = z.new_empty((kinds, *z.shape[:2]), dtype=widened(z.dtype))
-    return sums, z.new_empty(0) if bits is None else torch.empty_like(z)
+    return sums, z.new_empty(0) if bits is None and more is None else torch.empty_like(z)
 
 
 def _fake_grads(t: Tensor, z: Tensor, *rest: Any) -> Tensor:

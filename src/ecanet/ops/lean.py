@@ -15,6 +15,9 @@ from ecanet.ops.reference import Activation, Gate, squeeze, widened, without_aut
 CACHED = 2**19
 """Elements of a group: 2 MB in float32, so that the groups of four tensors share 8 MB of cache."""
 
+WHOLE = 2**15
+"""Elements of a sample from which a native operation a sample is faster than a few on a group of samples (measured)."""
+
 recomputes = False
 
 
@@ -27,7 +30,7 @@ def moments(z: Tensor, order: int) -> tuple[Tensor, Tensor]:
     if order == 1 and x.dtype == m.dtype:
         return x.mean(2).flatten(1), v
     for group in groups(x):
-        if order == 2 and x.dtype == m.dtype and channels_last(x):
+        if order == 2 and x.dtype == m.dtype and channels_last(x) and x[0].numel() >= WHOLE:
             for i in range(group.start, group.stop):
                 # the native statistics of one sample's channels are those of its planes, in one pass
                 m[i], v[i] = torch.batch_norm_update_stats(x[i : i + 1], None, None, 0.0)
@@ -66,20 +69,22 @@ def apply(z: Tensor, shortcut: Tensor | None, form: Form) -> tuple[Tensor, Tenso
 
 
 def reduce(
-    dy: Tensor, kept: Tensor | None, z: Tensor, shortcut: Tensor | None, form: Form
+    dy: Tensor, more: Tensor | None, kept: Tensor | None, z: Tensor, shortcut: Tensor | None, form: Form
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The sums over each plane, and t."""
     x, g = planes(z), planes(dy)
     da, db, ds = x.new_zeros((3, *x.shape[:2]), dtype=widened(z.dtype)).unbind()
-    t = dy if kept is None else torch.empty_like(z)
+    t = dy if kept is None and more is None else torch.empty_like(z)
     out = planes(t)
+    h = None if more is None else planes(more)
     y = None if kept is None else planes(kept)
     s = None if shortcut is None or form.shortcut_a is None else planes(shortcut)
     for group in groups(x):
+        part = g[group] if h is None else torch.add(g[group], h[group], out=out[group])
         if y is not None and form.activation == "relu":
-            torch.ops.aten.threshold_backward(g[group], y[group], 0, grad_input=out[group])
+            torch.ops.aten.threshold_backward(part, y[group], 0, grad_input=out[group])
         elif y is not None:
-            torch.ops.aten.hardtanh_backward(g[group], y[group], 0.0, 6.0, grad_input=out[group])
+            torch.ops.aten.hardtanh_backward(part, y[group], 0.0, 6.0, grad_input=out[group])
         da[group], db[group] = products(out[group], x[group], form.mu)
         if s is not None:
             ds[group], _ = products(out[group], s[group], form.shortcut_mu)
@@ -142,7 +147,7 @@ def affine(x: Tensor, a: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
 
 
 def products(t: Tensor, x: Tensor, mu: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``sum t (x - mu)`` and ``sum t`` over each plane: a batch norm's own reduction, a plane as a channel."""
+    """``sum t (x - mu)`` and ``sum t`` over each plane, where large by a batch norm's own reduction."""
     n, c, p, _ = x.shape
     wide = widened(x.dtype)
     one = x.new_ones(c, dtype=wide)
@@ -150,6 +155,9 @@ def products(t: Tensor, x: Tensor, mu: Tensor | None) -> tuple[Tensor, Tensor]:
     if not channels_last(x):
         sums = norm_reduction(t.view(1, n * c, p, 1), x.view(1, n * c, p, 1), mean.repeat(n), one.repeat(n))
         return sums[0].view(n, c), sums[1].view(n, c)
+    if c * p < WHOLE:
+        centred = x.to(wide) - mean[:, None, None]
+        return centred.mul_(t).sum((2, 3)), t.sum((2, 3), dtype=wide)
     sums = [norm_reduction(t[i : i + 1], x[i : i + 1], mean, one) for i in range(n)]
     return torch.stack([s[0] for s in sums]), torch.stack([s[1] for s in sums])
 

@@ -35,12 +35,19 @@ def moments(z: Tensor, passes: Passes, order: int, recomputed: Activation = None
     return m, v, Wire(*wire)
 
 
-def tail(z: Tensor, wire: Wire, shortcut: Tensor | None, side: Wire | None, form: Form, passes: Passes) -> Tensor:
-    """``y`` of the form; ``side`` is the wire of a shortcut that has a norm of its own."""
-    return _Tail.apply(  # pyright: ignore[reportReturnType]
+def tail(
+    z: Tensor, wire: Wire, shortcut: Tensor | None, side: Wire | None, form: Form, passes: Passes, twice: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``y`` of the form, two times; ``side`` is the wire of a shortcut that has a norm of its own.
+
+    With ``twice``, and a shortcut, the two are one tensor on two edges, whose gradients the backward adds in its
+    first pass; autograd adds those of one edge in three passes of its own.
+    """
+    y, twin = _Tail.apply(  # pyright: ignore[reportGeneralTypeIssues]
         z, *wire, shortcut, *(side or (None, None)), form.a, form.b, form.mu, form.shortcut_a, form.shortcut_mu,
-        form.activation, passes,
+        form.activation, passes, twice and shortcut is not None,
     )  # fmt: skip
+    return y, y if twin is None else twin
 
 
 class _Moments(torch.autograd.Function):
@@ -69,23 +76,27 @@ class _Tail(torch.autograd.Function):
         ctx: Any, z: Tensor, wire_t: Tensor, wire_form: Tensor,
         shortcut: Tensor | None, side_t: Tensor | None, side_form: Tensor | None,
         a: Tensor, b: Tensor | None, mu: Tensor | None, shortcut_a: Tensor | None, shortcut_mu: Tensor | None,
-        activation: Activation, passes: Passes,
+        activation: Activation, passes: Passes, twice: bool,
     ):  # fmt: skip
         form = Form(a=a, b=b, mu=mu, shortcut_a=shortcut_a, shortcut_mu=shortcut_mu, activation=activation)
         y, kept = passes.apply(z, shortcut, form)
         ctx.passes, ctx.activation, ctx.has_shortcut = passes, activation, shortcut is not None
         # a plain shortcut is not needed again: its gradient is t
         ctx.save_for_backward(z, kept, shortcut if shortcut_a is not None else None, a, b, mu, shortcut_a, shortcut_mu)
-        return y
+        ctx.set_materialize_grads(False)
+        return y, y.view_as(y) if twice else None
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, dy: Tensor | None, more: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        dy, more = (more, None) if dy is None else (dy, more)
+        if dy is None:
+            return (None,) * 14
         z, kept, shortcut, a, b, mu, shortcut_a, shortcut_mu = ctx.saved_tensors
         form = Form(a=a, b=b, mu=mu, shortcut_a=shortcut_a, shortcut_mu=shortcut_mu, activation=ctx.activation)
         if torch.is_grad_enabled():
             _announce()
-            return _differentiable(ctx, dy, z, kept, shortcut, form)
-        da, db, ds, t = ctx.passes.reduce(like(dy, z), kept, z, shortcut, form)
+            return _differentiable(ctx, dy if more is None else dy + more, z, kept, shortcut, form)
+        da, db, ds, t = ctx.passes.reduce(like(dy, z), None if more is None else like(more, z), kept, z, shortcut, form)
         wire = a.expand(3, *a.shape)
         if kept is None and form.activation is not None and b is not None and mu is not None:
             wire = torch.stack((a, b, mu.expand_as(a)))
@@ -96,7 +107,7 @@ class _Tail(torch.autograd.Function):
         else:
             side = (None, t, shortcut_a.expand(3, *a.shape))
             side_dmu = -(shortcut_a * db).sum(0)
-        return None, t, wire, *side, da, None if b is None else db, dmu, ds, side_dmu, None, None
+        return None, t, wire, *side, da, None if b is None else db, dmu, ds, side_dmu, None, None, None
 
 
 def _chain_rule(z: Tensor, m: Tensor, dm: Tensor | None, dv: Tensor | None) -> Tensor | None:
@@ -139,7 +150,7 @@ def _differentiable(ctx: Any, dy: Tensor, z: Tensor, kept: Tensor | None, shortc
         side_dmu = -(form.shortcut_a * db).sum(0)
         dshortcut = scale(t, form.shortcut_a).to(z.dtype)
     db = None if form.b is None else db
-    return dz, None, None, dshortcut, None, None, da, db, dmu, ds, side_dmu, None, None
+    return dz, None, None, dshortcut, None, None, da, db, dmu, ds, side_dmu, None, None, None
 
 
 def like(x: Tensor, z: Tensor) -> Tensor:

@@ -41,11 +41,12 @@ class Passes(Protocol):
         ...
 
     def reduce(
-        self, dy: Tensor, kept: Tensor | None, z: Tensor, shortcut: Tensor | None, form: Form
+        self, dy: Tensor, more: Tensor | None, kept: Tensor | None, z: Tensor, shortcut: Tensor | None, form: Form
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """``sum t (z - mu)``, ``sum t``, ``sum t (shortcut - shortcut_mu)`` over each plane, and t.
 
         ``t`` is the gradient before the activation; ``dy`` itself stands for it where the sign is computed again.
+        The gradient after it is ``dy``, or ``dy + more`` where the output went two ways.
         """
         ...
 

@@ -26,7 +26,7 @@ def squeeze_scale(x: Tensor, gate: Gate, passes: Passes) -> Tensor:
     """``x * gate(mean(x))``: a tail without norm, shortcut and activation."""
     with without_autocast(x):
         m, _, wire = nodes.moments(x, passes, 1)
-        return nodes.tail(x, wire, None, None, Form(a=gate(m).to(m.dtype)), passes)
+        return nodes.tail(x, wire, None, None, Form(a=gate(m).to(m.dtype)), passes)[0]
 
 
 def residual_tail(
@@ -37,8 +37,9 @@ def residual_tail(
     shortcut_norm: nn.Module | None,
     activation: Activation,
     passes: Passes,
-) -> Tensor:
-    """`reference.residual_tail` by the four passes."""
+    twice: bool,
+) -> tuple[Tensor, Tensor]:
+    """`reference.residual_tail` by the four passes: y and, with a shortcut, y again on an edge of its own."""
     with without_autocast(z):
         recomputed = activation if passes.recomputes and shortcut is None else None
         branch = _normalised(z, norm, passes, gate is not None, recomputed)
@@ -48,12 +49,12 @@ def residual_tail(
             a, b = g * a, g * b
         form = Form(a=a, b=b, mu=branch.mu, activation=activation)
         if shortcut is None or shortcut_norm is None:
-            return nodes.tail(z, branch.wire, shortcut, None, form, passes)
+            return nodes.tail(z, branch.wire, shortcut, None, form, passes, twice)
         side = _normalised(shortcut, shortcut_norm, passes, False, None)
         form = Form(
             a=a, b=b + side.b, mu=branch.mu, shortcut_a=side.a.expand_as(a), shortcut_mu=side.mu, activation=activation
         )
-        return nodes.tail(z, branch.wire, shortcut, side.wire, form, passes)
+        return nodes.tail(z, branch.wire, shortcut, side.wire, form, passes, twice)
 
 
 class _Normalised(NamedTuple):
