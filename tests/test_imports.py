@@ -23,7 +23,7 @@ READING_ORDER = [
         "train detect trained recipes progress",
         "report figures tasks tasks_detection",
         "data data.boxes data.scenes data.annotations data.images data.sources config",
-        "inference inference_parts inspect export measure traffic",
+        "fusion inference inference_parts inspect export measure traffic",
         "cost models.detection models models.checkpoints models.mobilenet models.resnet models.tail models.placement",
         "models.slots attach.preview attach attach.replace attach.kernels attach.folding attach.report attach.example",
         "attach.sites attach.branches attach.watch attach.hooks",

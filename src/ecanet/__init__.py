@@ -14,6 +14,7 @@ from ecanet.attention import (
     list_attentions,
     make_attention,
 )
+from ecanet.fusion import fuse
 from ecanet.inference import optimize
 from ecanet.models import create_model, list_models, load_checkpoint
 
@@ -34,6 +35,7 @@ __all__ = [
     "create_model",
     "detach",
     "fold",
+    "fuse",
     "list_attentions",
     "list_models",
     "load_checkpoint",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ecanet.models import placement
 from ecanet.models.slots import KernelRule, Slot
-from ecanet.models.tail import Stage, Twins, finish
+from ecanet.models.tail import Stage, Twins, activated, finish
 
 BASIC, BOTTLENECK = "basic", "bottleneck"
 
@@ -72,7 +72,7 @@ class BasicBlock(nn.Module):
 
     def twice(self, x: Tensor, twin: Tensor, wanted: bool) -> Twins:
         """The same, two times if ``wanted``, from the block before's output ``x`` and its ``twin``; see `Stage`."""
-        branch = self.relu(self.bn1(self.conv1(x)))
+        branch = activated(self.conv1(x), self.bn1, self.relu)
         branch = self.conv2(branch)
         return finish(branch, self.bn2, self.attention, twin, self.downsample, wanted)
 
@@ -108,8 +108,8 @@ class Bottleneck(nn.Module):
 
     def twice(self, x: Tensor, twin: Tensor, wanted: bool) -> Twins:
         """The same, two times if ``wanted``, from the block before's output ``x`` and its ``twin``; see `Stage`."""
-        branch = self.relu(self.bn1(self.conv1(x)))
-        branch = self.relu(self.bn2(self.conv2(branch)))
+        branch = activated(self.conv1(x), self.bn1, self.relu)
+        branch = activated(self.conv2(branch), self.bn2, self.relu)
         branch = self.conv3(branch)
         return finish(branch, self.bn3, self.attention, twin, self.downsample, wanted)
 
@@ -158,7 +158,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, in_channels, H, W) -> logits (N, num_classes)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(activated(self.conv1(x), self.bn1, self.relu))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
         return self.fc(self.avgpool(x).flatten(1))

@@ -34,7 +34,7 @@ class Stage(nn.Sequential):
         """Whether gradients are wanted, and nobody can see the tensors between the blocks or asks for a graph."""
         if type(x) is not Tensor or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        if torch.jit.is_tracing() or has_any_global_hook():
+        if torch._C._get_tracing_state() or has_any_global_hook():
             return False
         return not any(hooked(m) or "forward" in vars(m) or m._compiled_call_impl for m in self.modules())
 
@@ -49,13 +49,19 @@ def finish(
     """
     identity = isinstance(attention, nn.Identity)
     if hooked(attention) or not (identity or isinstance(attention, ChannelAttention)):
-        return (attention(norm(z)).add(downsample(x)).relu_(),) * 2
+        y = attention(norm(z)).add(downsample(x)).relu_()
+        return y, y
     gate = attention.weigh if isinstance(attention, ChannelAttention) else None
     if isinstance(downsample, nn.Sequential) and len(downsample) == 2 and not hooked(downsample):
-        tail = (z, norm, gate, downsample[0](x), downsample[1])
-    else:
-        tail = (z, norm, gate, downsample(x))
-    return ops.residual_tail_twice(*tail) if twice else (ops.residual_tail(*tail),) * 2
+        return ops.residual_tail_twice(z, norm, gate, downsample[0](x), downsample[1], wanted=twice)
+    return ops.residual_tail_twice(z, norm, gate, downsample(x), wanted=twice)
+
+
+def activated(z: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
+    """``activation(norm(z))`` inside a block or in the stem: in one kernel where such are asked for."""
+    if ops.fuses() and type(activation) is nn.ReLU and not hooked(activation):
+        return ops.residual_tail(z, norm)
+    return activation(norm(z))
 
 
 def hooked(module: nn.Module) -> bool:

@@ -3,10 +3,13 @@
 ``impl="reference"`` is plain PyTorch, ``"lean"`` the same in fewer passes over memory (any device), ``"fused"`` the
 fewest, in Triton kernels (CUDA). ``"auto"`` is lean, and the reference where that does not apply: under export,
 forward-mode differentiation and `torch.func`, with a mask, and under `torch.compile`, which fuses the reference itself.
-``"fused"`` must be asked for until its kernels have run on a GPU: they are checked in Triton's interpreter only. An
-explicit choice is never replaced by another: it raises where it does not apply.
+``"fused"`` must be asked for until its kernels have run on a GPU: they are checked in Triton's interpreter only. For
+whole networks `automatic` asks. An explicit choice is never replaced by another: it raises where it does not apply.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal, cast
 
 import torch
@@ -18,12 +21,43 @@ from ecanet.ops import lean, reference, tail
 from ecanet.ops.passes import Passes
 from ecanet.ops.reference import Activation, Gate
 
-__all__ = ["Activation", "Gate", "Impl", "residual_tail", "residual_tail_twice", "squeeze_scale"]
+__all__ = ["Activation", "Gate", "Impl", "automatic", "residual_tail", "residual_tail_twice", "squeeze_scale"]
 
 Impl = Literal["auto", "reference", "lean", "fused"]
 
 KNOWN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Batch norms, exactly: a subclass may do more in its forward."""
+
+_automatic: ContextVar[Literal["lean", "fused"]] = ContextVar("automatic", default="lean")
+
+
+@contextmanager
+def automatic(impl: Literal["lean", "fused"]) -> Iterator[None]:
+    """Inside, ``impl="auto"``, which is what networks ask for, means ``impl`` wherever it applies.
+
+    With "fused" this library's ResNets run every norm, activation, gate and addition in Triton kernels:
+
+    >>> import ecanet
+    >>> from ecanet import ops
+    >>> model = ecanet.create_model("resnet50")
+    >>> with ops.automatic("fused"):  # doctest: +SKIP
+    ...     model.cuda()(images.cuda())
+
+    Raises:
+        ConfigError: ``impl`` is neither.
+    """
+    if impl not in ("lean", "fused"):
+        raise ConfigError(f"automatic() takes 'lean' or 'fused', got {impl!r}")
+    before = _automatic.set(impl)
+    try:
+        yield
+    finally:
+        _automatic.reset(before)
+
+
+def fuses() -> bool:
+    """Whether ``impl="auto"`` means "fused" here."""
+    return not torch.compiler.is_compiling() and _automatic.get() == "fused"
 
 
 def squeeze_scale(x: Tensor, gate: Gate, *, mask: Tensor | None = None, impl: Impl = "auto") -> Tensor:
@@ -58,7 +92,7 @@ def residual_tail(
     Raises:
         ConfigError: ``impl`` is unknown or does not apply, or shapes do not fit.
     """
-    return _residual_tail(z, norm, gate, shortcut, shortcut_norm, activation, impl, False)[0]
+    return residual_tail_twice(z, norm, gate, shortcut, shortcut_norm, activation, impl=impl, wanted=False)[0]
 
 
 def residual_tail_twice(
@@ -70,26 +104,17 @@ def residual_tail_twice(
     activation: Activation = "relu",
     *,
     impl: Impl = "auto",
+    wanted: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`residual_tail`'s output two times, for the next block's branch and for its shortcut.
 
     The two are one tensor with an edge to the backward each, so that their gradients are added inside its first pass
     over memory. Each has only its own way's gradient: give them to nobody who might ask for the whole of it. Where the
-    reference runs, or without a shortcut, they are the same object.
+    reference runs, without a shortcut, or with ``wanted`` false, they are the same object.
+
+    Raises:
+        ConfigError: as `residual_tail`.
     """
-    return _residual_tail(z, norm, gate, shortcut, shortcut_norm, activation, impl, True)
-
-
-def _residual_tail(
-    z: Tensor,
-    norm: nn.Module,
-    gate: Gate | None,
-    shortcut: Tensor | None,
-    shortcut_norm: nn.Module | None,
-    activation: Activation,
-    impl: Impl,
-    twice: bool,
-) -> tuple[Tensor, Tensor]:
     check(z, None)
     if shortcut is not None and shortcut.shape != z.shape:
         raise ConfigError(f"the shortcut has shape {tuple(shortcut.shape)}, the branch {tuple(z.shape)}")
@@ -104,12 +129,14 @@ def _residual_tail(
         if gate is None:
             passes = None
         elif not tail.uses_batch_statistics(norm) and z.dtype == reference.widened(z.dtype):
-            return (lean.evaluated_tail(z, norm, gate, shortcut, shortcut_norm, activation),) * 2
+            y = lean.evaluated_tail(z, norm, gate, shortcut, shortcut_norm, activation)
+            return y, y
     if passes is None:
-        return (reference.residual_tail(z, norm, gate, shortcut, shortcut_norm, activation),) * 2
+        y = reference.residual_tail(z, norm, gate, shortcut, shortcut_norm, activation)
+        return y, y
     z = dense(z)
     shortcut = None if shortcut is None else dense(shortcut, z)
-    return tail.residual_tail(z, norm, gate, shortcut, shortcut_norm, activation, passes, twice)
+    return tail.residual_tail(z, norm, gate, shortcut, shortcut_norm, activation, passes, wanted)
 
 
 def choose(impl: Impl, x: Tensor, obstacle: str | None = None) -> Passes | None:
@@ -126,7 +153,7 @@ def choose(impl: Impl, x: Tensor, obstacle: str | None = None) -> Passes | None:
     if impl == "auto":
         if obstacle or torch.compiler.is_compiling() or x.device.type == "meta":
             return None
-        impl = "lean"
+        impl = _automatic.get()
     if obstacle:
         raise ConfigError(f"impl={impl!r} does not apply: {obstacle}; use impl='reference'")
     if impl == "lean":

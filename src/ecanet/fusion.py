@@ -1,0 +1,107 @@
+"""Torchvision's and timm's ResNet blocks with this library's residual tail: same parameters, fewer memory passes."""
+
+from functools import cache, partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ecanet import ops
+from ecanet.errors import ConfigError
+from ecanet.inference_parts import parts_of, squeezes, weights
+from ecanet.models.tail import Stage, Twins, activated, hooked
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Give the ResNet blocks of torchvision's and timm's networks this library's residual tail; gives ``model`` back.
+
+    The blocks stay where they are, with their parameters, hooks and names, so that state dicts do not show it; outputs
+    and gradients are the same within float rounding. Taken are blocks whose attention, if any, is timm's ECA or SE or
+    a gate of this library as a module of theirs; blocks with anything else in them (drop path, anti-aliasing, another
+    activation) stay as they are, and so do blocks with gates from `ecanet.attach`, which have their own short way. This
+    library's own networks need no fusing.
+
+    >>> import ecanet, torchvision
+    >>> model = ecanet.fuse(torchvision.models.resnet18())
+    >>> type(model.layer1[0]).__mro__[1].__name__
+    'FusedBlock'
+
+    Raises:
+        ConfigError: ``model`` has no block that can be fused.
+    """
+    blocks = [module for module in model.modules() if fusible(module)]
+    if not blocks:
+        raise ConfigError(
+            f"{type(model).__name__} has no block that fuse() knows; it takes torchvision's and timm's ResNets"
+        )
+    for block in blocks:
+        block.__class__ = fused_class(type(block))
+    for module in model.modules():
+        if type(module) is nn.Sequential and len(module) and all(isinstance(child, FusedBlock) for child in module):
+            module.__class__ = Stage
+    return model
+
+
+def fusible(module: nn.Module) -> bool:
+    """Whether ``module`` is a residual block of another library that `FusedBlock` computes the same as."""
+    if type(module).__module__ not in ("torchvision.models.resnet", "timm.models.resnet") or isinstance(
+        module, FusedBlock
+    ):
+        return False
+    parts = parts_of(module)
+    if parts is None or any(hooked(m) for m in module.modules()):
+        return False
+    dropped = [getattr(module, name, None) for name in ("drop_path", "drop_block")]
+    return all(isinstance(m, nn.Identity | None) for m in dropped) and (
+        parts.attention is None or squeezes(parts.attention)
+    )
+
+
+class FusedBlock(nn.Module):
+    """What a fused block does; mixed into the block's own class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W')."""
+        return self.twice(x, x, False)[0]
+
+    def twice(self, x: Tensor, twin: Tensor, wanted: bool) -> Twins:
+        """The same, two times if ``wanted``, from the block before's output ``x`` and its ``twin``; see `Stage`."""
+        block: Any = self
+        attention = getattr(block, "se", None)
+        if attention is not None and hooked(attention):
+            y = super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+            return y, y
+        last = 3 if hasattr(block, "conv3") else 2
+        for i in range(1, last):
+            relu = getattr(block, f"act{i}", None) or block.relu
+            x = activated(getattr(block, f"conv{i}")(x), getattr(block, f"bn{i}"), relu)
+        z, norm = getattr(block, f"conv{last}")(x), getattr(block, f"bn{last}")
+        gate = None if attention is None or isinstance(attention, nn.Identity) else partial(weights, attention)
+        addend, side_norm = shortcut(block.downsample, twin)
+        return ops.residual_tail_twice(z, norm, gate, addend, side_norm, wanted=wanted)
+
+    def __reduce__(self) -> Any:
+        return made, (type(self).__mro__[2],), self.__dict__
+
+
+def shortcut(downsample: nn.Module | None, x: Tensor) -> tuple[Tensor, nn.Module | None]:
+    """The shortcut of ``x``, and the norm it still wants."""
+    if downsample is None:
+        return x, None
+    if isinstance(downsample, nn.Sequential) and not hooked(downsample) and isinstance(downsample[-1], nn.BatchNorm2d):
+        for module in downsample[:-1]:
+            x = module(x)
+        return x, downsample[-1]
+    return downsample(x), None
+
+
+@cache
+def fused_class(block: type) -> type:
+    """``block`` with the forward of `FusedBlock`, under its own name."""
+    return type(
+        block.__name__, (FusedBlock, block), {"__module__": block.__module__, "__qualname__": block.__qualname__}
+    )
+
+
+def made(block: type) -> nn.Module:
+    """An empty fused block, for pickle to fill."""
+    return nn.Module.__new__(fused_class(block))

@@ -1,0 +1,118 @@
+"""Training is the same training: 20 steps of a small ECA network by the fast paths and by the reference.
+
+The losses are held together at every step, the gradients at two states that both paths are given: the first, and the
+reference's after 20 steps. Where ReLU's input is within rounding of zero, rounding decides if a gradient passes, so
+two runs of the reference itself (contiguous, channels-last, float64) part more with every step: with batches of 32 and
+a rate of 0.05 further than the paths may. Large batches and a small rate keep them together, and grain on the images
+keeps the empty background from passing or not as one. A gradient may be off by twice as much as the reference's worst,
+of either layout and for images that differ in their last digit.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import ecanet
+from ecanet import ops
+from ecanet.data.sources import FASHION_FOLDER, SMALL_SETS
+
+STEPS, RATE = 20, 0.01
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+CASES = [
+    ("auto", 28, 128, "contiguous"),
+    ("auto", 28, 128, "channels_last"),
+    ("fused", 7, 4, "contiguous"),  # in Triton's interpreter
+    ("fused", 7, 4, "channels_last"),
+]
+
+
+@contextmanager
+def forced(impl):
+    """Networks ask `ops` for "auto": give them ``impl``, and see that it is what ran."""
+    if impl == "fused":
+        pytest.importorskip("triton")
+    choose, ran = ops.choose, []
+
+    def chosen(asked, x, obstacle=None):
+        assert asked == "auto"
+        ran.append(choose(impl, x, obstacle))
+        return ran[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "choose", chosen)
+        yield
+    expected = {"reference": None, "auto": "ecanet.ops.lean", "fused": "ecanet.ops.fused"}[impl]
+    assert {getattr(passes, "__name__", None) for passes in ran} == {expected}
+
+
+def batches(size, count):
+    """Fashion-MNIST's first images, or scikit-learn's digits where its files are not installed."""
+    small = SMALL_SETS["fashion-mnist" if (FASHION_FOLDER / "t10k-images-idx3-ubyte.gz").is_file() else "digits"]
+    images, labels = small.load(None, False)
+    images = F.interpolate(small.look.normalize(images[: STEPS * count]), (size, size), mode="area")
+    at = torch.arange(STEPS * count) % len(images)  # there are fewer digits than wanted
+    grain = torch.randn((len(at), 1, size, size), generator=torch.Generator().manual_seed(0))
+    return list(zip((images[at] + 0.1 * grain).split(count), labels[at].split(count), strict=True))
+
+
+def network(layout, state=None, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = ecanet.create_model("resnet8", attention="eca", num_classes=10, in_channels=1).to(dtype)
+    if state is not None:
+        model.load_state_dict(state)
+    return model.to(memory_format=LAYOUTS[layout])
+
+
+def loss_of(model, images, labels, layout):
+    dtype = next(model.parameters()).dtype
+    return F.cross_entropy(model(images.to(dtype, memory_format=LAYOUTS[layout])), labels)
+
+
+def trained(impl, data, layout):
+    """Losses of 20 steps, and the state after them."""
+    model, losses = network(layout), []
+    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=1e-4)
+    with forced(impl):
+        for images, labels in data:
+            loss = loss_of(model, images, labels, layout)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return torch.tensor(losses), model.state_dict()
+
+
+def results(impl, state, batch, layout, dtype=torch.float32):
+    """Loss, gradients and running statistics of one step from ``state``, in float64."""
+    model = network(layout, state, dtype)
+    with forced(impl):
+        loss = loss_of(model, *batch, layout)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+    found = {name: g for (name, _), g in zip(model.named_parameters(), gradients, strict=True)}
+    found |= {name: b for name, b in model.named_buffers() if "running" in name}
+    return {name: x.double() for name, x in {"loss": loss.detach(), **found}.items()}
+
+
+def distances(found, exact):
+    """Of each result, relative to its norm."""
+    return {name: float((found[name] - value).norm() / value.norm()) for name, value in exact.items()}
+
+
+@pytest.mark.parametrize(("impl", "size", "count", "layout"), CASES)
+def test_twenty_steps(impl, size, count, layout):
+    data = batches(size, count)
+    expected, last = trained("reference", data, layout)
+    actual, _ = trained(impl, data, layout)
+    assert expected[-5:].mean() < 0.98 * expected[:5].mean()  # it is a training
+    assert ((actual - expected).abs() <= 1e-3 * expected).all()
+    for state, batch in ((network(layout).state_dict(), data[0]), (last, data[-1])):
+        exact = results("reference", state, batch, layout, torch.float64)
+        own = []
+        for other in LAYOUTS:
+            for nudge in (-1, 0, 1):  # in the images' last digit
+                images = batch[0] * (1 + 2 * nudge * torch.finfo(torch.float32).eps)
+                own += distances(results("reference", state, (images, batch[1]), other), exact).values()
+        for name, error in distances(results(impl, state, batch, layout), exact).items():
+            assert error <= 2 * max(own), name
