@@ -58,8 +58,8 @@ def finish(
 
 
 def activated(z: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
-    """``activation(norm(z))`` inside a block or in the stem: in one kernel where such are asked for."""
-    if ops.fuses() and type(activation) is nn.ReLU and not hooked(activation):
+    """``activation(norm(z))`` inside a block or in the stem: in one kernel where ops fuses."""
+    if ops.fuses(z) and type(activation) is nn.ReLU and not hooked(activation):
         return ops.residual_tail(z, norm)
     return activation(norm(z))
 

@@ -1,10 +1,11 @@
 """Operations with one meaning and several implementations; ``reference.py`` is the meaning.
 
 ``impl="reference"`` is plain PyTorch, ``"lean"`` the same in fewer passes over memory (any device), ``"fused"`` the
-fewest, in Triton kernels (CUDA). ``"auto"`` is lean, and the reference where that does not apply: under export,
+fewest, in Triton kernels (CUDA). ``"auto"`` is fused on a GPU where the kernels have shown that they are right, with a
+warning where they have not (`proof`); lean elsewhere; and the reference where neither applies: under export,
 forward-mode differentiation and `torch.func`, with a mask, and under `torch.compile`, which fuses the reference itself.
-``"fused"`` must be asked for until its kernels have run on a GPU: they are checked in Triton's interpreter only. For
-whole networks `automatic` asks. An explicit choice is never replaced by another: it raises where it does not apply.
+For whole networks `automatic` decides. An explicit choice is never replaced by another: it raises where it does not
+apply.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ecanet.errors import ConfigError
-from ecanet.ops import lean, reference, tail
+from ecanet.ops import lean, proof, reference, tail
 from ecanet.ops.passes import Passes
 from ecanet.ops.reference import Activation, Gate
 
@@ -28,20 +29,22 @@ Impl = Literal["auto", "reference", "lean", "fused"]
 KNOWN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Batch norms, exactly: a subclass may do more in its forward."""
 
-_automatic: ContextVar[Literal["lean", "fused"]] = ContextVar("automatic", default="lean")
+_automatic: ContextVar[Literal["lean", "fused"] | None] = ContextVar("automatic", default=None)
 
 
 @contextmanager
 def automatic(impl: Literal["lean", "fused"]) -> Iterator[None]:
     """Inside, ``impl="auto"``, which is what networks ask for, means ``impl`` wherever it applies.
 
-    With "fused" this library's ResNets run every norm, activation, gate and addition in Triton kernels:
+    Without it that is "fused" on a GPU where `proof` passed, and "lean" elsewhere. With "fused" this library's ResNets
+    run every norm, activation, gate and addition in Triton kernels. To choose the lean passes on a GPU:
 
     >>> import ecanet
     >>> from ecanet import ops
-    >>> model = ecanet.create_model("resnet50")
-    >>> with ops.automatic("fused"):  # doctest: +SKIP
-    ...     model.cuda()(images.cuda())
+    >>> model = ecanet.create_model("resnet8")
+    >>> with ops.automatic("lean"):
+    ...     tuple(model(torch.randn(2, 3, 32, 32)).shape)
+    (2, 1000)
 
     Raises:
         ConfigError: ``impl`` is neither.
@@ -55,9 +58,20 @@ def automatic(impl: Literal["lean", "fused"]) -> Iterator[None]:
         _automatic.reset(before)
 
 
-def fuses() -> bool:
-    """Whether ``impl="auto"`` means "fused" here."""
-    return not torch.compiler.is_compiling() and _automatic.get() == "fused"
+def fuses(x: Tensor) -> bool:
+    """Whether ``impl="auto"`` means "fused" for ``x``."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        return False
+    asked = _automatic.get()
+    if asked is not None:
+        return asked == "fused"
+    plain = type(x) in (Tensor, nn.Parameter)  # a subclass, fake tensors too, may want to see operations
+    return plain and x.dtype in proof.DTYPES and accelerated(x) and proof.passed(x.device, x.dtype)
+
+
+def accelerated(x: Tensor) -> bool:
+    """Whether ``x`` lies where the kernels are meant to run."""
+    return x.is_cuda
 
 
 def squeeze_scale(x: Tensor, gate: Gate, *, mask: Tensor | None = None, impl: Impl = "auto") -> Tensor:
@@ -153,7 +167,7 @@ def choose(impl: Impl, x: Tensor, obstacle: str | None = None) -> Passes | None:
     if impl == "auto":
         if obstacle or torch.compiler.is_compiling() or x.device.type == "meta":
             return None
-        impl = _automatic.get()
+        impl = "fused" if fuses(x) else "lean"
     if obstacle:
         raise ConfigError(f"impl={impl!r} does not apply: {obstacle}; use impl='reference'")
     if impl == "lean":

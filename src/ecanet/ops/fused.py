@@ -82,7 +82,7 @@ def _launcher(function: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(torch.ops.ecanet, function.__name__[1:]) if torch.compiler.is_compiling() else function
 
 
-# launchers: shapes, grids, allocations
+# launchers: shapes, grids, allocations; they run on their tensors' device, which need not be the current one
 
 
 class _Grid:
@@ -102,8 +102,8 @@ class _Grid:
 
     @property
     def tiles(self) -> tuple[int, int, int]:
-        """One program for each tile."""
-        return self.n, triton.cdiv(self.positions, self.block_p), triton.cdiv(self.channels, self.block_c)
+        """One program for each tile, on the one axis of a launch that is long enough for any of them."""
+        return self.n * triton.cdiv(self.positions, self.block_p) * triton.cdiv(self.channels, self.block_c), 1, 1
 
     @property
     def part(self) -> int:
@@ -136,9 +136,10 @@ def _moments(z: Tensor, order: int) -> Tensor:
     parts = z.new_empty((2, count, *z.shape[:2]), dtype=widened(z.dtype))
     if order == 1:
         parts[1].zero_()
-    kernels._moments[grid.columns](
-        z, parts[0], parts[1], grid.channels, grid.positions, grid.part, ORDER=order, **grid.options
-    )
+    with torch.cuda.device_of(z):
+        kernels._moments[grid.columns](
+            z, parts[0], parts[1], grid.channels, grid.positions, grid.part, ORDER=order, **grid.options
+        )
     if count == 1:
         return parts[:, 0]
     share = parts.new_full((count, 1, 1), grid.part / grid.positions)
@@ -155,7 +156,9 @@ def _apply(
     y = torch.empty_like(z)
     keep = activation is not None and shortcut is not None
     bits = grid.bits(z) if keep else z.new_empty(0, dtype=torch.uint8)
-    if z.numel():
+    if not z.numel():
+        return y, bits
+    with torch.cuda.device_of(z):
         kernels._apply[grid.tiles](
             z, shortcut, y, bits, _packed(a), _packed(b), mu, _packed(shortcut_a), shortcut_mu,
             grid.channels, grid.positions, HAS_B=b is not None, HAS_MU=mu is not None,
@@ -177,12 +180,13 @@ def _reduce(
     if not z.numel():
         return z.new_zeros((kinds, *z.shape[:2]), dtype=widened(z.dtype)), t
     parts = z.new_empty((kinds, grid.columns[2], *z.shape[:2]), dtype=widened(z.dtype))
-    kernels._reduce[grid.columns](
-        dy, more, bits, z, shortcut, t, _packed(a), _packed(b), mu, shortcut_mu, parts[0], parts[1], parts[-1],
-        grid.channels, grid.positions, grid.part, HAS_B=b is not None, HAS_MU=mu is not None, NORMED_SHORTCUT=normed,
-        ACTIVATION=ACTIVATIONS[activation], MORE=more is not None, BITS=bits is not None, WRITE=write,  # pyright: ignore
-        **grid.options,
-    )  # fmt: skip
+    with torch.cuda.device_of(z):
+        kernels._reduce[grid.columns](
+            dy, more, bits, z, shortcut, t, _packed(a), _packed(b), mu, shortcut_mu, parts[0], parts[1], parts[-1],
+            grid.channels, grid.positions, grid.part, HAS_B=b is not None, HAS_MU=mu is not None,
+            NORMED_SHORTCUT=normed, ACTIVATION=ACTIVATIONS[activation],  # pyright: ignore[reportArgumentType]
+            MORE=more is not None, BITS=bits is not None, WRITE=write, **grid.options,
+        )  # fmt: skip
     return parts.sum(1) if parts.shape[1] > 1 else parts[:, 0], t
 
 
@@ -192,7 +196,9 @@ def _grads(
 ) -> Tensor:  # fmt: skip
     grid = _Grid(z)
     dz = torch.empty_like(z)
-    if z.numel():
+    if not z.numel():
+        return dz
+    with torch.cuda.device_of(z):
         kernels._grads[grid.tiles](
             t, z, dz, _packed(a), _packed(b), _packed(mu), m, _packed(dm), _packed(dv),
             grid.channels, grid.positions, HAS_B=b is not None, HAS_MU=mu is not None, HAS_DM=dm is not None,

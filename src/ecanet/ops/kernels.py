@@ -39,6 +39,18 @@ def _byte_offsets(n, p, byte, channels, positions, LAST: tl.constexpr):
 
 
 @triton.jit
+def _tile(channels, positions, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sample, tile of positions and tile of channels of this program; programs in a row are neighbours in memory."""
+    across, along = tl.cdiv(channels, BLOCK_C), tl.cdiv(positions, BLOCK_P)
+    program = tl.program_id(0)
+    n = program // (across * along)
+    rest = program % (across * along)
+    if LAST:
+        return n, rest // across, rest % across
+    return n, rest % along, rest // along
+
+
+@triton.jit
 def _moments(
     z_ptr, mean_ptr, variance_ptr, channels, positions, part,
     ORDER: tl.constexpr, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
@@ -100,9 +112,9 @@ def _apply(
     LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """``y = act(a (z - mu) + b + shortcut)`` and, with BITS, where the activation was not flat."""
-    n = tl.program_id(0)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n, tile_p, tile_c = _tile(channels, positions, LAST, BLOCK_P, BLOCK_C)
+    p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
     known = c < channels
     inside = (p < positions)[:, None] & known[None, :]
     at = n.to(tl.int64) * channels + c
@@ -124,7 +136,7 @@ def _apply(
         # the sign is taken from the rounded output, as plain ReLU takes it
         live = (_live(y.to(WIDE), ACTIVATION) & inside).to(tl.int32)
         eight = tl.reshape(live, [BLOCK_P, BLOCK_C // 8, 8]) << tl.arange(0, 8)[None, None, :]
-        byte = tl.program_id(2) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+        byte = tile_c * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
         where = (p < positions)[:, None] & (byte * 8 < channels)[None, :]
         at = _byte_offsets(n, p, byte, channels, positions, LAST)
         tl.store(bits_ptr + at, tl.sum(eight, axis=2).to(tl.uint8), mask=where)
@@ -192,9 +204,9 @@ def _grads(
     LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """``dz = a t + dm / P + 2 (z - m) dv / P``; with an ACTIVATION ``t`` is dy and the sign is computed again."""
-    n = tl.program_id(0)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n, tile_p, tile_c = _tile(channels, positions, LAST, BLOCK_P, BLOCK_C)
+    p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
     known = c < channels
     inside = (p < positions)[:, None] & known[None, :]
     at = n.to(tl.int64) * channels + c

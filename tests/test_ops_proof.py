@@ -1,0 +1,202 @@
+"""Networks use the kernels by themselves where these have shown that they are right, and say so where not.
+
+The CPU plays the GPU here: Triton's interpreter runs the kernels.
+"""
+
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import ecanet
+from ecanet import ops
+from ecanet.ops import proof
+
+pytest.importorskip("triton")
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The CPU counts as a GPU on which nothing has run, and the proof is short."""
+    monkeypatch.setattr(ops, "accelerated", lambda x: True)
+    monkeypatch.setattr(proof, "_passed", {})
+    monkeypatch.setattr(proof, "SHAPES", ((2, 9, 5, 3),))
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Names of the passes that `ops` chose, one after the other."""
+    names, choose = [], ops.choose
+
+    def chosen(*args):
+        passes = choose(*args)
+        names.append("reference" if passes is None else passes.__name__.removeprefix("ecanet.ops."))
+        return passes
+
+    monkeypatch.setattr(ops, "choose", chosen)
+    return names
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).relu()
+
+
+def tail(impl="auto", dtype=torch.float32):
+    torch.manual_seed(0)
+    z, shortcut = (torch.randn(2, 9, 4, 3).to(dtype) for _ in range(2))
+    return ops.residual_tail(z, nn.BatchNorm2d(9), torch.sigmoid, shortcut, impl=impl)
+
+
+@pytest.mark.parametrize("dtype", proof.DTYPES, ids=str)
+def test_the_kernels_pass(dtype, monkeypatch):
+    if dtype != torch.float32:  # the interpreter takes its time
+        monkeypatch.setattr(proof, "SHAPES", proof.SHAPES[1:])
+    assert proof.failure(CPU, dtype) is None
+
+
+def test_automatic_is_fused_after_one_proof_for_each_dtype(gpu, ran, monkeypatch):
+    asked, failure = [], proof.failure
+    monkeypatch.setattr(proof, "failure", lambda *args: asked.append(args) or failure(*args))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tail(), tail(), tail(dtype=torch.bfloat16)
+        assert asked == [(CPU, torch.float32), (CPU, torch.bfloat16)]
+        with ops.automatic("lean"):
+            tail(dtype=torch.float16)
+        tail(dtype=torch.float64)
+    assert len(asked) == 2
+    assert ran == ["fused", "fused", "fused", "lean", "lean"]
+
+
+def test_the_whole_network_is_fused(gpu, ran):
+    model = ecanet.create_model("resnet8", attention="eca", num_classes=3)
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert ran == ["fused"] * 7  # the stem, and an inner pair and a tail of three blocks
+    ran.clear()
+    attached = ecanet.attach(Block(), "eca", where="norm")
+    ran.clear()
+    attached(torch.randn(2, 3, 8, 8))
+    assert ran == ["fused"]
+
+
+WRONG = {
+    "a scale 0.1 % off": ("_apply", lambda f: lambda z, s, a, *rest: f(z, s, 1.001 * a, *rest)),
+    "a shortcut left out": ("_apply", lambda f: lambda z, s, *rest: f(z, None if s is None else 0 * s, *rest)),
+    "the last position is not summed": ("_moments", lambda f: lambda z, order: f(z[:, :, :-1], order)),
+    "half a sum": ("_reduce", lambda f: lambda *args: (lambda sums, t: (sums * 0.5, t))(*f(*args))),
+    "the mean's gradient left out": ("_grads", lambda f: lambda *args: f(*args[:6], None, *args[7:])),
+    "a gradient that is no number": ("_grads", lambda f: lambda *args: f(*args) * float("nan")),
+    "the second way is lost": ("_reduce", lambda f: lambda dy, m, *rest: f(dy, None if m is None else 0 * m, *rest)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", WRONG)
+def test_a_wrong_kernel_is_found_and_told_once(bug, gpu, ran, monkeypatch):
+    from ecanet.ops import fused
+
+    name, change = WRONG[bug]
+    wrong = change(getattr(fused, name))
+    wrong.__name__ = name
+    monkeypatch.setattr(fused, name, wrong)
+    with pytest.warns(
+        UserWarning, match=r"fused kernels are not used on cpu: .* is off by .* lean passes run .*report"
+    ):
+        y = tail()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(y, tail("lean"))
+        tail()
+        tail("fused")  # an explicit choice stands
+        assert not ops.fuses(torch.randn(2, 3, 4, 4))
+    assert ran == ["lean", "lean", "lean", "fused"]
+
+
+def test_kernels_that_do_not_run(gpu, ran, monkeypatch):
+    from ecanet.ops import fused
+
+    def broken(z, order):
+        raise RuntimeError("PTX was compiled for something else\nand more")
+
+    monkeypatch.setattr(fused, "_moments", broken)
+    with pytest.warns(
+        UserWarning, match=r"do not run in torch.float32 \(RuntimeError: PTX was .* something else\)\. The"
+    ):
+        tail()
+    with pytest.raises(RuntimeError, match="PTX"):
+        tail("fused")
+    assert ran == ["lean", "fused"]
+
+
+def test_without_triton(gpu, ran, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ecanet.ops.fused", None)
+    monkeypatch.delattr(ops, "fused", raising=False)
+    with pytest.warns(UserWarning, match="Triton cannot be imported"):
+        tail()
+    with pytest.raises(ImportError):
+        tail("fused")
+    assert ran == ["lean"]
+
+
+def test_the_first_use_under_whatever_a_forward_runs_in(gpu, ran, monkeypatch):
+    """No gradients, inference mode, autocast, another default dtype or random state, and hooks on saved tensors."""
+    x = torch.randn(2, 9, 4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+            monkeypatch.setattr(proof, "_passed", {})
+            with context:
+                ops.squeeze_scale(x, torch.sigmoid)
+        monkeypatch.setattr(proof, "_passed", {})
+        state = torch.get_rng_state()
+        y = checkpoint(lambda z: ops.squeeze_scale(z, torch.sigmoid), x.requires_grad_(), use_reentrant=False)
+        y.sum().backward()
+        assert torch.equal(torch.get_rng_state(), state)
+    assert ran == ["fused"] * 5
+
+
+def test_a_capture_is_not_disturbed(gpu, ran, monkeypatch):
+    monkeypatch.setattr(proof, "capturing", lambda device: True)
+    with pytest.warns(UserWarning, match="a CUDA graph is captured before they could be tried; run one step before"):
+        tail()
+    monkeypatch.setattr(proof, "capturing", lambda device: False)
+    tail()
+    assert ran == ["lean", "fused"]
+
+
+def test_who_must_see_operations_gets_them(gpu, ran, monkeypatch):
+    """Tracing, compilation, tensor subclasses: nothing is tried there."""
+    monkeypatch.setattr(proof, "failure", lambda *args: pytest.fail("tried"))
+
+    class Other(torch.Tensor):
+        pass
+
+    x = torch.randn(2, 9, 4, 3)
+    ops.squeeze_scale(x.as_subclass(Other), torch.sigmoid)
+    assert ran == ["lean"]
+    model = ecanet.create_model("resnet8", attention="eca", num_classes=3).eval()
+    images = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images, check_trace=False)
+        torch.testing.assert_close(traced(images), torch.export.export(model, (images,)).module()(images))
+        torch.compile(model, backend="eager")(images)
+
+
+def test_launches_on_the_tensors_device(monkeypatch):
+    from ecanet.ops import fused
+
+    entered, device_of = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x.shape) or device_of(x))
+    z = torch.randn(2, 9, 4, 3, requires_grad=True)
+    ops.residual_tail(z, nn.BatchNorm2d(9), torch.sigmoid, z.detach(), impl="fused").sum().backward()
+    assert entered == [z.shape] * 4
+    assert fused.check(z) is None
