@@ -281,7 +281,7 @@ def test_a_run_writes_its_results_and_resumes_exactly(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", DETECTORS)
 def test_four_images_are_learnt_by_heart(name, some):
     torch.manual_seed(0)
-    model = create_detector(name, "resnet18", norm="train", frozen_stages=0, **SMALL)
+    model = create_detector(name, "resnet20", norm="train", frozen_stages=0, **SMALL)
     images, targets = batch(some)
     steps = 400
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)

@@ -8,7 +8,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from ecanet.data.annotations import decode, read_annotations
-from ecanet.data.scenes import FEWEST_VISIBLE, SceneConfig, _scene, _sprites, scenes
+from ecanet.data.scenes import FEWEST_VISIBLE, SceneConfig, _inked, _scene, _sprites, scenes
 from ecanet.data.sources import SMALL_SETS
 from ecanet.errors import ConfigError
 
@@ -86,6 +86,24 @@ def test_the_same_seed_makes_the_same_files(place, tmp_path):
 def test_made_once(place, monkeypatch):
     monkeypatch.setattr("ecanet.data.scenes._scene", None)
     assert scenes(FEW, place.parent) == place
+
+
+def test_scenes_of_another_edition_are_not_taken_for_these(place, monkeypatch):
+    monkeypatch.setattr("ecanet.data.scenes.EDITION", 1)
+    assert scenes(SceneConfig(train=1, held_out=1), place.parent).name == "digits-128-1-1-8-0-1"
+
+
+def test_ink_is_legible_and_fills_where_it_must():
+    """Half of full darkness is the edge, and a quarter where an object fills the canvas."""
+    sprite = np.zeros((8, 8), dtype=np.uint8)
+    sprite[1:7, 2:5] = [[102, 255, 102]]
+    ink, mask = _inked(sprite, 60, 1.0, 128)
+    assert ink.shape == (60, 30)
+    assert mask.any(0).sum() == 16  # where 0.4 + 0.06 (x - 5) > 0.5, from both sides
+    ink, mask = _inked(sprite, 60, None, 128)
+    assert ink.shape == (60, 60)
+    assert mask.all()
+    assert not _inked(sprite // 3, 60, 1.0, 128)[1].any()
 
 
 def test_held_out_scenes_show_held_out_sprites():

@@ -22,8 +22,14 @@ __all__ = ["SPRITES", "SceneConfig", "scenes", "write_scenes"]
 
 SPRITES = ("digits", "fashion-mnist")
 
-FEWEST_VISIBLE = 0.6
+FEWEST_VISIBLE = 0.75
 """An object may hide others as long as this share of each can still be seen."""
+
+SMALLEST = 20
+"""Height of the smallest objects in pixels; on 16 a person takes some digits for others."""
+
+EDITION = 2
+"""In the folder's name; raised when equal values come to make other files, so that no older ones are taken for them."""
 
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -38,7 +44,7 @@ class SceneConfig:
 
     sprites: str = "digits"
     side: int = 128
-    train: int = 3000
+    train: int = 6000
     held_out: int = 300
     most: int = 8
     seed: int = 0
@@ -60,7 +66,7 @@ def scenes(config: SceneConfig, root: str | Path | None = None) -> Path:
     from filelock import FileLock
 
     place = Path(root) if root else cache_folder("scenes")
-    name = "-".join(str(value) for value in asdict(config).values())
+    name = "-".join(str(value) for value in (*asdict(config).values(), EDITION))
     try:
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / f".{name}.lock"):
@@ -142,15 +148,15 @@ def _scene(
     side = config.side
     canvas, dark = _background(side, random)
     placed: list[tuple[int, Mask, int]] = []
-    for height, width in _sizes(side, int(random.integers(1, config.most + 1)), random):
+    for height, stretch in _sizes(side, int(random.integers(1, config.most + 1)), random):
         chosen = int(random.integers(len(sprites)))
-        ink, mask = _inked(sprites[chosen], height, width)
+        ink, mask = _inked(sprites[chosen], height, stretch, side)
         for _ in range(10):
             top, left = int(random.integers(side - ink.shape[0] + 1)), int(random.integers(side - ink.shape[1] + 1))
             whole = np.zeros((side, side), dtype=bool)
             whole[top : top + ink.shape[0], left : left + ink.shape[1]] = mask
             remaining = [(label, old & ~whole, area) for label, old, area in placed]
-            if all(old.sum() >= FEWEST_VISIBLE * area for _, old, area in remaining):
+            if mask.any() and all(old.sum() >= FEWEST_VISIBLE * area for _, old, area in remaining):
                 window = canvas[top : top + ink.shape[0], left : left + ink.shape[1]]
                 window[:] = window * (1 - ink[..., None]) + _colour(dark, random) * ink[..., None]
                 placed = [*remaining, (int(labels[chosen]), whole, int(mask.sum()))]
@@ -159,29 +165,33 @@ def _scene(
     return canvas.round().clip(0, 255).astype(np.uint8), [(label, mask) for label, mask, _ in placed]
 
 
-def _sizes(side: int, count: int, random: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """Heights and widths of the objects, the largest first, since the later ones lie in front.
+def _sizes(side: int, count: int, random: np.random.Generator) -> Iterator[tuple[int, float | None]]:
+    """Heights of the objects, the tallest first since later ones lie in front, and by how much each is widened.
+
+    None in place of a number makes it as wide as it is tall.
 
     Heights are spread evenly on a logarithmic scale over small and medium; one scene in eight begins with an object
     that fills it, the only way to be large (above 96² pixels) on a canvas of 128.
     """
     if random.random() < 0.125:
-        yield side - int(random.integers(0, 5)), side - int(random.integers(0, 5))
+        yield side - int(random.integers(0, 5)), None
         count = min(count - 1, 3)
-    heights = np.exp(random.uniform(np.log(16), np.log(0.55 * side), count))
+    heights = np.exp(random.uniform(np.log(SMALLEST), np.log(0.55 * side), count))
     for height in sorted(heights, reverse=True):
-        yield round(height), round(height * random.uniform(0.6, 1.0))
+        yield round(height), random.uniform(0.8, 1.2)
 
 
-def _inked(sprite: Pixels, height: int, width: int) -> tuple[NDArray[np.float32], Mask]:
-    """The sprite without its margins at ``height`` × ``width``: opacity from 0 to 1, and where it is above a half."""
+def _inked(sprite: Pixels, height: int, stretch: float | None, side: int) -> tuple[NDArray[np.float32], Mask]:
+    """The sprite without its margins, ``height`` tall: opacity from 0 to 1 (H, W), and where it is above a half."""
     from PIL import Image
 
     rows, columns = np.flatnonzero(sprite.any(1)), np.flatnonzero(sprite.any(0))
     tight = sprite[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    large = np.asarray(Image.fromarray(tight).resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
-    # ink of a quarter of the full darkness is the edge: digits of 8 pixels are blurred and thin otherwise
-    ink = (large / 255 * 4 - 0.5).clip(0, 1)
+    width = height if stretch is None else round(height * tight.shape[1] / tight.shape[0] * stretch)
+    size = (min(max(width, SMALLEST // 4), side), height)
+    large = np.asarray(Image.fromarray(tight).resize(size, Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    # bold where large: half of a canvas of 128 is less than 96² pixels
+    ink = (large * 4 - 0.5 if stretch is None else large * 2 - 0.5).clip(0, 1)
     return ink, ink > 0.5
 
 

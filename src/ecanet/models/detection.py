@@ -4,7 +4,8 @@ The detectors are torchvision's, with torchvision's parameter names; what is mad
 of it is frozen, how its norms behave, and its weights. Labels count from 1 in all three; 0 is the background.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -32,15 +34,18 @@ DETECTORS = ("faster_rcnn", "mask_rcnn", "retinanet")
 MOBILENET_LEVELS = {"3": 24, "6": 32, "13": 96, "17": 320}
 """The last block before each halving of MobileNetV2, by its place in ``features``, and its channels."""
 
+SMALL_NORM = partial(nn.GroupNorm, 8)
+"""Between the convolutions of small pyramids and heads: without norms, training from scratch takes far longer."""
+
 SMALL_PROPOSALS: dict[str, Any] = {
     "rpn_pre_nms_top_n_train": 200,
     "rpn_pre_nms_top_n_test": 100,
     "rpn_post_nms_top_n_train": 60,
     "rpn_post_nms_top_n_test": 50,
     "rpn_batch_size_per_image": 128,
-    "box_batch_size_per_image": 32,
-    "box_positive_fraction": 0.5,
-    "box_detections_per_img": 30,
+    "box_batch_size_per_image": 20,
+    "box_positive_fraction": 0.4,
+    "box_detections_per_img": 20,
 }
 
 
@@ -110,11 +115,12 @@ def create_detector(
     pyramid = Pyramid(
         network,
         levels=_levels(name, network, small),
-        out_channels=64 if small else 256,
+        out_channels=48 if small else 256,
         p6_p7=name == "retinanet",
         norm=norm,
         frozen_stages=frozen_stages,
         freeze_attention=freeze_attention,
+        pyramid_norm=SMALL_NORM if small else None,
     )
     shape = {
         "min_size": sides,
@@ -157,6 +163,7 @@ class Pyramid(BackboneWithFPN):
         norm: Norm,
         frozen_stages: int,
         freeze_attention: bool,
+        pyramid_norm: Callable[..., nn.Module] | None,
     ):
         stages = list(stages_of(network))
         if not 0 <= frozen_stages <= len(stages):
@@ -172,6 +179,7 @@ class Pyramid(BackboneWithFPN):
             in_channels_list=widths,
             out_channels=out_channels,
             extra_blocks=LastLevelP6P7(widths[-1], out_channels) if p6_p7 else LastLevelMaxPool(),
+            norm_layer=pyramid_norm,
         )
         self.norm = norm
         names = [name for name, _ in self.body.named_children()]
@@ -211,7 +219,7 @@ def _levels(name: str, network: nn.Module, small: bool) -> dict[str, int]:
     """The stages that the pyramid stands on: RetinaNet leaves out the finest, a small R-CNN the coarsest."""
     stages = list(stages_of(network).items())
     if name == "retinanet":
-        return dict(stages[-3:])
+        return dict(stages[1:])
     return dict(stages[:3] if small else stages)
 
 
@@ -233,23 +241,25 @@ class _RetinaNet(RetinaNet):
 def _rcnn(name: str, pyramid: Pyramid, num_classes: int, small: bool, shape: dict[str, Any]) -> nn.Module:
     width, count = pyramid.out_channels, len(pyramid.fpn.inner_blocks)
     first, hidden = (16, 256) if small else (32, 1024)
+    small_head = FastRCNNConvFCHead((width, 7, 7), [width], [hidden], SMALL_NORM)
     anchors = AnchorGenerator(tuple((first << level,) for level in range(count + 1)), ((0.5, 1.0, 2.0),) * (count + 1))
     parts: dict[str, Any] = {
         **shape,
         **(SMALL_PROPOSALS if small else {}),
         "rpn_anchor_generator": anchors,
         "box_roi_pool": _pool(count, 7, small),
-        "box_head": TwoMLPHead(width * 49, hidden),
+        "box_head": small_head if small else TwoMLPHead(width * 49, hidden),
         "box_predictor": FastRCNNPredictor(hidden, num_classes + 1),
     }
     if name == "faster_rcnn":
         return FasterRCNN(pyramid, **parts)
-    layers = (width,) * (2 if small else 4)
+    narrow = 32 if small else width
+    layers = (narrow,) * (2 if small else 4)
     return MaskRCNN(
         pyramid,
         mask_roi_pool=_pool(count, 14, small),
-        mask_head=MaskRCNNHeads(width, layers, 1),
-        mask_predictor=MaskRCNNPredictor(width, width, num_classes + 1),
+        mask_head=MaskRCNNHeads(width, layers, 1, SMALL_NORM if small else None),
+        mask_predictor=MaskRCNNPredictor(narrow, narrow, num_classes + 1),
         **parts,
     )
 
@@ -257,15 +267,20 @@ def _rcnn(name: str, pyramid: Pyramid, num_classes: int, small: bool, shape: dic
 def _pool(count: int, size: int, small: bool) -> MultiScaleRoIAlign:
     """Cuts regions from the pyramid's own ``count`` levels; the finest is for boxes below 112 px, or 32 if small."""
     names = [str(level) for level in range(count)]
-    return MultiScaleRoIAlign(names, size, 2, canonical_scale=64 if small else 224)
+    return MultiScaleRoIAlign(names, size, 1 if small else 2, canonical_scale=64 if small else 224)
 
 
 def _retinanet(name: str, pyramid: Pyramid, num_classes: int, small: bool, shape: dict[str, Any]) -> nn.Module:
-    first = 16 if small else 32
+    first = 20 if small else 32
     sizes = tuple(
         tuple(int((first << level) * 2 ** (third / 3)) for third in range(3))
         for level in range(len(pyramid.fpn.inner_blocks) + 2)
     )
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    fewer = {"topk_candidates": 100, "detections_per_img": 30} if small else {}
-    return _RetinaNet(pyramid, num_classes, anchor_generator=anchors, **shape, **fewer)
+    if not small:
+        return _RetinaNet(pyramid, num_classes, anchor_generator=anchors, **shape)
+    head = RetinaNetHead(pyramid.out_channels, anchors.num_anchors_per_location()[0], num_classes, SMALL_NORM)
+    for part in (head.classification_head, head.regression_head):
+        part.conv = part.conv[:2]
+    fewer = {"topk_candidates": 100, "detections_per_img": 20}
+    return _RetinaNet(pyramid, num_classes, anchor_generator=anchors, head=head, **shape, **fewer)
