@@ -81,6 +81,7 @@ class _Tail(torch.autograd.Function):
         form = Form(a=a, b=b, mu=mu, shortcut_a=shortcut_a, shortcut_mu=shortcut_mu, activation=activation)
         y, kept = passes.apply(z, shortcut, form)
         ctx.passes, ctx.activation, ctx.has_shortcut = passes, activation, shortcut is not None
+        ctx.layout = layout(z)  # a compiler does not tell a backward
         # a plain shortcut is not needed again: its gradient is t
         ctx.save_for_backward(z, kept, shortcut if shortcut_a is not None else None, a, b, mu, shortcut_a, shortcut_mu)
         ctx.set_materialize_grads(False)
@@ -96,7 +97,8 @@ class _Tail(torch.autograd.Function):
         if torch.is_grad_enabled():
             _announce()
             return _differentiable(ctx, dy if more is None else dy + more, z, kept, shortcut, form)
-        da, db, ds, t = ctx.passes.reduce(like(dy, z), None if more is None else like(more, z), kept, z, shortcut, form)
+        dy, more = (None if g is None else g.contiguous(memory_format=ctx.layout) for g in (dy, more))
+        da, db, ds, t = ctx.passes.reduce(dy, more, kept, z, shortcut, form)
         wire = a.expand(3, *a.shape)
         if kept is None and form.activation is not None and b is not None and mu is not None:
             wire = torch.stack((a, b, mu.expand_as(a)))
@@ -153,9 +155,11 @@ def _differentiable(ctx: Any, dy: Tensor, z: Tensor, kept: Tensor | None, shortc
     return dz, None, None, dshortcut, None, None, da, db, dmu, ds, side_dmu, None, None, None
 
 
-def like(x: Tensor, z: Tensor) -> Tensor:
-    """``x`` in the memory layout of ``z``; a copy only where they differ."""
-    return x if x.stride() == z.stride() else torch.empty_like(z).copy_(x)
+def layout(z: Tensor) -> torch.memory_format:
+    """How ``z`` lies in memory: contiguous, or channels-last."""
+    if z.is_contiguous():
+        return torch.contiguous_format
+    return torch.channels_last if z.dim() == 4 else torch.channels_last_3d
 
 
 def _announce() -> None:
