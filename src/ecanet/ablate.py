@@ -165,6 +165,7 @@ def _run_here(todo: Sequence[tuple[str, Recipe]], threads: int | None, say: Call
 def _run_on_ray(todo: Sequence[tuple[str, Recipe]], threads: int, say: Callable[[str], None]) -> None:
     try:
         import ray  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayTaskError  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise ConfigError("Ray is not installed: pip install 'ecanet[cluster]', or leave out --on ray") from error
     if not ray.is_initialized():
@@ -176,7 +177,7 @@ def _run_on_ray(todo: Sequence[tuple[str, Recipe]], threads: int, say: Callable[
         done, _ = ray.wait(list(running))
         try:
             _keep(running.pop(done[0]), ray.get(done[0]), say)
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             raise error.as_instanceof_cause() from None
 
 
