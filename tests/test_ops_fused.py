@@ -104,6 +104,36 @@ def test_float64_is_the_reference(impl, last, twice):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("cached", "whole"), [(1, 1), (2 * 17 * 99, 1), (2 * 17 * 99, 2**18)])
+def test_lean_in_groups_of_samples(cached, whole, last, monkeypatch):
+    """One sample after the other and two at a time, by a native operation each or by several for the group."""
+    monkeypatch.setattr(ops.lean, "CACHED", cached)
+    monkeypatch.setattr(ops.lean, "WHOLE", whole)
+    tensors, norm, gate = case((5, 17, 9, 11), last, torch.float64)
+    tensors[0] += torch.arange(5)[:, None, None, None]  # samples with means of their own
+    norm, gate = norm.double(), gate.double()
+    for shortcut in ("plain", "normed"):
+        actual = results("lean", tensors, norm, gate, shortcut, "relu", True)
+        expected = results("reference", tensors, norm, gate, shortcut, "relu", True)
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["lean", "fused"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_means_far_from_zero(last, impl):
+    """Nothing cancels that the reference keeps: a mean of a thousand standard deviations."""
+    tensors, norm, gate = case((3, 17, 9, 11), last, torch.float32)
+    tensors[0] = (tensors[0] - 3) / 2 + 1000
+    three = [
+        results(kind, tensors, norm, gate, "plain", None, wide)
+        for kind, wide in ((impl, False), ("reference", False), ("reference", True))
+    ]
+    for number, (a, b, c) in enumerate(zip(*three, strict=True)):
+        assert_within_budget(f"result {number}", a, b, c, roundings=1000)  # one of the mean, beside a deviation of 1
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("shortcut", ["plain", "normed", None, "no norm"])
 @pytest.mark.parametrize("impl", ["lean", "fused"])

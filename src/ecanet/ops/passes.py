@@ -33,7 +33,10 @@ class Passes(Protocol):
     """Whether, without a shortcut, the activation's sign is computed again from z instead of kept."""
 
     def moments(self, z: Tensor, order: int) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of each plane; ``order`` 1 leaves the variance 0, order 0 both."""
+        """Mean and biased variance of each plane; ``order`` 1 leaves the variance 0, order 0 both.
+
+        Only the mean over the samples of ``variance + mean^2`` is used: it alone must be right.
+        """
         ...
 
     def apply(self, z: Tensor, shortcut: Tensor | None, form: Form) -> tuple[Tensor, Tensor | None]:
