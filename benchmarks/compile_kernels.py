@@ -13,16 +13,19 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ecanet.ops import expansion
 from ecanet.ops import kernels as K
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-def build(name, fn, tensors, consts, last, kind):
+
+def build(name, fn, tensors, consts, last, kind, **options):
     sig, const = {}, {}
     for arg in fn.arg_names:
         if arg in consts:
             sig[arg] = "constexpr"
             const[(fn.arg_names.index(arg),)] = consts[arg]
-        elif arg in ("channels", "positions", "part"):
+        elif arg in ("channels", "positions", "part", "rows", "inner"):
             sig[arg] = "i32"
         elif arg.removesuffix("_ptr") in tensors:
             sig[arg] = "*" + tensors[arg.removesuffix("_ptr")]
@@ -30,7 +33,7 @@ def build(name, fn, tensors, consts, last, kind):
             sig[arg] = "constexpr"
             const[(fn.arg_names.index(arg),)] = None
     attrs = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(fn.arg_names) if sig[a] != "constexpr"}
-    out = triton.compile(ASTSource(fn, sig, const, attrs), target=GPUTarget("cuda", 90, 32))
+    out = triton.compile(ASTSource(fn, sig, const, attrs), target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(out.asm["cubin"])
         f.flush()
@@ -105,6 +108,16 @@ for kind in ("bf16", "fp16", "fp32"):
                 kind,
             )
         )
+# a large network's last convolutions: many rows, and the few of a last stage at a small batch
+for kind, dtype in DTYPES.items():
+    for many, within in ((1 << 20, True), (392, False)):
+        block = expansion.tiles(many, 512, 2048, dtype)
+        tensors = {"h": kind, "w": kind, "b": kind, "g": "fp32", "s": kind, "y": kind}
+        sizes = {"BLOCK_R": block.rows, "BLOCK_C": block.channels, "BLOCK_K": block.inner}
+        consts = {"BIAS": True, "GATE": True, "SHORTCUT": True, "ACTIVATION": 1, "WITHIN": within, "WIDEN": False}
+        name = f"_expand {block.rows}x{block.channels}x{block.inner}"
+        row = build(name, expansion._expand, tensors, consts | sizes, True, kind, num_warps=block.warps, num_stages=3)
+        rows.append(row | {"warps": block.warps, "gate": "two samples a tile" if within else "gathered"})
 report = {
     "target": "compute capability 9.0, compiled ahead of time, not run",
     "triton": triton.__version__,

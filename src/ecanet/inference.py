@@ -2,16 +2,18 @@
 
 import copy
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
 
+from ecanet import ops
 from ecanet.errors import ConfigError
 from ecanet.inference_parts import Parts, parts_of, squeezes, weights
 from ecanet.models.tail import hooked
-from ecanet.ops import reference
+from ecanet.ops import proof, reference
 
 
 def optimize(model: nn.Module) -> nn.Module:
@@ -20,9 +22,12 @@ def optimize(model: nn.Module) -> nn.Module:
     Batch norms go into the convolutions before them, gate and addition are one operation, activations work in place,
     weights are channels-last. A gate takes its channel means from the tensor before a last 1x1 convolution where that
     has fewer channels, because ``mean(W h + b) = W mean(h) + b``: in a bottleneck attention then reads a quarter of
-    what it scales. Takes every network of `create_model` and `create_detector`, torchvision's ResNets and MobileNetV2
-    and timm's ResNets, with or without attention, built in or attached. Attention of another form than squeeze, gate,
-    scale is called as it is, and so is a block that something hooks into.
+    what it scales. On a GPU, without gradients, the kernel of that convolution applies gate, addition and activation
+    (`ops.expansion`), once it has shown there that it is right; `ops.automatic` decides otherwise.
+
+    Takes every network of `create_model` and `create_detector`, torchvision's ResNets and MobileNetV2 and timm's
+    ResNets, with or without attention, built in or attached. Attention of another form than squeeze, gate, scale is
+    called as it is, and so is a block that something hooks into.
 
     >>> import ecanet
     >>> model = ecanet.create_model("resnet8").eval()
@@ -67,6 +72,9 @@ class InferenceBlock(nn.Module):
         self.end = parts.end
         self.by_means = squeezes(self.attention)
         self.narrow = self.by_means and expands(self.branch[-1])
+        known = pointwise(self.branch[-1]) and type(self.end) in ENDS
+        worth = self.narrow or (self.shortcut is not None and self.attention is None)
+        self.fusible = known and worth  # gate, addition and activation in the last convolution
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
@@ -74,6 +82,8 @@ class InferenceBlock(nn.Module):
         h = x
         for convolution in first:
             h = self.activation(convolution(h))
+        if self.fusible and fuses(h, last, self.end):
+            return self.fused(h, x)
         if self.narrow:
             g = self.gate(squeezed(last, h))
             y = last(h)
@@ -84,11 +94,59 @@ class InferenceBlock(nn.Module):
             y = self.attention(y)
         return self.end(finished(y, g, None if self.shortcut is None else self.shortcut(x)))
 
+    def fused(self, h: Tensor, x: Tensor) -> Tensor:
+        """All that follows ``h``, in the kernel of the last convolution."""
+        from ecanet.ops import expansion  # Triton is optional and slow to import
+
+        last = self.branch[-1]
+        g = self.gate(squeezed(last, h)) if self.narrow else None
+        shortcut = None if self.shortcut is None else self.shortcut(x).contiguous(memory_format=torch.channels_last)
+        dtype = computed(h)
+        bias = None if last.bias is None else last.bias.to(dtype)  # pyright: ignore
+        return expansion.expand(h.to(dtype), last.weight.to(dtype), bias, g, shortcut, ENDS[type(self.end)])  # pyright: ignore
+
     def gate(self, p: Tensor) -> Tensor:
         """Weights (N, C, 1, 1) for channel means (N, C)."""
         assert self.attention is not None
         with reference.without_autocast(p):
             return weights(self.attention, p)[..., None, None]
+
+
+ENDS: dict[type, ops.Activation] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Identity: None}
+"""Ends of blocks that the kernel of a last convolution knows."""
+
+
+def fuses(h: Tensor, convolution: nn.Module, end: nn.Module) -> bool:
+    """Whether that kernel takes ``convolution`` of ``h`` and ``end``: see `ops.automatic` for who decides.
+
+    By itself not in float32 where PyTorch's convolution may round to TF32: the kernel does not, which is slower.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() or ops._mode(h):
+        return False
+    dtype = computed(h)
+    plain = type(h) in (Tensor, nn.Parameter) and h.is_contiguous(memory_format=torch.channels_last)
+    weight: Any = convolution.weight
+    cast = torch.is_autocast_enabled(h.device.type)
+    fits = {dtype, h.dtype, weight.dtype} <= set(proof.DTYPES) and (cast or weight.dtype == h.dtype)
+    if not plain or not fits or hooked(convolution) or hooked(end):
+        return False
+    asked = ops._automatic.get()
+    if asked is not None:
+        return asked == "fused"
+    if not ops.accelerated(h) or (dtype == torch.float32 and rounds_to_tf32()):
+        return False
+    return proof.passed(h.device, dtype, "expansion")
+
+
+def rounds_to_tf32() -> bool:
+    """Whether PyTorch's convolutions on a GPU may round float32 inputs to TF32, which is its default."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore
+
+
+def computed(h: Tensor) -> torch.dtype:
+    """The dtype in which a convolution of ``h`` is computed."""
+    device = h.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
 
 
 def finished(y: Tensor, g: Tensor | None, shortcut: Tensor | None) -> Tensor:
@@ -111,10 +169,14 @@ def squeezed(convolution: nn.Module, h: Tensor) -> Tensor:
 
 def expands(convolution: nn.Module) -> bool:
     """Whether the means of ``convolution``'s output follow from those of an input with fewer channels."""
+    return pointwise(convolution) and convolution.in_channels < convolution.out_channels  # pyright: ignore
+
+
+def pointwise(convolution: nn.Module) -> bool:
+    """Whether ``convolution`` is a matrix product over channels, at each position."""
     if not isinstance(convolution, nn.Conv2d) or convolution.groups > 1:
         return False
-    pointwise = convolution.kernel_size == convolution.stride == (1, 1) and convolution.padding == (0, 0)
-    return pointwise and convolution.in_channels < convolution.out_channels
+    return convolution.kernel_size == convolution.stride == (1, 1) and convolution.padding == (0, 0)
 
 
 def folded(convolution: nn.Module, norm: nn.Module) -> nn.Module:

@@ -9,9 +9,9 @@ import copy
 import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,10 @@ SHAPES = ((2, 72, 19, 29), (3, 5, 7, 3))
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
-_passed: dict[tuple[torch.device, torch.dtype], bool] = {}
+Kernels = Literal["fused", "expansion"]
+"""Those of a block's tail, and that of its last convolution (`expansion`): each has a proof of its own."""
+
+_passed: dict[tuple[Kernels, torch.device, torch.dtype], bool] = {}
 _lock = threading.RLock()
 
 
@@ -65,18 +68,18 @@ class Inputs(NamedTuple):
     slopes: Tensor  # C, of the gate
 
 
-def passed(device: torch.device, dtype: torch.dtype) -> bool:
+def passed(device: torch.device, dtype: torch.dtype, kernels: Kernels = "fused") -> bool:
     """Whether the kernels are right on ``device``: tried at the first question, and if not, warned of once."""
-    key = device, dtype
+    key = kernels, device, dtype
     if key not in _passed:
         with _lock:
             if key not in _passed:
                 if capturing(device):
-                    warn(device, "a CUDA graph is captured before they could be tried; run one step before")
+                    warn(device, "a CUDA graph is captured before they could be tried; run one step before", kernels)
                     return False
-                failed = failure(device, dtype)
+                failed = failure(device, dtype) if kernels == "fused" else expansion_failure(device, dtype)
                 if failed is not None:
-                    warn(device, failed)
+                    warn(device, failed, kernels)
                 _passed[key] = failed is None
     return _passed[key]
 
@@ -86,10 +89,11 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def warn(device: torch.device, why: str) -> None:
+def warn(device: torch.device, why: str, kernels: Kernels = "fused") -> None:
     """Say that the kernels are not used."""
+    instead = "The lean passes run" if kernels == "fused" else "PyTorch's convolution and the lean passes run"
     warnings.warn(
-        f"ecanet's fused kernels are not used on {device}: {why}. The lean passes run instead: the same results with "
+        f"ecanet's {kernels} kernels are not used on {device}: {why}. {instead} instead: the same results with "
         "more passes over memory. Please report it to the project with the output of `python -m "
         "torch.utils.collect_env`; ops.automatic('lean') chooses the lean passes without trying",
         stacklevel=2,
@@ -97,23 +101,46 @@ def warn(device: torch.device, why: str) -> None:
 
 
 def failure(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with the kernels on ``device`` in ``dtype``; None if nothing is."""
-    try:
-        from ecanet.ops import fused
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
+    """What is wrong with the kernels of a tail on ``device`` in ``dtype``; None if nothing is."""
+    return attempt(_tails, device, dtype)
+
+
+def expansion_failure(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with the kernel of a last convolution on ``device`` in ``dtype``; None if nothing is."""
+    return attempt(_expansion, device, dtype)
+
+
+def attempt(
+    trial: Callable[[torch.device, torch.dtype], str | None], device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """What ``trial`` finds, and what keeps it from running."""
     try:
         with undisturbed(device):
-            for shape in SHAPES:
-                for layout in FORMATS:
-                    for case in CASES:
-                        wrong = discrepancy(case, inputs(shape, layout, device, dtype), fused)  # pyright: ignore
-                        if wrong is not None:
-                            return f"{wrong} ({case}, {shape}, {dtype}, {layout})"
+            return trial(device, dtype)
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
     except Exception as error:  # of Triton's compiler or the driver, in classes of their own
         line = next(iter(str(error).strip().splitlines()), "no message")
         return f"they do not run in {dtype} ({type(error).__name__}: {line})"
+
+
+def _tails(device: torch.device, dtype: torch.dtype) -> str | None:
+    from ecanet.ops import fused
+
+    for shape in SHAPES:
+        for layout in FORMATS:
+            for case in CASES:
+                wrong = discrepancy(case, inputs(shape, layout, device, dtype), fused)  # pyright: ignore
+                if wrong is not None:
+                    return f"{wrong} ({case}, {shape}, {dtype}, {layout})"
     return None
+
+
+def _expansion(device: torch.device, dtype: torch.dtype) -> str | None:
+    from ecanet.ops import expansion
+
+    wrong = expansion.discrepancy(device, dtype)
+    return None if wrong is None else f"{wrong[:-1]}, {dtype})"
 
 
 @contextmanager

@@ -1,0 +1,347 @@
+"""The end of a block inside its last convolution, held to float64. The kernel runs in Triton's interpreter."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+import torchvision
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from budget import layout
+from ecanet import inference, ops, traffic
+from ecanet.errors import ConfigError
+from ecanet.inference import InferenceBlock
+from ecanet.inference_parts import parts_of
+from ecanet.models.resnet import BOTTLENECK, ResNet
+from ecanet.models.slots import Slot
+from ecanet.ops import proof
+
+pytest.importorskip("triton")
+
+from ecanet.ops import expansion
+from test_ops_fused import fenced
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAST = torch.channels_last
+
+# N, K, C and the plane: multiples of nothing, one, none, and more than a tile in each direction
+SHAPES = [
+    (0, 3, 17, 7, 7),
+    (1, 1, 1, 1, 1),
+    (5, 17, 3, 1, 1),
+    (1, 64, 256, 7, 7),
+    (5, 3, 70, 7, 7),
+    (2, 65, 17, 17, 19),
+]
+
+
+def case(shape, dtype, seed=0):
+    """h, weight, bias, gate and shortcut, each in a field of NaN; the gate in float32, as networks have it."""
+    n, inner, channels, *plane = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator)
+
+    h, shortcut = (fenced(layout(draw(n, c, *plane), True).to(dtype)) for c in (inner, channels))
+    weight, bias = fenced(draw(channels, inner).to(dtype)), fenced((2 * draw(channels)).to(dtype))
+    return h, weight, bias, fenced(draw(n, channels).sigmoid() + 0.5), shortcut
+
+
+def oracle(h, weight, bias, gate, shortcut, activation):
+    """PyTorch's convolution and the rest in float64, and the largest error that rounding explains.
+
+    A float32 sum of K products errs by at most K roundings of their absolute sum; bias, gate, shortcut and a spare one
+    add four. Then one rounding to the output's dtype, to nearest; the interpreter cuts bfloat16 off.
+    """
+    h, weight, dtype = h.double(), weight.double(), h.dtype
+    y, terms = F.conv2d(h, weight[..., None, None]), F.conv2d(h.abs(), weight.abs()[..., None, None])
+    if bias is not None:
+        y, terms = y + bias.double()[:, None, None], terms + bias.double().abs()[:, None, None]
+    if gate is not None:
+        y, terms = y * gate.double()[..., None, None], terms * gate.double().abs()[..., None, None]
+    if shortcut is not None:
+        y, terms = y + shortcut.double(), terms + shortcut.double().abs()
+    y = {"relu": y.relu(), "relu6": F.relu6(y), None: y}[activation]
+    slack = (h.shape[1] + 4) * torch.finfo(torch.float32).eps / 2 * terms
+    limits = torch.finfo(dtype)
+    unit = limits.eps / (1 if expansion.INTERPRETED and dtype == torch.bfloat16 else 2)
+    return y, slack + unit * (y.abs() + slack) + limits.eps * limits.smallest_normal
+
+
+def assert_within_rounding(actual, given, activation):
+    expected, allowed = oracle(*given, activation)
+    assert actual.shape == expected.shape
+    assert actual.dtype == given[0].dtype
+    assert actual.is_contiguous(memory_format=LAST)
+    error = (actual.double() - expected).abs()
+    assert (error <= allowed).all(), f"{(error / allowed).max():.1f} times what rounding explains"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_within_rounding(shape, dtype):
+    h, weight, *rest = case(shape, dtype)
+    forms = [("bgs", "relu"), ("b", "relu6"), ("gs", None), ("", None), ("bs", "relu")]
+    for parts, activation in forms[: 2 if shape[2] > 100 or shape[3] > 10 else None]:
+        given = (h, weight, *(x if name in parts else None for name, x in zip("bgs", rest, strict=True)))
+        assert_within_rounding(expansion.expand(*given, activation), given, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_large_tiles(dtype, monkeypatch):
+    monkeypatch.setattr(expansion, "PROGRAMS", 1)
+    assert expansion.tiles(338, 70, 130, dtype) == (128, 128, 64, 8)
+    given = case((2, 70, 130, 13, 13), dtype)  # planes longer than a tile
+    assert_within_rounding(expansion.expand(*given, "relu"), given, "relu")
+    given = case((3, 20, 19, 5, 11), dtype)  # and shorter
+    assert_within_rounding(expansion.expand(*given, "relu"), given, "relu")
+
+
+def test_every_tile_once_in_bands(monkeypatch):
+    """More tiles of rows than a band, the last band lower, and several of channels."""
+    given = case((1, 1, 70, 41, 17), torch.float32)  # 11 times 2
+    assert_within_rounding(expansion.expand(*given, "relu"), given, "relu")
+
+
+def test_a_nan_stays():
+    h, *rest = case((1, 3, 5, 2, 2), torch.float32)
+    h[0, 0, 1, 1] = float("nan")
+    for activation in ("relu", "relu6"):
+        y = expansion.expand(h, *rest, activation)
+        assert y[0, :, 1, 1].isnan().all()
+        assert y.isnan().sum() == 5
+
+
+def test_parts_in_other_dtypes():
+    """Under autocast a shortcut may be wider than the branch."""
+    given = (*case((2, 17, 5, 3, 3), torch.bfloat16)[:4], layout(torch.randn(2, 5, 3, 3), True))
+    assert_within_rounding(expansion.expand(*given, "relu"), given, "relu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_passes_over_memory(dtype):
+    """h, shortcut and y once; the weight once for each tile of rows, h once for each tile of channels."""
+    for channels, times in ((64, 1), (100, 2)):
+        given = case((2, 40, channels, 13, 11), dtype)
+        h, weight, _, _, shortcut = given
+        with traffic.interpreted() as counted:
+            y = expansion.expand(*given, "relu")
+        one = h.element_size()
+        rows = -(-2 * 13 * 11 // 64)
+        assert counted.written == y.numel() * one
+        assert counted.read == (times * h.numel() + shortcut.numel() + rows * weight.numel()) * one
+
+
+def test_the_operator():
+    given = case((2, 17, 5, 3, 3), torch.float32)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.ecanet.expansion, (*given, "relu"), test_utils=checks)
+    torch.library.opcheck(torch.ops.ecanet.expansion, (*given[:2], None, None, None, None), test_utils=checks)
+    expected = expansion.expand(*given, "relu")
+    names = []
+
+    def backend(graph, _):
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    assert torch.equal(torch.compile(expansion.expand, backend=backend, fullgraph=True)(*given, "relu"), expected)
+    assert [name for name in names if "expansion" in name] == ["ecanet.expansion"]
+    with FlopCounterMode(display=False) as flops:
+        assert torch.equal(expansion.expand(*given, "relu"), expected)
+    assert flops.get_total_flops() == 2 * (2 * 9) * 17 * 5
+
+
+def test_says_why_it_cannot(monkeypatch):
+    h, weight, bias, gate, shortcut = case((2, 3, 5, 4, 4), torch.float32)
+    for arguments, why in {
+        (h[0], weight): r"h must be \(N, K, H, W\), got shape \(3, 4, 4\)",
+        (h, weight[:, :2]): r"weight must be \(5, 3\) for h \(2, 3, 4, 4\), got \(5, 2\)",
+        (h, weight, bias[:4]): r"bias must be \(5,\)",
+        (h, weight, bias, gate[:1]): r"gate must be \(2, 5\)",
+        (h, weight, bias, gate, shortcut[:, :, :2]): r"shortcut must be \(2, 5, 4, 4\)",
+        (h, weight.bfloat16()): "h is torch.float32 and weight torch.bfloat16",
+        (h.double(), weight.double()): "it takes float32, bfloat16 and float16, got torch.float64",
+        (h.contiguous(), weight): r"h is not channels-last; use h.contiguous\(memory_format",
+        (h, weight, bias, gate, shortcut.contiguous()): "shortcut is not channels-last",
+        (h, weight.to("meta")): "tensors lie on cpu and meta",
+        (h, weight.clone().requires_grad_()): "it has no gradient; use it under torch.no_grad",
+        (h, weight, bias, gate, shortcut, "gelu"): "unknown activation 'gelu'; choose 'relu', 'relu6' or None",
+    }.items():
+        with pytest.raises(ConfigError, match=f"expand does not apply: {why}"):
+            expansion.expand(*arguments)
+    monkeypatch.setattr(expansion, "INTERPRETED", False)
+    with pytest.raises(ConfigError, match="it needs CUDA tensors, got one on cpu"):
+        expansion.expand(h, weight)
+
+
+# in blocks
+
+
+def lively(model):
+    """``model`` in evaluation, with random norms and no parameter at zero."""
+    for name, x in model.state_dict().items():
+        if name.endswith("running_var"):
+            x.uniform_(0.5, 2)
+        elif x.is_floating_point() and x.dim() == 1:
+            x.normal_(0.3, 0.2)
+        elif x.is_floating_point() and not x.any():
+            x.normal_(0, 0.2)
+    return model.eval()
+
+
+def bottleneck(attention):
+    return ResNet(BOTTLENECK, (1,), Slot(name=attention), num_classes=2, in_channels=3).get_submodule("layer1.0")
+
+
+BLOCKS = {
+    "eca": (lambda: bottleneck("eca"), 64, 1),
+    "se": (lambda: bottleneck("se"), 64, 1),
+    "none": (lambda: bottleneck("none"), 64, 1),
+    "torchvision": (lambda: torchvision.models.resnet.Bottleneck(16, 4), 16, 1),
+    "inverted": (lambda: torchvision.models.mobilenetv2.InvertedResidual(5, 5, 1, 6), 5, 1),
+    "inverted, nothing added": (lambda: torchvision.models.mobilenetv2.InvertedResidual(5, 7, 1, 6), 5, 0),
+    "cbam": (lambda: bottleneck("cbam"), 64, 0),
+    "basic": (lambda: torchvision.models.resnet.BasicBlock(5, 5), 5, 0),
+}
+
+
+def optimized(name):
+    """A block as `optimize` makes it, and an input for it."""
+    torch.manual_seed(0)
+    make, channels, _ = BLOCKS[name]
+    block = lively(make())
+    channels = block.get_submodule("conv1").in_channels if hasattr(block, "conv1") else channels
+    parts = parts_of(block.requires_grad_(False))
+    assert parts is not None
+    return InferenceBlock(parts).eval().to(memory_format=LAST), layout(torch.randn(2, channels, 3, 5), True)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Arguments of the kernel's launches."""
+    launches, launch = [], expansion._expansion
+    monkeypatch.setattr(expansion, "_expansion", lambda *args: launches.append(args) or launch(*args))
+    return launches
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_a_block_is_what_it_is_without(name, ran):
+    block, x = optimized(name)
+    expected = block(x)
+    with ops.automatic("fused"):
+        actual = block(x)
+    assert len(ran) == BLOCKS[name][2]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert actual.stride() == expected.stride()
+
+
+@torch.no_grad()
+def test_autocast(ran):
+    block, x = optimized("eca")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = block(x)
+        with ops.automatic("fused"):
+            actual = block(x)
+    (h, weight, bias, gate, shortcut, _), = ran  # fmt: skip
+    assert h.dtype == weight.dtype == actual.dtype == expected.dtype == torch.bfloat16
+    assert gate.dtype == torch.float32
+    assert shortcut.dtype in (torch.float32, torch.bfloat16)
+    given = (h, weight.flatten(1), bias, gate.flatten(1), shortcut)
+    assert_within_rounding(actual, given, "relu")
+    exact, allowed = oracle(*given, "relu")
+    scaled, slack = oracle(*given[:4], None, None)  # PyTorch rounds the product and the gate too
+    assert ((expected - exact).abs() <= allowed + slack + torch.finfo(torch.bfloat16).eps * scaled.abs()).all()
+
+
+def test_where_it_stays_out(ran):
+    """Gradients, other layouts and dtypes, who listens or must see operations, and who asks for the lean passes."""
+    block, x = optimized("eca")
+    with ops.automatic("fused"):
+        block(x)
+        with torch.no_grad():
+            block.double()(x.double())
+            block.float()(x)
+            assert len(ran) == 1
+            torch.jit.trace(block, x, check_trace=False)
+            torch.compile(block, backend="eager")(x)
+            heard = []
+            handle = block.branch[-1].register_forward_hook(lambda *args: heard.append(args))
+            block(x)
+            handle.remove()
+            assert len(heard) == 1
+            block.branch[:-1].to(memory_format=torch.contiguous_format)
+            block(x.contiguous())
+    with torch.no_grad(), ops.automatic("lean"):
+        block(x)
+    assert len(ran) == 1
+
+
+# proof
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The CPU counts as a GPU on which nothing has run, where convolutions do not round to TF32."""
+    monkeypatch.setattr(ops, "accelerated", lambda x: True)
+    monkeypatch.setattr(proof, "_passed", {})
+    monkeypatch.setattr(expansion, "TRIED", dict([next(iter(expansion.TRIED.items()))]))
+    monkeypatch.setattr(inference, "rounds_to_tf32", lambda: False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernel_passes(dtype, gpu):
+    assert proof.expansion_failure(CPU, dtype) is None
+
+
+@torch.no_grad()
+def test_used_after_one_proof(gpu, ran, monkeypatch):
+    asked, failure = [], proof.expansion_failure
+    monkeypatch.setattr(proof, "expansion_failure", lambda *args: asked.append(args) or failure(*args))
+    block, x = optimized("torchvision")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        block(x)
+        tried = len(ran)
+        block(x)
+    assert asked == [(CPU, torch.float32)]
+    assert len(ran) == tried + 1
+    monkeypatch.setattr(inference, "rounds_to_tf32", lambda: True)
+    block(x)  # tensor cores do it there, and not here
+    assert len(ran) == tried + 1
+
+
+WRONG = {
+    "a gate 0.1 % off": lambda f: lambda h, w, b, g, *rest: f(h, w, b, None if g is None else 1.001 * g, *rest),
+    "no bias": lambda f: lambda h, w, b, *rest: f(h, w, None, *rest),
+    "no shortcut": lambda f: lambda h, w, b, g, s, a: f(h, w, b, g, None, a),
+    "relu for relu6": lambda f: lambda *args: f(*args[:-1], "relu" if args[-1] else None),
+    "no number": lambda f: lambda *args: f(*args) * float("nan"),
+}
+
+
+@pytest.mark.parametrize("bug", WRONG)
+@torch.no_grad()
+def test_a_wrong_kernel_is_found_and_told_once(bug, gpu, monkeypatch):
+    block, x = optimized("torchvision")
+    with ops.automatic("lean"):
+        expected = block(x)
+    monkeypatch.setattr(expansion, "_expansion", WRONG[bug](expansion._expansion))
+    with pytest.warns(UserWarning, match=r"expansion kernels are not used on cpu: y is off by .*convolution and"):
+        assert torch.equal(block(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(block(x), expected)
+
+
+@torch.no_grad()
+def test_without_triton(gpu, monkeypatch):
+    block, x = optimized("torchvision")
+    monkeypatch.setitem(sys.modules, "ecanet.ops.expansion", None)
+    monkeypatch.delattr(ops, "expansion")
+    with pytest.warns(UserWarning, match="Triton cannot be imported"):
+        block(x)
