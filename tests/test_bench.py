@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ecanet import bench, bench_check, bench_layers, bench_networks, bench_pages, measure
+from ecanet import bench, bench_check, bench_layers, bench_networks, bench_pages, measure, ops
 from ecanet.__main__ import main
 from ecanet.errors import ConfigError
 from ecanet.measure import Budget
@@ -104,11 +104,26 @@ def test_a_ratio_is_of_times_in_the_same_round():
 # what is counted
 
 
+def two_ways(b):
+    ways = ops.residual_tail_twice(b.z, b.norm, b.gate.weigh, b.shortcut)
+    torch.autograd.grad(ways, [b.z, b.shortcut], (b.dy, b.shortcut.detach()))
+
+
+def test_kernels_are_counted_by_their_tensors():
+    """Ten and, twice, a bit for each element, as the interpreter counts load by load."""
+    pytest.importorskip("triton")
+    b = bench_layers.block((4, 16, 24, 24), "cpu", torch.float32)
+    with ops.automatic("fused"):
+        assert measure.moved(bench_layers.steps(b)["tail ecanet"]) == pytest.approx((10 + 2 / 32) * b.z.nbytes / 1e6)
+        assert measure.moved(bench_layers.steps(b)["gate ecanet"]) == pytest.approx(7 * b.z.nbytes / 1e6)
+
+
 def test_the_end_of_a_block_moves_eleven_times_its_output():
     b = bench_layers.block((4, 16, 24, 24), "cpu", torch.float32)
     steps, size = bench_layers.steps(b), b.z.nbytes / 1e6
     # forward: z; z, shortcut, y. Backward: dy, y, z, t; t, z, dz
     assert measure.moved(steps["tail ecanet"]) == pytest.approx(11 * size)
+    assert measure.moved(lambda: two_ways(b)) == pytest.approx(12 * size)  # one gradient more
     assert measure.moved(steps["gate ecanet"]) == pytest.approx((1 + 2 + 2 + 2) * size)
     assert measure.moved(steps["tail timm"]) > measure.moved(steps["tail plain"]) > 11 * size
     assert lean.moments.__module__ == "ecanet.ops.lean"  # as it was

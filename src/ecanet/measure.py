@@ -145,23 +145,25 @@ def memory(step: Step, device: str) -> float:
 def moved(step: Step, smallest: int = 4096) -> float:
     """MB that ``step`` reads and writes, by count: each operation's tensors once, convolutions left out.
 
-    On a CPU the lean passes count as one operation each: their groups of samples stay in the cache.
+    On a CPU the lean passes count as one operation each: their groups of samples stay in the cache. So do the kernels'
+    passes, which read and write each of their tensors once: `traffic.interpreted` counts that load by load.
     """
-    with traffic.counted(smallest) as count, _lean_passes(count, smallest):
+    with traffic.counted(smallest) as count, _whole_passes(count, smallest):
         step()
     return count.moved / 1e6
 
 
 @contextmanager
-def _lean_passes(count: traffic.Traffic, smallest: int) -> Iterator[None]:
-    """Count each of `lean`'s passes as one operation, on a CPU."""
-    passes = {name: getattr(lean, name) for name in ("moments", "apply", "reduce", "grads")}
+def _whole_passes(count: traffic.Traffic, smallest: int) -> Iterator[None]:
+    """Count each pass of the kernels and, on a CPU, of `lean` as one operation."""
+    names = ("moments", "apply", "reduce", "grads")
+    passes = {(kind, name): getattr(kind, name) for kind in (lean, *_kernels()) for name in names}
 
-    def counting(name: str) -> Callable[..., Any]:
+    def counting(kind: Any, name: str) -> Callable[..., Any]:
         def counted(*args: Any) -> Any:
             before = count.read, count.written
-            out = passes[name](*args)
-            if args[0].device.type == "cpu":
+            out = passes[kind, name](*args)
+            if kind is not lean or args[0].device.type == "cpu":
                 read, written = large(_read(name, args), smallest), large(out, smallest)
                 count.read = before[0] + sum(read.values())
                 count.written = before[1] + sum(size for at, size in written.items() if at not in read)
@@ -169,20 +171,31 @@ def _lean_passes(count: traffic.Traffic, smallest: int) -> Iterator[None]:
 
         return counted
 
-    for name in passes:
-        setattr(lean, name, counting(name))
+    for kind, name in passes:
+        setattr(kind, name, counting(kind, name))
     try:
         yield
     finally:
-        for name, function in passes.items():
-            setattr(lean, name, function)
+        for (kind, name), function in passes.items():
+            setattr(kind, name, function)
+
+
+def _kernels() -> tuple[Any, ...]:
+    """The kernels' passes, where Triton is installed."""
+    try:
+        from ecanet.ops import fused
+    except ImportError:
+        return ()
+    return (fused,)
 
 
 def _read(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """What the pass reads of its arguments: see `ecanet.ops.passes.Passes`."""
     if name == "moments" and args[1] == 0:
         return ()
-    return args[:1] if name == "grads" and args[-1] is None else args
+    if name == "grads" and args[-1] is None and args[2].activation is None:
+        return args[:1]
+    return args
 
 
 def large(tree: Any, smallest: int) -> dict[int, int]:
