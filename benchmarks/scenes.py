@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/scenes.py        # hours on a CPU; goes on where it was
 
 Each run is what ``ecanet train scenes --model MODEL --attention ATTENTION --seed SEED`` does, RetinaNet's with
-``--epochs 12``, in a folder of its own below ``runs``. Finished ones are read and not made again. The figures go to ``benchmarks/results/scenes.json`` and, as
-a table, to the terminal; ``--missing skip`` trains nothing and lists what is finished.
+``--epochs 12``, in a folder of its own below ``runs``. Finished ones are read and not made again. The figures go to
+``benchmarks/results/scenes.json`` and, as a table, to the terminal; ``--missing skip`` trains nothing and lists what is
+finished.
 """
 
 import argparse
