@@ -147,8 +147,7 @@ def _expansion(device: torch.device, dtype: torch.dtype) -> str | None:
 def undisturbed(device: torch.device) -> Iterator[None]:
     """Whatever the caller's forward runs under (no gradients, autocast, hooks on saved tensors) does not reach in."""
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.inference_mode(False))  # which turns gradients on as well
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x))
         yield
