@@ -5,15 +5,22 @@
 Each run is what ``ecanet train scenes --model MODEL --attention ATTENTION --seed SEED`` does, RetinaNet's with
 ``--epochs 12``, in a folder of its own below ``runs``. Finished ones are read and not made again. The figures go to
 ``benchmarks/results/scenes.json`` and, as a table, to the terminal; ``--missing skip`` trains nothing and lists what is
-finished.
+finished. ``--picture FILE`` draws what the first run finds on the first six held-out scenes.
 """
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
-from ecanet import recipes, train
+import torch
+import torchvision
+
+from ecanet import recipes, train, trained
 from ecanet.config import Recipe, to_dict
+from ecanet.data.boxes import boxes
+from ecanet.data.sources import read_image
+from ecanet.detect import detect
 from ecanet.report import Report, write_file
 
 RUNS = [
@@ -36,10 +43,14 @@ COLUMNS = ("AP50", "AP", "APS", "APM", "APL", "mask_AP50", "mask_AP")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--missing", choices=("train", "skip"), default="train", help="what to do with missing runs")
-    missing = parser.parse_args().missing
+    parser.add_argument("--picture", type=Path, help="draw into this file, and do nothing else")
+    arguments = parser.parse_args()
+    if arguments.picture:
+        picture(folder_of(*RUNS[0]), arguments.picture)
+        return
     rows = []
     for model, attention, seed in RUNS:
-        folder = Path("runs", f"scenes-{model}-{attention}-{seed}")
+        folder = folder_of(model, attention, seed)
         recipe = recipes.find("scenes")
         recipe = recipe.but(
             model=recipe.model.but(name=model, attention=attention),
@@ -47,12 +58,27 @@ def main() -> None:
             seed=seed,
         )
         report = finished(folder, recipe)
-        if report is None and missing == "train":
+        if report is None and arguments.missing == "train":
             report = train.run(recipe, folder=folder, resume=(folder / "recipe.json").exists(), quiet=True)
         if report is not None:
             rows.append({"model": model, "attention": attention, "seed": seed, **figures(report)})
             print(line(rows[-1]), flush=True)
     write_file(RESULT, json.dumps({"recipe": to_dict(recipes.find("scenes")), "runs": rows}, indent=1) + "\n")
+
+
+def folder_of(model: str, attention: str, seed: int) -> Path:
+    return Path("runs", f"scenes-{model}-{attention}-{seed}")
+
+
+def picture(run: Path, file: Path, columns: int = 3, rows: int = 2) -> None:
+    """What the detector of ``run`` finds on the first held-out scenes, side by side."""
+    task = trained.restore(str(run))
+    held_out = boxes(task.recipe.data, train=False).held_out.annotations.pictures[: columns * rows]
+    with tempfile.TemporaryDirectory() as folder:
+        found = detect(task, [scene.path for scene in held_out], folder)
+        drawn = [read_image(answer["picture"], 3) for answer in found]
+    whole = torchvision.utils.make_grid(torch.stack(drawn), nrow=columns, padding=4, pad_value=255)
+    torchvision.io.write_jpeg(whole, str(file), quality=80)
 
 
 def finished(folder: Path, recipe: Recipe) -> Report | None:

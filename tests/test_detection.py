@@ -13,7 +13,7 @@ from ecanet import create_model
 from ecanet.attention.base import Attention
 from ecanet.config import with_settings
 from ecanet.cost import count
-from ecanet.data.annotations import read_annotations
+from ecanet.data.annotations import decode, read_annotations
 from ecanet.data.boxes import Boxes
 from ecanet.data.scenes import SceneConfig, scenes
 from ecanet.errors import ConfigError
@@ -328,10 +328,13 @@ def test_detect_draws_and_lists_what_is_found(monkeypatch, tmp_path, some):
     listed = json.loads((tmp_path / "out" / f"{path.stem}.json").read_text())["objects"]
     assert [o["name"] for o in listed] == [str(label - 1) for label in labels.tolist()]
     assert listed[0]["box"] == [*boxes[0, :2].tolist(), *(boxes[0, 2:] - boxes[0, :2]).tolist()]
+    assert decode(listed[0]["mask"], *found[0]["masks"].shape[-2:]).tolist() == found[0]["masks"][0, 0].tolist()
     assert len({answer["picture"] for answer in answers}) == 2
     from ecanet.data.sources import read_image
 
     assert not torch.equal(read_image(answers[0]["picture"], 3), read_image(path, 3))
     found[0]["scores"] = found[0]["scores"] * 0.3
     assert detect(task, [path], tmp_path / "low")[0]["objects"] == []
-    assert torch.equal(read_image(tmp_path / "low" / f"{path.stem}.png", 3), read_image(path, 3))
+    enlarged = read_image(tmp_path / "low" / f"{path.stem}.png", 3)
+    assert torch.equal(enlarged[:, ::3, ::3], read_image(path, 3))
+    assert enlarged.shape[1:] == (384, 384)

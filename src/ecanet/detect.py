@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ecanet.data.annotations import encode
 from ecanet.data.sources import read_image
 from ecanet.errors import ConfigError
 from ecanet.figures import drawn, png
@@ -22,8 +24,9 @@ def detect(
 ) -> list[dict[str, Any]]:
     """Draw what the restored detector ``task`` finds in each image file into ``folder``, with JSON beside.
 
-    NAME.png shows the image with boxes, masks, names and scores of at least ``threshold``; NAME.json lists them: name,
-    score, and box as left, top, width, height in pixels. The value has, for each image, ``path``, ``picture`` and
+    NAME.png shows the image with boxes, masks, names and scores of at least ``threshold``, a small one enlarged;
+    NAME.json lists them: ``name``, ``score``, ``box`` as left, top, width, height in the image's pixels, and, where the
+    network cuts out, ``mask`` as COCO's run lengths. The value has, for each image, ``path``, ``picture`` and
     ``objects``.
 
     Raises:
@@ -53,13 +56,13 @@ def detect(
 
 
 def _objects(found: dict[str, Tensor], class_names: Sequence[str]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": class_names[label - 1],
-            "score": score,
-            "box": [left, top, right - left, bottom - top],
-        }
+    objects: list[dict[str, Any]] = [
+        {"name": class_names[label - 1], "score": score, "box": [left, top, right - left, bottom - top]}
         for label, score, (left, top, right, bottom) in zip(
             found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True
         )
     ]
+    if "masks" in found:
+        for entry, mask in zip(objects, found["masks"][:, 0], strict=True):
+            entry["mask"] = encode((mask > 0.5).numpy().astype(np.uint8))
+    return objects

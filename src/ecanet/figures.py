@@ -28,6 +28,10 @@ MOST_CLASSES_NUMBERED = 20
 # tables of classes show this many at most, the worst
 MOST_CLASSES_LISTED = 30
 COLOURS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45", "#ffe119"]
+# red, green and blue together from which black is read more easily on a colour than white
+BRIGHT = 400
+# the shorter side, in pixels, that a picture with boxes on it has at least, give or take its whole factor
+SMALLEST_DRAWN = 480
 NO_METRIC = ("epoch", "learning_rate", "images_per_second", "seconds")
 
 
@@ -121,14 +125,11 @@ def precision_recall(found: Mapping[str, Sequence[float]]) -> str:
 
 def detections(found: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> str:
     """Images with what a detector found drawn on them, and what there is where that differs."""
-    from torchvision.utils import draw_bounding_boxes
-
     cards = []
     for example in found:
-        picture, truth = drawn(example["image"], example["found"], class_names), example["truth"]
-        if not example["right"] and len(truth["boxes"]):
-            # what there is, in white
-            picture = draw_bounding_boxes(picture, truth["boxes"], colors="white")
+        truth = example["truth"]
+        missed = None if example["right"] else truth["boxes"]
+        picture = drawn(example["image"], example["found"], class_names, missed)
         names = ", ".join(str(class_names[label - 1]) for label in truth["labels"].tolist()) or "nothing"
         data = base64.b64encode(png(picture)).decode()
         cards.append(
@@ -138,20 +139,50 @@ def detections(found: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -
     return f"<div class=grid>{''.join(cards)}</div>"
 
 
-def drawn(image: Tensor, found: dict[str, Tensor], class_names: Sequence[str]) -> Tensor:
-    """``image``, uint8 (3, H, W), with the boxes and masks ``found`` on it, each in a colour of its own."""
+def drawn(
+    image: Tensor, found: Mapping[str, Tensor], class_names: Sequence[str], truth: Tensor | None = None
+) -> Tensor:
+    """``image``, uint8 (3, H, W), with the boxes and masks ``found`` on it, each in a colour of its own.
+
+    Boxes ``truth`` are white. A small image is enlarged by a whole number, so that names can be read.
+    """
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-    if not len(found["boxes"]):
-        return image
     colours: Any = [COLOURS[at % len(COLOURS)] for at in range(len(found["boxes"]))]
+    if colours and "masks" in found:
+        image = draw_segmentation_masks(image, found["masks"][:, 0] > 0.5, alpha=0.5, colors=colours)
+    factor = max(1, SMALLEST_DRAWN // min(image.shape[1:]))
+    image = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    width = max(1, min(image.shape[1:]) // 200)
+    if truth is not None and len(truth):
+        image = draw_bounding_boxes(image, factor * truth, colors="white", width=width)
+    if not colours:
+        return image
+    image = draw_bounding_boxes(image, factor * found["boxes"], colors=colours, width=width)
     names = [
         f"{class_names[label - 1]} {score:.2f}"
         for label, score in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)
     ]
-    if "masks" in found:
-        image = draw_segmentation_masks(image, found["masks"][:, 0] > 0.5, alpha=0.5, colors=colours)
-    return draw_bounding_boxes(image, found["boxes"], names, colors=colours, width=max(1, min(image.shape[1:]) // 200))
+    return _labelled(image, (factor * found["boxes"]).tolist(), names, colours)
+
+
+def _labelled(image: Tensor, boxes: Sequence[Sequence[float]], names: Sequence[str], colours: Sequence[str]) -> Tensor:
+    """Each name on its box's colour, above the box where there is room, and inside the picture."""
+    from matplotlib.font_manager import findfont
+    from PIL import ImageColor, ImageDraw, ImageFont
+    from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+    picture = to_pil_image(image)
+    font = ImageFont.truetype(findfont("DejaVu Sans"), max(11, min(picture.size) // 34))
+    draw = ImageDraw.Draw(picture)
+    # the surest come first: they are written last, over the others
+    for (left, top, _, _), name, colour in reversed(list(zip(boxes, names, colours, strict=True))):
+        _, _, width, height = draw.textbbox((2, 2), name, font=font)
+        at = max(0.0, min(left, picture.width - width - 2.0)), max(0.0, top - height - 2.0)
+        draw.rectangle((*at, at[0] + width + 2, at[1] + height + 2), fill=colour)
+        bright = sum(ImageColor.getrgb(colour)[:3]) > BRIGHT
+        draw.text((at[0] + 2, at[1] + 2), name, fill="black" if bright else "white", font=font)
+    return pil_to_tensor(picture)
 
 
 def png(image: Tensor) -> bytes:

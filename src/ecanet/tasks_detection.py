@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from ecanet.config import Recipe
-from ecanet.data.annotations import Annotations
+from ecanet.data.annotations import Annotations, encode
 from ecanet.data.sources import Look
 from ecanet.errors import ConfigError
 from ecanet.models.detection import create_detector
@@ -91,8 +91,6 @@ class Outcome:
         return {"precision_recall": self.curves, "detections": self.examples}
 
     def _note(self, image: int, found: dict[str, Tensor]) -> None:
-        from pycocotools import mask as coco_mask
-
         corners, scores = found["boxes"].double(), found["scores"].tolist()
         sides = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
         heads = [
@@ -102,12 +100,9 @@ class Outcome:
         self.results["bbox"] += [{**head, "bbox": box} for head, box in zip(heads, sides, strict=True)]
         if "masks" not in found:
             return
-        masks = np.asfortranarray((found["masks"][:, 0] > 0.5).numpy().transpose(1, 2, 0).astype(np.uint8))
+        masks = (found["masks"][:, 0] > 0.5).numpy().astype(np.uint8)
         entries = self.results.setdefault("segm", [])
-        encoded: Any = coco_mask.encode(masks) if heads else []
-        for head, run_lengths in zip(heads, encoded, strict=True):
-            shape = {"size": run_lengths["size"], "counts": run_lengths["counts"].decode()}
-            entries.append({**head, "segmentation": shape})
+        entries += [{**head, "segmentation": encode(mask)} for head, mask in zip(heads, masks, strict=True)]
 
     def _keep_example(self, image: Tensor, target: dict[str, Tensor], found: dict[str, Tensor]) -> None:
         """The first few images on which all is told rightly, and the first few on which something is not."""

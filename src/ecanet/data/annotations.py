@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ecanet.errors import DataError
 
-__all__ = ["Annotations", "Picture", "decode", "read_annotations"]
+__all__ = ["Annotations", "Picture", "decode", "encode", "read_annotations"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +125,14 @@ def decode(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
     if isinstance(segmentation["counts"], list):
         segmentation = mask.frPyObjects(segmentation, height, width)
     return mask.decode(segmentation)
+
+
+def encode(mask: NDArray[np.uint8]) -> dict[str, Any]:
+    """A mask (height, width) of zeros and ones as the run lengths of COCO's files, ``size`` and ``counts``."""
+    from pycocotools import mask as coco_mask
+
+    run_lengths: Any = coco_mask.encode(np.asfortranarray(mask))
+    return {"size": run_lengths["size"], "counts": run_lengths["counts"].decode()}
 
 
 # what can be wrong

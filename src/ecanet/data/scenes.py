@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ecanet.data.annotations import encode
 from ecanet.data.sources import SMALL_SETS, cache_folder
 from ecanet.errors import ConfigError, DataError
 
@@ -119,7 +120,7 @@ def _written(
         Image.fromarray(picture).save(folder / name)
         images.append({"id": number, "file_name": name, "height": config.side, "width": config.side})
         for label, mask in objects:
-            run_lengths: Any = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+            run_lengths = encode(mask.astype(np.uint8))
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -128,7 +129,7 @@ def _written(
                     "bbox": [float(v) for v in coco_mask.toBbox(run_lengths)],
                     "area": float(coco_mask.area(run_lengths)),
                     "iscrowd": 0,
-                    "segmentation": {"size": run_lengths["size"], "counts": run_lengths["counts"].decode()},
+                    "segmentation": run_lengths,
                 }
             )
     names = SMALL_SETS[config.sprites].look.class_names
