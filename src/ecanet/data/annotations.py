@@ -127,7 +127,7 @@ def decode(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
     return mask.decode(segmentation)
 
 
-def encode(mask: NDArray[np.uint8]) -> dict[str, Any]:
+def encode(mask: NDArray[np.uint8]) -> Any:
     """A mask (height, width) of zeros and ones as the run lengths of COCO's files, ``size`` and ``counts``."""
     from pycocotools import mask as coco_mask
 
