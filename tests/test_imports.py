@@ -28,7 +28,8 @@ READING_ORDER = [
         "models.slots attach.preview attach attach.replace attach.kernels attach.folding attach.report attach.example",
         "attach.sites attach.branches attach.watch attach.hooks",
         "attention attention.long_range attention.others attention.gates attention.base",
-        "ops ops.proof ops.expansion ops.fused ops.kernels ops.lean ops.tail ops.nodes ops.passes ops.reference errors",
+        "ops ops.proof ops.expansion ops.fused ops.kernels ops.lean ops.tail ops.nodes",
+        "ops.passes ops.reference ops.calls errors",
     )
     for module in line.split()
 ]

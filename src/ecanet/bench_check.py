@@ -5,7 +5,7 @@ Each check is a relative error and what is allowed; the first that is too large 
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +47,11 @@ def distance(x: Tensor, y: Tensor) -> float:
     return float((x.double() - y.double()).norm() / y.double().norm().clamp(min=1e-30))
 
 
+def worst(errors: Iterable[float]) -> float:
+    """The largest, or NaN where one of them is: `max` would pass over it."""
+    return float(torch.tensor(list(errors), dtype=torch.float64).max())
+
+
 def check_layers(shapes: list[tuple[int, int, int]], device: str, *, fused: bool) -> list[Check]:
     """Value and all gradients of each step of `bench_layers`, in the dtypes that are timed, against float64."""
     found = []
@@ -55,10 +60,10 @@ def check_layers(shapes: list[tuple[int, int, int]], device: str, *, fused: bool
             b = without_ties(bench_layers.block(shape, device, dtype))
             reference = bench_layers.steps(b)["tail reference"]()
             wide = bench_layers.oracle(b, "tail reference")
-            rounding = max(map(distance, reference, wide)) + 2 * torch.finfo(dtype).eps
+            rounding = worst(map(distance, reference, wide)) + 2 * torch.finfo(dtype).eps
             for name, step in bench_layers.steps(b, fused=fused).items():
                 if dtype == torch.float32 or name not in bench_layers.PEERS:
-                    error = max(map(distance, step(), bench_layers.oracle(b, name)))
+                    error = worst(map(distance, step(), bench_layers.oracle(b, name)))
                     found.append(check(f"{name} {shape} {str(dtype).removeprefix('torch.')}", error, 4 * rounding))
     return found
 
@@ -85,7 +90,7 @@ def check_networks(networks: dict[str, nn.Module], image_size: int, device: str)
         expected, wanted = trained(theirs, images)
         found.append(check(f"{mine}: logits in training", distance(logits, expected), 1e-8))
         wanted = renamed(wanted, ours)
-        error = max(distance(gradient, wanted[name]) for name, gradient in gradients.items())
+        error = worst(distance(gradient, wanted[name]) for name, gradient in gradients.items())
         found.append(check(f"{mine}: gradients", error, 1e-6))
         # with the statistics of that one step
         expected = eval_step(theirs.eval(), images)()

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ecanet import ops
 from ecanet.errors import ConfigError
 from ecanet.inference_parts import parts_of, squeezes, weights
-from ecanet.models.tail import Stage, Twins, activated, hooked
+from ecanet.models.tail import Stage, Twins, activated, plain_relu
+from ecanet.ops.calls import watched
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -48,12 +49,15 @@ def fusible(module: nn.Module) -> bool:
     ):
         return False
     parts = parts_of(module)
-    if parts is None or any(hooked(m) for m in module.modules()):
+    if parts is None or any(watched(m) for m in module.modules()):
         return False
-    dropped = [getattr(module, name, None) for name in ("drop_path", "drop_block")]
-    return all(isinstance(m, nn.Identity | None) for m in dropped) and (
-        parts.attention is None or squeezes(parts.attention)
-    )
+    return not extended(module) and (parts.attention is None or squeezes(parts.attention))
+
+
+def extended(block: nn.Module) -> bool:
+    """Whether one of timm's options is at work in ``block``."""
+    options = [getattr(block, name, None) for name in ("aa", "drop_path", "drop_block")]
+    return not all(isinstance(m, nn.Identity | None) for m in options)
 
 
 class FusedBlock(nn.Module):
@@ -67,13 +71,14 @@ class FusedBlock(nn.Module):
         """The same, two times if ``wanted``, from the block before's output ``x`` and its ``twin``; see `Stage`."""
         block: Any = self
         attention = getattr(block, "se", None)
-        if attention is not None and hooked(attention):
+        last = 3 if hasattr(block, "conv3") else 2
+        relus = [getattr(block, f"act{i}", None) or block.relu for i in range(1, last + 1)]
+        called = attention is not None and not isinstance(attention, nn.Identity) and not squeezes(attention)
+        if called or (attention is not None and watched(attention)) or extended(block) or not plain_relu(relus[-1]):
             y = super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
             return y, y
-        last = 3 if hasattr(block, "conv3") else 2
         for i in range(1, last):
-            relu = getattr(block, f"act{i}", None) or block.relu
-            x = activated(getattr(block, f"conv{i}")(x), getattr(block, f"bn{i}"), relu)
+            x = activated(getattr(block, f"conv{i}")(x), getattr(block, f"bn{i}"), relus[i - 1])
         z, norm = getattr(block, f"conv{last}")(x), getattr(block, f"bn{last}")
         gate = None if attention is None or isinstance(attention, nn.Identity) else partial(weights, attention)
         addend, side_norm = shortcut(block.downsample, twin)
@@ -87,7 +92,7 @@ def shortcut(downsample: nn.Module | None, x: Tensor) -> tuple[Tensor, nn.Module
     """The shortcut of ``x``, and the norm it still wants."""
     if downsample is None:
         return x, None
-    if isinstance(downsample, nn.Sequential) and not hooked(downsample) and isinstance(downsample[-1], nn.BatchNorm2d):
+    if isinstance(downsample, nn.Sequential) and not watched(downsample) and isinstance(downsample[-1], nn.BatchNorm2d):
         for module in downsample[:-1]:
             x = module(x)
         return x, downsample[-1]

@@ -12,8 +12,8 @@ from torch.nn.utils import fuse_conv_bn_eval
 from ecanet import ops
 from ecanet.errors import ConfigError
 from ecanet.inference_parts import Parts, parts_of, squeezes, weights
-from ecanet.models.tail import hooked
 from ecanet.ops import proof, reference
+from ecanet.ops.calls import watched
 
 
 def optimize(model: nn.Module) -> nn.Module:
@@ -128,11 +128,10 @@ def fuses(h: Tensor, convolution: nn.Module, end: nn.Module) -> bool:
     weight: Any = convolution.weight
     cast = torch.is_autocast_enabled(h.device.type)
     fits = {dtype, h.dtype, weight.dtype} <= set(proof.DTYPES) and (cast or weight.dtype == h.dtype)
-    if not plain or not fits or hooked(convolution) or hooked(end):
+    if not plain or not fits or watched(convolution) or watched(end):
         return False
-    asked = ops._automatic.get()
-    if asked is not None:
-        return asked == "fused"
+    if ops.asked() is not None:
+        return ops.asked() == "fused"
     if not ops.accelerated(h) or (dtype == torch.float32 and rounds_to_tf32()):
         return False
     return proof.passed(h.device, dtype, "expansion")
@@ -190,7 +189,7 @@ def folded(convolution: nn.Module, norm: nn.Module) -> nn.Module:
 
 def foldable(convolution: nn.Module, norm: nn.Module) -> bool:
     """Whether ``norm`` is a batch norm with statistics of its own, and ``convolution`` a plain one."""
-    known = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or type(norm).__name__ == "FrozenBatchNorm2d"
+    known = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or ops.frozen(norm)
     return type(convolution) is nn.Conv2d and known and norm.running_mean is not None
 
 
@@ -207,6 +206,6 @@ def fold_norms(model: nn.Module) -> None:
                 or not (in_order or (resnet and (first, second) == ("conv1", "bn1")))
             ):
                 continue
-            if foldable(convolution, norm) and not (hooked(convolution) or hooked(norm)):
+            if foldable(convolution, norm) and not (watched(convolution) or watched(norm)):
                 parent._modules[first] = folded(convolution, norm)
                 parent._modules[second] = nn.Identity()

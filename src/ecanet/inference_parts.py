@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from ecanet.attention.base import Attention
 from ecanet.attention.gates import ChannelAttention
-from ecanet.models.tail import hooked
+from ecanet.models.tail import is_gate
+from ecanet.ops.calls import genuine, has_any_global_hook, hooks_of, replaced, watched
 
 
 class Parts(NamedTuple):
@@ -32,7 +33,9 @@ INVERTED = ["ecanet.models.mobilenet.InvertedResidual", "torchvision.models.mobi
 def parts_of(block: nn.Module) -> Parts | None:
     """The parts of ``block``; None if it is not of a known class, was changed, or something hooks into it."""
     name = f"{type(block).__module__}.{type(block).__qualname__}"
-    if name not in RESIDUAL + INVERTED or "forward" in vars(block) or any(listened(m) for m in block.modules()):
+    if name not in RESIDUAL + INVERTED or not genuine(block, also="ecanet.fusion"):
+        return None
+    if has_any_global_hook() or any(listened(m) or replaced(m) for m in block.modules()):
         return None
     return residual(block) if name in RESIDUAL else inverted(block)
 
@@ -42,11 +45,11 @@ def residual(block: nn.Module) -> Parts | None:
     count = 3 if hasattr(block, "conv3") else 2
     branch = [(block.get_submodule(f"conv{i}"), block.get_submodule(f"bn{i}")) for i in range(1, count + 1)]
     activations = [getattr(block, name) for name in ("relu", "act1", "act2", "act3") if hasattr(block, name)]
-    plain = all(type(m) in (nn.ReLU, nn.Identity) for m in activations)
+    plain = all(type(m) is nn.ReLU for m in activations)
     if not plain or not isinstance(getattr(block, "aa", None), nn.Identity | None):  # timm's options
         return None
     attention = getattr(block, "attention", None) or getattr(block, "se", None)
-    if any(hooked(m) for m in block.modules()):
+    if any(watched(m) for m in block.modules()):
         hung = attached(block, f"bn{count}")
         if hung is None or not isinstance(attention, nn.Identity | None):
             return None
@@ -63,7 +66,7 @@ def inverted(block: nn.Module) -> Parts | None:
     *first, convolution, norm = layers
     branch = [(p[0], p[1]) for p in first if isinstance(p, nn.Sequential) and len(p) == 3 and type(p[2]) is nn.ReLU6]
     whole = len(branch) == len(first) and type(convolution) is nn.Conv2d
-    if not whole or any(hooked(m) for m in block.modules()):
+    if not whole or any(watched(m) for m in block.modules()):
         return None
     added = getattr(block, "residual", False) or getattr(block, "use_res_connect", False)
     shortcut = nn.Identity() if added else None
@@ -81,8 +84,7 @@ def attached(block: nn.Module, norm: str) -> nn.Module | None:
 
 def listened(module: nn.Module) -> bool:
     """Whether somebody else than `ecanet.attach`, which keeps its hooks under names, listens to ``module``'s calls."""
-    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(not isinstance(key, str) for hooks in kinds for key in hooks)
+    return any(not isinstance(key, str) for hooks in hooks_of(module) for key in hooks)
 
 
 # gates
@@ -90,8 +92,8 @@ def listened(module: nn.Module) -> bool:
 
 def squeezes(attention: nn.Module | None) -> bool:
     """Whether ``attention`` multiplies channels by a function of their means."""
-    if isinstance(attention, ChannelAttention):
-        return type(attention).forward is ChannelAttention.forward
+    if attention is not None and is_gate(attention):
+        return True
     kind = type(attention)  # timm's, by name: timm is not a dependency
     if not kind.__module__.startswith("timm.layers"):
         return False
@@ -106,6 +108,9 @@ def weights(attention: nn.Module, p: Tensor) -> Tensor:
     if isinstance(attention, ChannelAttention):
         return attention.weigh(p)
     module: Any = attention
-    if not hasattr(module, "fc1"):
-        return module.gate(module.conv(p[:, None])).flatten(1)
-    return module.gate(module.fc2(module.act(module.bn(module.fc1(p[..., None, None]))))).flatten(1)
+    q = p.to(next(module.parameters()).dtype)
+    if hasattr(module, "fc1"):
+        q = module.fc2(module.act(module.bn(module.fc1(q[..., None, None]))))
+    else:
+        q = module.conv(q[:, None])
+    return module.gate(q).flatten(1).to(p.dtype)

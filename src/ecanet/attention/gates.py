@@ -99,7 +99,7 @@ class ECA(ChannelAttention):
     @property
     def kernel_size(self) -> int:
         """Number of neighbouring channels, k, that decide one channel's weight."""
-        return self.conv.weight.shape[-1]
+        return self.conv.kernel_size[0]
 
     def gate(self, p: Tensor) -> Tensor:
         """``sigmoid(conv1d_k(p))``."""
@@ -107,7 +107,9 @@ class ECA(ChannelAttention):
         padded = (
             F.pad(p[:, None], (r, r), mode="circular")[:, 0] if self.padding_mode == "circular" else F.pad(p, (r, r))
         )
-        # a matrix product over k taps: the weight gradient of F.conv1d is slow on a CPU
+        if torch._C._get_tracing_state() or torch.compiler.is_exporting():
+            return F.conv1d(padded[:, None], self.conv.weight.to(p.dtype))[:, 0].sigmoid()
+        # elsewhere a matrix product over k taps: the weight gradient of F.conv1d is slow on a CPU
         return (padded.unfold(1, self.kernel_size, 1) @ self.conv.weight[0].to(p.dtype).mT)[..., 0].sigmoid()
 
     def last(self) -> Iterable[Tensor]:
@@ -131,7 +133,7 @@ class ECANS(ChannelAttention):
     @property
     def kernel_size(self) -> int:
         """Number of neighbouring channels, k, that decide one channel's weight."""
-        return self.conv.weight.shape[-1]
+        return self.conv.kernel_size[0]
 
     def gate(self, p: Tensor) -> Tensor:
         """Each channel's neighbourhood, weighted by that channel's own taps."""

@@ -74,7 +74,7 @@ class BasicBlock(nn.Module):
         """The same, two times if ``wanted``, from the block before's output ``x`` and its ``twin``; see `Stage`."""
         branch = activated(self.conv1(x), self.bn1, self.relu)
         branch = self.conv2(branch)
-        return finish(branch, self.bn2, self.attention, twin, self.downsample, wanted)
+        return finish(branch, self.bn2, self.attention, twin, self.downsample, self.relu, wanted)
 
 
 class Bottleneck(nn.Module):
@@ -111,7 +111,7 @@ class Bottleneck(nn.Module):
         branch = activated(self.conv1(x), self.bn1, self.relu)
         branch = activated(self.conv2(branch), self.bn2, self.relu)
         branch = self.conv3(branch)
-        return finish(branch, self.bn3, self.attention, twin, self.downsample, wanted)
+        return finish(branch, self.bn3, self.attention, twin, self.downsample, self.relu, wanted)
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:

@@ -1,11 +1,13 @@
 """The end of a residual block: norm, gate, shortcut and activation, in as few passes over memory as there are."""
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from ecanet import ops
 from ecanet.attention.gates import ChannelAttention
+from ecanet.ops.calls import genuine, watched
 
 Twins = tuple[Tensor, Tensor]
 """A block's output for the next block's branch, and the same for its shortcut; see `ops.residual_tail_twice`."""
@@ -24,7 +26,7 @@ class Stage(nn.Sequential):
             return super().forward(x)
         twin, last = x, len(self) - 1
         for index, block in enumerate(self):
-            if hasattr(block, "twice"):
+            if gives_twins(block):
                 x, twin = block.twice(x, twin, index < last)  # pyright: ignore[reportCallIssue]
             else:
                 x = twin = block(x)
@@ -34,38 +36,63 @@ class Stage(nn.Sequential):
         """Whether gradients are wanted, and nobody can see the tensors between the blocks or asks for a graph."""
         if type(x) is not Tensor or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        if torch._C._get_tracing_state() or has_any_global_hook():
-            return False
-        return not any(hooked(m) or "forward" in vars(m) or m._compiled_call_impl for m in self.modules())
+        return not torch._C._get_tracing_state() and not any(watched(m) for m in self.modules())
+
+
+def gives_twins(block: nn.Module) -> bool:
+    """Whether ``block``'s class has ``twice`` beside its forward; a wrapper or a subclass with its own forward has not.
+
+    Asked of the class: wrappers answer for what they wrap.
+    """
+    kinds = type(block).__mro__
+    twice = next((kind for kind in kinds if "twice" in vars(kind)), None)
+    own = twice is not None and twice is next(kind for kind in kinds if "forward" in vars(kind))
+    return own and genuine(block, also="ecanet.fusion")
 
 
 def finish(
-    z: Tensor, norm: nn.Module, attention: nn.Module, x: Tensor, downsample: nn.Module, twice: bool = False
+    z: Tensor,
+    norm: nn.Module,
+    attention: nn.Module,
+    x: Tensor,
+    downsample: nn.Module,
+    activation: nn.Module,
+    twice: bool = False,
 ) -> Twins:
-    """``relu(attention(norm(z)) + downsample(x))`` for the block's last convolution ``z`` and its input ``x``.
+    """``activation(attention(norm(z)) + downsample(x))`` for the last convolution ``z`` and the block's input ``x``.
 
-    Gates of the squeeze, gate, scale form go through `ops.residual_tail`; others, and modules that something hooks
-    into, are called one after the other.
+    Gates of the squeeze, gate, scale form and a ReLU go through `ops.residual_tail`; others, and modules that something
+    listens to, are called one after the other.
     """
-    identity = isinstance(attention, nn.Identity)
-    if hooked(attention) or not (identity or isinstance(attention, ChannelAttention)):
-        y = attention(norm(z)).add(downsample(x)).relu_()
+    plain = plain_relu(activation)
+    gate = attention.weigh if is_gate(attention) else None
+    if watched(attention) or not (gate or isinstance(attention, nn.Identity)):
+        y = attention(norm(z)).add(downsample(x))
+        y = y.relu_() if plain else activation(y)
         return y, y
-    gate = attention.weigh if isinstance(attention, ChannelAttention) else None
-    if isinstance(downsample, nn.Sequential) and len(downsample) == 2 and not hooked(downsample):
-        return ops.residual_tail_twice(z, norm, gate, downsample[0](x), downsample[1], wanted=twice)
-    return ops.residual_tail_twice(z, norm, gate, downsample(x), wanted=twice)
+    side_norm = None
+    if isinstance(downsample, nn.Sequential) and len(downsample) == 2 and not watched(downsample):
+        x, side_norm = downsample[0](x), downsample[1]
+    else:
+        x = downsample(x)
+    if plain:
+        return ops.residual_tail_twice(z, norm, gate, x, side_norm, wanted=twice)
+    y = activation(ops.residual_tail(z, norm, gate, x, side_norm, None))
+    return y, y
+
+
+def is_gate(attention: nn.Module) -> TypeGuard[ChannelAttention]:
+    """Whether ``attention`` is a gate of this library, or one with its forward."""
+    return isinstance(attention, ChannelAttention) and type(attention).forward is ChannelAttention.forward
+
+
+def plain_relu(activation: nn.Module) -> bool:
+    """Whether ``activation`` is ReLU and nothing else."""
+    return type(activation) is nn.ReLU and not watched(activation)
 
 
 def activated(z: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
     """``activation(norm(z))`` inside a block or in the stem: in one kernel where ops fuses."""
-    if ops.fuses(z) and type(activation) is nn.ReLU and not hooked(activation):
+    if ops.fuses(z) and plain_relu(activation):
         return ops.residual_tail(z, norm)
     return activation(norm(z))
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether something listens to ``module``'s calls, so that it must be called."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

@@ -10,7 +10,6 @@ apply.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Literal, cast
 
 import torch
@@ -19,6 +18,7 @@ from torch.autograd import forward_ad
 
 from ecanet.errors import ConfigError
 from ecanet.ops import lean, proof, reference, tail
+from ecanet.ops.calls import genuine, watched
 from ecanet.ops.passes import Passes
 from ecanet.ops.reference import Activation, Gate
 
@@ -29,7 +29,7 @@ Impl = Literal["auto", "reference", "lean", "fused"]
 KNOWN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Batch norms, exactly: a subclass may do more in its forward."""
 
-_automatic: ContextVar[Literal["lean", "fused"] | None] = ContextVar("automatic", default=None)
+_automatic: Literal["lean", "fused"] | None = None
 
 
 @contextmanager
@@ -46,25 +46,32 @@ def automatic(impl: Literal["lean", "fused"]) -> Iterator[None]:
     ...     tuple(model(torch.randn(2, 3, 32, 32)).shape)
     (2, 1000)
 
+    It holds for every thread, and must enclose the backward too where activations are computed again (checkpointing).
+
     Raises:
         ConfigError: ``impl`` is neither.
     """
     if impl not in ("lean", "fused"):
         raise ConfigError(f"automatic() takes 'lean' or 'fused', got {impl!r}")
-    before = _automatic.set(impl)
+    global _automatic  # not of the thread: checkpoints are computed again in autograd's threads
+    before, _automatic = _automatic, impl
     try:
         yield
     finally:
-        _automatic.reset(before)
+        _automatic = before
+
+
+def asked() -> Literal["lean", "fused"] | None:
+    """What `automatic` asks for now."""
+    return _automatic
 
 
 def fuses(x: Tensor) -> bool:
     """Whether ``impl="auto"`` means "fused" for ``x``."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return False
-    asked = _automatic.get()
-    if asked is not None:
-        return asked == "fused"
+    if _automatic is not None:
+        return _automatic == "fused"
     plain = type(x) in (Tensor, nn.Parameter)  # a subclass, fake tensors too, may want to see operations
     return plain and x.dtype in proof.DTYPES and accelerated(x) and proof.passed(x.device, x.dtype)
 
@@ -138,6 +145,9 @@ def residual_tail_twice(
     if shortcut is not None and shortcut.dtype != z.dtype:
         obstacle = f"a {z.dtype} branch and a {shortcut.dtype} shortcut need it"
     passes = choose(impl, z, obstacle)
+    if passes is not None:
+        z = dense(z)
+        shortcut = None if shortcut is None else dense(shortcut, z)
     if impl == "auto" and passes is lean:
         # measured: without a gate PyTorch's own batch norm needs no help, and with frozen statistics only the gate does
         if gate is None:
@@ -148,8 +158,6 @@ def residual_tail_twice(
     if passes is None:
         y = reference.residual_tail(z, norm, gate, shortcut, shortcut_norm, activation)
         return y, y
-    z = dense(z)
-    shortcut = None if shortcut is None else dense(shortcut, z)
     return tail.residual_tail(z, norm, gate, shortcut, shortcut_norm, activation, passes, wanted)
 
 
@@ -184,6 +192,8 @@ def _mode(x: Tensor) -> str | None:
         return "an exported graph consists of PyTorch's operations"
     if torch.compiler.is_compiling():
         return None
+    if torch._C._get_tracing_state():
+        return "a traced graph consists of PyTorch's operations"
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms need operations they know"
     if forward_ad._current_level >= 0:
@@ -192,12 +202,17 @@ def _mode(x: Tensor) -> str | None:
 
 
 def _obstacle(norm: nn.Module) -> str | None:
-    """Why the norm must be called as a module, if it must: it is no batch norm, or something hooks into it."""
-    if type(norm) not in KNOWN_NORMS and type(norm).__name__ != "FrozenBatchNorm2d":  # torchvision's, not imported here
+    """Why the norm must be called as a module, if it must: it is no batch norm, or something listens to it."""
+    if type(norm) not in KNOWN_NORMS and not frozen(norm):
         return f"{type(norm).__name__} is not a batch norm it knows"
-    if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
-        return "the norm has hooks"
+    if watched(norm) or not genuine(norm):
+        return "the norm has hooks or another forward"
     return None
+
+
+def frozen(norm: nn.Module) -> bool:
+    """Whether ``norm`` is torchvision's frozen batch norm, which need not be installed. Others have its name, too."""
+    return type(norm).__name__ == "FrozenBatchNorm2d" and type(norm).__module__ == "torchvision.ops.misc"
 
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:

@@ -125,7 +125,7 @@ def evaluated_tail(
     """A tail whose norm stands still: gate and addition in one pass, bit for bit the plain block at gate 1."""
     b = norm(z)
     with without_autocast(b):
-        g = gate(squeeze(b)).reshape(*b.shape[:2], *(1,) * (b.dim() - 2)).to(b.dtype)
+        g = gate(squeeze(b)).expand(b.shape[:2]).reshape(*b.shape[:2], *(1,) * (b.dim() - 2)).to(b.dtype)
     if shortcut is None:
         y = b * g
     else:

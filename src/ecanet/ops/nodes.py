@@ -54,7 +54,7 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, passes: Passes, order: int, recomputed: Activation):
         m, v = passes.moments(z, order)
-        ctx.passes, ctx.order, ctx.recomputed = passes, order, recomputed
+        ctx.passes, ctx.order, ctx.recomputed, ctx.layout = passes, order, recomputed, layout(z)
         ctx.save_for_backward(z, m)
         ctx.set_materialize_grads(False)
         return m, v, z.new_empty(()).expand(z.shape), m.new_empty(()).expand(3, *m.shape)
@@ -62,6 +62,7 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dm: Tensor | None, dv: Tensor | None, t: Tensor | None, form: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         z, m = ctx.saved_tensors
+        z = laid(z, ctx.layout)
         dm, dv = dm if ctx.order > 0 else None, dv if ctx.order > 1 else None
         if t is None or form is None:
             return _chain_rule(z, m, dm, dv), None, None, None
@@ -81,7 +82,7 @@ class _Tail(torch.autograd.Function):
         form = Form(a=a, b=b, mu=mu, shortcut_a=shortcut_a, shortcut_mu=shortcut_mu, activation=activation)
         y, kept = passes.apply(z, shortcut, form)
         ctx.passes, ctx.activation, ctx.has_shortcut = passes, activation, shortcut is not None
-        ctx.layout = layout(z)  # a compiler does not tell a backward
+        ctx.layout = layout(z)  # neither a compiler nor a hook on saved tensors keeps it for the backward
         # a plain shortcut is not needed again: its gradient is t
         ctx.save_for_backward(z, kept, shortcut if shortcut_a is not None else None, a, b, mu, shortcut_a, shortcut_mu)
         ctx.set_materialize_grads(False)
@@ -93,11 +94,12 @@ class _Tail(torch.autograd.Function):
         if dy is None:
             return (None,) * 14
         z, kept, shortcut, a, b, mu, shortcut_a, shortcut_mu = ctx.saved_tensors
+        z, kept, shortcut = (laid(x, ctx.layout) for x in (z, kept, shortcut))
         form = Form(a=a, b=b, mu=mu, shortcut_a=shortcut_a, shortcut_mu=shortcut_mu, activation=ctx.activation)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(dy) or batched(more):
             _announce()
             return _differentiable(ctx, dy if more is None else dy + more, z, kept, shortcut, form)
-        dy, more = (None if g is None else g.contiguous(memory_format=ctx.layout) for g in (dy, more))
+        dy, more = laid(dy, ctx.layout), laid(more, ctx.layout)
         da, db, ds, t = ctx.passes.reduce(dy, more, kept, z, shortcut, form)
         wire = a.expand(3, *a.shape)
         if kept is None and form.activation is not None and b is not None and mu is not None:
@@ -162,10 +164,22 @@ def layout(z: Tensor) -> torch.memory_format:
     return torch.channels_last if z.dim() == 4 else torch.channels_last_3d
 
 
+def batched(gradient: Tensor | None) -> bool:
+    """Whether ``gradient`` is many at once (``is_grads_batched=True``, `torch.func.vmap`)."""
+    if gradient is None or torch.compiler.is_compiling():
+        return False
+    return "Batched" in str(torch._C._dispatch_keys(gradient))
+
+
+def laid(x: Any, memory_format: torch.memory_format) -> Any:
+    """``x`` in that layout; None, and bits, whose layout is their own, as they are."""
+    return x if x is None or x.dtype == torch.uint8 else x.contiguous(memory_format=memory_format)
+
+
 def _announce() -> None:
     if "create_graph" not in _announced:
         _announced.add("create_graph")
         warnings.warn(
-            "gradients with create_graph=True run in plain PyTorch operations, without the fused passes",
+            "gradients with create_graph=True, or many at once, run in plain PyTorch operations, without the fused passes",
             stacklevel=2,
         )

@@ -76,7 +76,7 @@ def residual_tail(
         y = y + (shortcut if shortcut_norm is None else shortcut_norm(shortcut))
     match activation:
         case "relu":
-            return y.relu_()
+            return y.relu() if y is z else y.relu_()
         case "relu6":
             return y.clamp(0, 6)
         case _:

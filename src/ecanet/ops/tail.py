@@ -26,7 +26,7 @@ def squeeze_scale(x: Tensor, gate: Gate, passes: Passes) -> Tensor:
     """``x * gate(mean(x))``: a tail without norm, shortcut and activation."""
     with without_autocast(x):
         m, _, wire = nodes.moments(x, passes, 1)
-        return nodes.tail(x, wire, None, None, Form(a=gate(m).to(m.dtype)), passes)[0]
+        return nodes.tail(x, wire, None, None, Form(a=gate(m).to(m.dtype).expand_as(m)), passes)[0]
 
 
 def residual_tail(
@@ -135,11 +135,10 @@ def _synchronised_statistics(
 
 def _track(norm: _BatchNorm, mu: Tensor, unbiased: Tensor) -> None:
     """Move the running statistics towards this batch's; ``momentum=None`` makes them the average of all batches."""
-    if not norm.training or norm.running_mean is None or norm.running_var is None:
+    if not (norm.training and norm.track_running_stats) or norm.running_mean is None or norm.running_var is None:
         return
-    factor = norm.momentum
-    if factor is None:
-        assert norm.num_batches_tracked is not None
+    factor: float | Tensor = norm.momentum or 0.0
+    if norm.momentum is None and norm.num_batches_tracked is not None:
         factor = 1 / norm.num_batches_tracked.to(mu.dtype)
     with torch.no_grad():
         for running, new in ((norm.running_mean, mu), (norm.running_var, unbiased)):
