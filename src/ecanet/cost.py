@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ecanet.attention import ECANS, SEGC, Attention, ChannelAttention, SEVar2
 from ecanet.errors import ConfigError
 from ecanet.models import create_model
-from ecanet.models.resnet import LAYERS, BasicBlock, Bottleneck
+from ecanet.models.resnet import LAYERS
 
 PEERS = {
     "torchvision": {"SqueezeExcitation"},
@@ -135,18 +135,12 @@ class _Modules:
         self.operations: dict[nn.Module, int] = {}
         self.elementwise_macs = 0
         for module in model.modules():
-            if isinstance(module, BasicBlock | Bottleneck):
-                module.register_forward_hook(self._last_relu)
-            elif isinstance(module, ChannelAttention) or not any(True for _ in module.children()):
+            if isinstance(module, ChannelAttention) or not any(True for _ in module.children()):
                 module.register_forward_hook(self._count)
 
     def total(self, *, relu: bool = True) -> int:
         """Operations of one forward pass, with or without the ReLUs'."""
         return sum(n for module, n in self.operations.items() if relu or not isinstance(module, nn.ReLU | nn.ReLU6))
-
-    def _last_relu(self, block: BasicBlock | Bottleneck, args: tuple, out: Tensor) -> None:
-        """A block's last ReLU, whether its module or a fused tail applies it, is the one that counts."""
-        self.operations[block.relu] = out.numel()
 
     def _count(self, module: nn.Module, args: tuple, out: object) -> None:
         x = args[0] if args else None

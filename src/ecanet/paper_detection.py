@@ -16,7 +16,6 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from ecanet.attention import ECA, ChannelAttention
 from ecanet.models.detection import create_detector
-from ecanet.models.resnet import BasicBlock, Bottleneck
 from ecanet.paper_rows import Network
 
 __all__ = ["WHY", "DetectorCost", "detector_cost", "operations"]
@@ -76,8 +75,6 @@ def operations(module: nn.Module, x: Tensor, out: Tensor) -> int:
     1728
     """
     match module:
-        case BasicBlock() | Bottleneck():  # the last ReLU, which the block's fused tail applies
-            return out.numel()
         case TwoMLPHead():  # two ReLUs, functions here and modules there
             return 2 * out.numel()
         case ChannelAttention():

@@ -180,6 +180,6 @@ def _announce() -> None:
     if "create_graph" not in _announced:
         _announced.add("create_graph")
         warnings.warn(
-            "gradients with create_graph=True, or many at once, run in plain PyTorch operations, without the fused passes",
+            "gradients with create_graph=True, or many at once, run in plain PyTorch operations, in more passes",
             stacklevel=2,
         )
