@@ -21,6 +21,7 @@ from ecanet.config import Recipe, to_dict
 from ecanet.data.boxes import boxes
 from ecanet.data.sources import read_image
 from ecanet.detect import detect
+from ecanet.errors import DataError
 from ecanet.report import Report, write_file
 
 RUNS = [
@@ -76,7 +77,7 @@ def picture(run: Path, file: Path, columns: int = 3, rows: int = 2) -> None:
     held_out = boxes(task.recipe.data, train=False).held_out.annotations.pictures[: columns * rows]
     with tempfile.TemporaryDirectory() as folder:
         found = detect(task, [scene.path for scene in held_out], folder)
-        drawn = [read_image(answer["picture"], 3) for answer in found]
+        drawn = [read_image(answer["picture"], 3) for answer in found if not isinstance(answer, DataError)]
     whole = torchvision.utils.make_grid(torch.stack(drawn), nrow=columns, padding=4, pad_value=255)
     torchvision.io.write_jpeg(whole, str(file), quality=80)
 

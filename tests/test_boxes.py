@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from ecanet.config import DataConfig
 from ecanet.data.annotations import _run_lengths, decode, read_annotations
 from ecanet.data.boxes import Batches, Boxes, boxes, flipped
-from ecanet.errors import DataError
+from ecanet.errors import ConfigError, DataError
 
 SQUARE = [[2.0, 3.0, 7.0, 3.0, 7.0, 9.0, 2.0, 9.0]]
 
@@ -87,11 +87,16 @@ def test_flips_take_boxes_and_masks_along(tmp_path):
     assert torch.equal(flipped(mirrored, moved)[1]["boxes"], target["boxes"])
 
 
-def test_boxes_are_clipped_and_degenerate_ones_counted(tmp_path):
+def test_targets_are_clipped_and_the_evaluation_has_the_files_boxes(tmp_path):
     hanging, outside = annotation(2, box=(15, -4, 10, 8)), annotation(3, box=(30, 2, 5, 5))
-    found = read(folder(tmp_path, [annotation(), hanging, outside, annotation(4, box=(19.5, 2, 5, 5))]))
-    assert [o["bbox"] for o in found.pictures[0].objects] == [[2, 3, 5, 6], [15, 0, 5, 4]]
+    path = folder(tmp_path, [annotation(), hanging, outside, annotation(4, box=(19.5, 2, 5, 5))])
+    found = read(path)
+    _, target = Boxes(found)[0, False]
+    assert target["boxes"].tolist() == [[2, 3, 7, 9], [15, 0, 20, 4]]
+    assert len(target["labels"]) == len(target["masks"]) == 2
     assert found.degenerate == 2
+    written = json.loads((path / "annotations" / "instances_val2017.json").read_text())["annotations"]
+    assert found.ground_truth().dataset["annotations"] == written
 
 
 BROKEN = {
@@ -103,7 +108,10 @@ BROKEN = {
     "three points or more": annotation(9, segmentation=[[1.0, 2.0, 3.0, 4.0]]),
     "as x, y, x, y": annotation(9, segmentation=[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]]),
     "coordinates are not all finite": annotation(9, segmentation=[[1.0, 2.0, 3.0, 4.0, 5.0, math.inf]]),
-    "list of polygons is empty": annotation(9, segmentation=[]),
+    "it has no mask": annotation(9, segmentation=[]),
+    "which mask_rcnn learns from": annotation(9, segmentation=None),
+    r"the box \[1, 2, 1000": annotation(9, box=(1, 2, 10**400, 4)),
+    "there is no such image": annotation(9, image=[1]),
     r"mask's size is \[5, 5\]": annotation(9, segmentation={"size": [5, 5], "counts": [25]}),
     "sum to 250, not to its 240": annotation(9, segmentation={"size": [12, 20], "counts": [10, 240]}),
     "run lengths cannot be read": annotation(9, segmentation={"size": [12, 20], "counts": "Q"}),
@@ -113,7 +121,7 @@ BROKEN = {
 @pytest.mark.parametrize("complaint", BROKEN)
 def test_a_broken_annotation_is_named_in_one_line(tmp_path, complaint):
     path = folder(tmp_path, [annotation(), BROKEN[complaint]])
-    with pytest.raises(DataError, match=rf"annotation 9 of image \d: .*{complaint}.*data.on_corrupt=skip") as error:
+    with pytest.raises(DataError, match=rf"annotation 9 of image \S+: .*{complaint}.*data.on_corrupt=skip") as error:
         read(path)
     assert "\n" not in str(error.value)
     # and without it the rest is as it was
@@ -133,9 +141,22 @@ def test_a_missing_image_is_named_or_skipped(tmp_path):
     assert len(found.problems) == 1
 
 
+IMAGE = {"id": 1, "file_name": "1.png", "width": 20, "height": 12}
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [("{", "cannot be read as JSON"), ("[]", "no list called 'images'"), ('{"images": [{"id": 1}]}', "no 'file_name'")],
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "no list called 'images'"),
+        ('{"images": [{"id": 1}]}', "no 'file_name'"),
+        (json.dumps({"images": [IMAGE | {"id": "1"}]}), "an id that is no whole number: '1'"),
+        (json.dumps({"images": [IMAGE | {"width": None}]}), "a width that is no number of pixels: 'None'"),
+        (json.dumps({"images": [IMAGE | {"height": "90"}]}), "a height that is no number of pixels: '90'"),
+        (json.dumps({"images": [IMAGE | {"height": 90.5}]}), "a height that is no number of pixels"),
+        (json.dumps({"images": [IMAGE | {"file_name": None}]}), "no text for a file_name"),
+        (json.dumps({"images": [IMAGE], "categories": [{"id": "a", "name": "b"}]}), "an id that is no whole number"),
+    ],
 )
 def test_a_file_of_another_kind_is_said_to_be(tmp_path, content, complaint):
     path = folder(tmp_path, [])
@@ -187,9 +208,80 @@ def test_a_coco_folder_becomes_batches(tmp_path, capsys):
     data = boxes(DataConfig(name=f"coco:{path}", batch_size=2, workers=0, on_corrupt="skip"))
     said = capsys.readouterr().out.splitlines()
     assert sum("skipped: annotation 9" in line for line in said) == 2
-    assert sum(line.startswith("dropped: 1 boxes") for line in said) == 2
+    assert sum(line.startswith("not trained on: 1 boxes") for line in said) == 1
     assert len(data.train) == len(data.held_out) == 2
     images, targets, unreadable = next(iter(data.val_dataloader()))
     assert [tuple(image.shape) for image in images] == [(3, 12, 20), (3, 30, 10)]
     assert [len(target["labels"]) for target in targets] == [1, 0]
     assert unreadable == []
+
+
+def test_without_masks_segmentations_are_not_looked_at(tmp_path):
+    bare = annotation(3)
+    del bare["segmentation"], bare["iscrowd"], bare["area"]
+    path = folder(tmp_path, [annotation(segmentation=[]), annotation(2, segmentation=[[1.0]]), bare])
+    found = read(path, masks=False)
+    assert found.problems == []
+    _, target = Boxes(found)[0, False]
+    assert len(target["boxes"]) == 3
+    assert "masks" not in target
+    truth = found.ground_truth().dataset["annotations"][2]
+    assert (truth["iscrowd"], truth["area"]) == (0, 30)
+    with pytest.raises(DataError, match="has no mask"):
+        read(path)
+
+
+def test_a_file_of_which_nothing_can_be_used_is_refused(tmp_path):
+    path = folder(tmp_path, [annotation(), annotation(2)])
+    file = path / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    for each in content["annotations"]:
+        each["category_id"] = 4
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="not one of its 2 annotations can be used .*unknown category 4"):
+        read(path, skip=True)
+
+
+def test_sizes_written_as_fractions(tmp_path):
+    path = folder(tmp_path, [annotation()])
+    file = path / "annotations" / "instances_val2017.json"
+    file.write_text(file.read_text().replace('"width": 20', '"width": 20.0'))
+    assert Boxes(read(path))[0, False][1]["masks"].shape == (1, 12, 20)
+
+
+def test_images_too_thin_for_any_network_are_named(tmp_path):
+    path = folder(tmp_path, [annotation(), annotation(2, image=2, box=(0, 0, 1, 1))], ((1, 20, 12), (2, 300, 2)))
+    with pytest.raises(DataError, match=r"image 2: 300 × 2 pixels are too thin"):
+        read(path)
+    assert [p.id for p in read(path, skip=True).pictures] == [1]
+
+
+@pytest.mark.parametrize(("orientation", "upright"), [(3, True), (6, True), (6, False)])
+def test_photographs_are_turned_as_their_camera_says(tmp_path, orientation, upright):
+    path = folder(tmp_path, [annotation()], ((1, 20, 12),))
+    turned = Image.new("RGB", (20, 12))
+    turned.putpixel((4, 5), (255, 255, 255))  # inside the box
+    expected = np.asarray(turned)
+    if upright:
+        stored = turned.transpose(Image.Transpose.ROTATE_180 if orientation == 3 else Image.Transpose.ROTATE_90)
+    else:  # a file whose annotations are of the pixels as stored
+        stored = turned
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(path / "val2017" / "1.png", exif=exif)
+    image, _ = Boxes(read(path))[0, False]
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"root": "elsewhere"}, "--data-dir means nothing"),
+        ({"crop_padding": 4}, "data.crop_padding is for classification"),
+        ({"random_augment": 9}, "data.random_augment is for classification"),
+        ({"eval_crop": 0.5}, "data.eval_crop is for classification"),
+    ],
+)
+def test_settings_that_mean_nothing_here_are_refused(tmp_path, settings, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        boxes(DataConfig(name=f"coco:{folder(tmp_path, [annotation()])}", **settings))

@@ -16,7 +16,7 @@ from ecanet.cost import count
 from ecanet.data.annotations import decode, read_annotations
 from ecanet.data.boxes import Boxes
 from ecanet.data.scenes import SceneConfig, scenes
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, DataError
 from ecanet.models.detection import DETECTORS, create_detector
 from ecanet.recipes import find
 from ecanet.tasks_detection import METRICS, Outcome, all_found, average_precision
@@ -101,8 +101,10 @@ def test_frozen_stages_and_frozen_gates():
     still = {n.split(".")[2] for n, p in model.named_parameters() if not p.requires_grad}
     assert still == {"conv1", "bn1", "layer1", "layer2"}
     assert not any(p.requires_grad for p in model.backbone.body.layer2.parameters())
+    with pytest.raises(ConfigError, match="frozen_stages must be 0 to 3"):
+        create_detector("faster_rcnn", "resnet18", frozen_stages=4, **SMALL)  # small ones use no fourth
     with pytest.raises(ConfigError, match="frozen_stages must be 0 to 4"):
-        create_detector("faster_rcnn", "resnet18", frozen_stages=5, **SMALL)
+        create_detector("retinanet", "resnet18", frozen_stages=5, **SMALL)
 
 
 @pytest.mark.parametrize("backbone", ["resnet20", "mobilenet_v2", "resnet18"])
@@ -274,7 +276,7 @@ def test_a_run_writes_its_results_and_resumes_exactly(monkeypatch, tmp_path):
     assert "Detections" in page
     scores = evaluate(whole.last_checkpoint, accelerator="cpu")
     assert scores["AP"] == whole.metrics["AP"]
-    assert (tmp_path / "whole" / "checkpoints" / "last" / "bbox.json").is_file()
+    assert (tmp_path / "whole" / "checkpoints" / "last-results" / "bbox.json").is_file()
 
 
 @pytest.mark.slow
@@ -306,7 +308,7 @@ def test_four_images_are_learnt_by_heart(name, some):
 
 def test_nothing_found_is_scored_by_kind(some):
     truth = some.annotations.ground_truth()
-    figures, curve = average_precision(truth, [], "segm")
+    figures, curve = average_precision(truth, [], "segm", [p.id for p in some.annotations.pictures])
     assert figures["AP"] == 0
     assert set(curve) == {0.0}
 
@@ -323,7 +325,7 @@ def test_detect_draws_and_lists_what_is_found(monkeypatch, tmp_path, some):
     # what the network says is known, so what is written can be
     monkeypatch.setattr(task.model, "forward", lambda images, targets=None: [dict(found[0])])
     path = some.annotations.pictures[0].path
-    answers = detect(task, [path, path], tmp_path / "out")
+    answers = list(detect(task, [path, path], tmp_path / "out"))
     boxes, labels = found[0]["boxes"], found[0]["labels"]
     listed = json.loads((tmp_path / "out" / f"{path.stem}.json").read_text())["objects"]
     assert [o["name"] for o in listed] == [str(label - 1) for label in labels.tolist()]
@@ -334,7 +336,103 @@ def test_detect_draws_and_lists_what_is_found(monkeypatch, tmp_path, some):
 
     assert not torch.equal(read_image(answers[0]["picture"], 3), read_image(path, 3))
     found[0]["scores"] = found[0]["scores"] * 0.3
-    assert detect(task, [path], tmp_path / "low")[0]["objects"] == []
+    assert next(detect(task, [path], tmp_path / "low"))["objects"] == []
     enlarged = read_image(tmp_path / "low" / f"{path.stem}.png", 3)
     assert torch.equal(enlarged[:, ::3, ::3], read_image(path, 3))
     assert enlarged.shape[1:] == (384, 384)
+
+
+def test_detect_never_writes_over_what_it_looks_at(monkeypatch, tmp_path, some):
+    import shutil
+
+    from ecanet.data.sources import Look
+    from ecanet.detect import detect
+    from ecanet.tasks import build
+
+    look = Look(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
+    task = build(tiny(monkeypatch, tmp_path), look)
+    photo = shutil.copy(some.annotations.pictures[0].path, tmp_path / "photo.png")
+    with pytest.raises(ConfigError, match=r"photo\.png would be written over; choose another --out"):
+        next(detect(task, [photo], tmp_path))
+    with pytest.raises(ConfigError, match="is a file"):
+        next(detect(task, [photo], photo))
+    # a broken file is said and the next one is looked at
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    answers = list(detect(task, [tmp_path / "broken.png", photo], tmp_path / "out"))
+    assert isinstance(answers[0], DataError)
+    assert answers[1]["path"] == str(photo)
+
+
+def test_a_picture_is_enlarged_within_bounds():
+    from ecanet.figures import drawn
+
+    nothing = {"boxes": torch.empty(0, 4)}
+    assert drawn(torch.zeros(3, 100, 200, dtype=torch.uint8), nothing, []).shape == (3, 400, 800)
+    assert drawn(torch.zeros(3, 1, 1333, dtype=torch.uint8), nothing, []).shape == (3, 1, 1333)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"task": "classification", "model.name": "resnet20"}, "set task=detection"),
+        ({"data.name": "digits"}, "detection needs annotated images"),
+        ({"mixup": 0.8}, "mixup is for classification"),
+        ({"loss": "bce"}, "loss is for classification"),
+        ({"label_smoothing": 0.1}, "label_smoothing is for classification"),
+    ],
+)
+def test_settings_of_the_other_task_are_refused(monkeypatch, tmp_path, settings, complaint):
+    from ecanet.data.sources import Look
+    from ecanet.tasks import build
+
+    look = Look(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
+    with pytest.raises(ConfigError, match=complaint):
+        build(tiny(monkeypatch, tmp_path, **settings), look)
+
+
+def test_unreadable_images_neither_train_nor_count(monkeypatch, tmp_path, capsys):
+    from ecanet import data
+    from ecanet.train import run
+    from ecanet.trained import evaluate
+
+    recipe = tiny(monkeypatch, tmp_path, **{"data.batch_size": 1, "data.on_corrupt": "skip", "epochs": 1})
+    module = data.build(recipe.data)
+    for part, kept in ((module.train, 2), (module.held_out, 3)):
+        for picture in part.annotations.pictures[kept:]:
+            picture.path.write_bytes(picture.path.read_bytes()[:50])
+    report = run(recipe, folder=tmp_path / "run", accelerator="cpu", quiet=True)
+    last = report.last_checkpoint
+    skipped = evaluate(last, accelerator="cpu")
+    with pytest.raises(DataError, match="on-corrupt skip"):
+        evaluate(last, accelerator="cpu", on_corrupt="error")
+    # as if the picture had never been there
+    picture = module.held_out.annotations.pictures[3].path
+    picture.unlink()
+    assert evaluate(last, accelerator="cpu") == skipped
+    for picture in module.held_out.annotations.pictures[:3]:
+        picture.path.write_bytes(b"no image")
+    with pytest.raises(DataError, match="not one held-out image could be read"):
+        evaluate(last, accelerator="cpu")
+
+
+def test_figures_are_kept_where_result_files_cannot_be(monkeypatch, tmp_path, capsys):
+    from ecanet import trained
+    from ecanet.train import run
+
+    report = run(tiny(monkeypatch, tmp_path, epochs=1), folder=tmp_path / "run", accelerator="cpu", quiet=True)
+    (tmp_path / "run" / "checkpoints" / "last-results").write_text("in the way")
+    scores = trained.evaluate(report.last_checkpoint, accelerator="cpu")
+    assert scores["AP"] == report.metrics["AP"]
+    assert "result files were not written" in capsys.readouterr().err
+
+
+def test_commands_for_classifiers_say_what_a_detector_needs(monkeypatch, tmp_path, some):
+    from ecanet import inspect_pages, trained
+    from ecanet.train import run
+
+    place = tmp_path / "run"
+    run(tiny(monkeypatch, tmp_path, epochs=1), folder=place, accelerator="cpu", quiet=True)
+    with pytest.raises(ConfigError, match="mask_rcnn is a detector; ecanet detect"):
+        next(trained.predict(trained.restore(place), [some.annotations.pictures[0].path]))
+    with pytest.raises(ConfigError, match="mask_rcnn is a detector"):
+        inspect_pages.run(place, tmp_path / "out")

@@ -5,7 +5,6 @@ What is heavy is imported inside the commands, so that ``--help`` is quick. A mi
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,16 +22,19 @@ from ecanet.cli_options import (
     Epochs,
     KernelSizes,
     ModelName,
+    OnCorrupt,
     Settings,
     changed,
+    check_on_corrupt,
     checked_device,
     console,
     model_config,
     parsed,
+    skipped,
     torch_device,
 )
 from ecanet.config import parse_kernel_sizes
-from ecanet.errors import ConfigError, DataError
+from ecanet.errors import ConfigError
 
 __all__ = ["app"]
 
@@ -113,6 +115,9 @@ def evaluate(
     model: ModelName = None,
     attention: Attention = None,
     kernel_sizes: KernelSizes = None,
+    on_corrupt: Annotated[
+        str | None, typer.Option(help="error or skip unreadable files.", show_default="the run's")
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -124,6 +129,7 @@ def evaluate(
         model=model_config(model, attention, kernel_sizes),
         data_name=data,
         data_dir=data_dir,
+        on_corrupt=on_corrupt,
         accelerator=checked_device(device),
     )
     if as_json:
@@ -137,7 +143,7 @@ def predict(
     checkpoint: Checkpoint,
     images: Annotated[list[str], typer.Argument(help="Image files, or folders of them.", show_default=False)],
     top: Annotated[int, typer.Option(min=1, help="Classes to name.")] = 5,
-    on_corrupt: Annotated[str, typer.Option(help="error, or skip: go on without unreadable files.")] = "error",
+    on_corrupt: OnCorrupt = "error",
     data: DataName = None,
     data_dir: DataDir = None,
     model: ModelName = None,
@@ -147,8 +153,7 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Name what is in image files: the likeliest classes with their probabilities."""
-    if on_corrupt not in ("error", "skip"):
-        raise ConfigError(f"--on-corrupt must be error or skip, got {on_corrupt!r}")
+    check_on_corrupt(on_corrupt)
     from ecanet import trained
 
     files = [file for path in images for file in trained.image_files(path)]
@@ -159,10 +164,8 @@ def predict(
     for answer in trained.predict(task, files, top=top, device=torch_device(device)):
         if isinstance(answer, trained.Prediction):
             found.append(answer)
-        elif on_corrupt == "error":
-            raise DataError(f"{answer}; --on-corrupt skip goes on without such files")
         else:
-            print(f"skipped: {answer}", file=sys.stderr)
+            skipped(answer, on_corrupt)
     if as_json:
         rows = [{"path": p.path, "classes": [{"name": n, "probability": q} for n, q in p.classes]} for p in found]
         print(json.dumps(rows, indent=2))

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ecanet.cli_options import AsJson, Checkpoint
-from ecanet.errors import ConfigError
+from ecanet.cli_options import AsJson, Checkpoint, Device, OnCorrupt, check_on_corrupt, skipped, torch_device
+from ecanet.errors import ConfigError, DataError
 
 __all__ = ["app"]
 
@@ -20,19 +20,34 @@ def detect(
     images: Annotated[list[str], typer.Argument(help="Image files, or folders of them.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the pictures and their JSON.")] = Path("detections"),
     threshold: Annotated[float, typer.Option(help="Lowest score to show, from 0 to 1.")] = 0.5,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda.")] = "cpu",
+    on_corrupt: OnCorrupt = "error",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Draw boxes and masks onto pictures, with JSON beside."""
+    check_on_corrupt(on_corrupt)
     if not 0 <= threshold <= 1:
         raise ConfigError(f"--threshold must be from 0 to 1, got {threshold:g}")
     from ecanet import detect, trained
 
-    files = [file for path in images for file in trained.image_files(path)]
-    answers = detect.detect(trained.restore(checkpoint), files, out, threshold=threshold, device=device)
+    device = torch_device(device)
+    # what was drawn before, in a folder inside that of the images, is not looked at again
+    files = [
+        f for path in images for f in trained.image_files(path) if not (Path(path).is_dir() and _inside(f, out, path))
+    ]
+    found = []
+    for answer in detect.detect(trained.restore(checkpoint), files, out, threshold=threshold, device=device):
+        if isinstance(answer, DataError):
+            skipped(answer, on_corrupt)
+            continue
+        found.append(answer)
+        if not as_json:
+            names = ", ".join(f"{o['name']} {o['score']:.2f}" for o in answer["objects"])
+            print(f"{answer['path']}: {names or 'nothing'} -> {answer['picture']}")
     if as_json:
-        print(json.dumps(answers, indent=2))
-        return
-    for answer in answers:
-        names = ", ".join(f"{o['name']} {o['score']:.2f}" for o in answer["objects"])
-        print(f"{answer['path']}: {names or 'nothing'} -> {answer['picture']}")
+        print(json.dumps(found, indent=2))
+
+
+def _inside(file: Path, out: Path, folder: str) -> bool:
+    """Whether ``file`` lies in ``out``, and ``out`` inside ``folder``."""
+    return out.resolve() != Path(folder).resolve() and file.resolve().is_relative_to(out.resolve())

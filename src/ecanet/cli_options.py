@@ -1,13 +1,14 @@
 """Options that several commands share, and how they are read."""
 
 import json
+import sys
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from ecanet.config import ModelConfig, Recipe, parse_kernel_sizes, with_settings
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, DataError
 
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
@@ -25,6 +26,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other setting: --set data.workers=4.", metavar="KEY=VALUE", show_default=False),
 ]
+OnCorrupt = Annotated[str, typer.Option(help="error, or skip: go on without unreadable files.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -60,6 +62,19 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     if isinstance(epochs, int) and 0 < epochs <= warmup and "schedule.warmup_epochs" not in changes:
         changes = {"schedule.warmup_epochs": warmup * epochs / recipe.epochs, **changes}
     return with_settings(recipe, changes)
+
+
+def check_on_corrupt(choice: str) -> None:
+    """Raise ConfigError unless ``choice`` is one."""
+    if choice not in ("error", "skip"):
+        raise ConfigError(f"--on-corrupt must be error or skip, got {choice!r}")
+
+
+def skipped(problem: DataError, on_corrupt: str) -> None:
+    """Say that a file is left out, or raise ``problem``."""
+    if on_corrupt == "error":
+        raise DataError(f"{problem}; --on-corrupt skip goes on without such files")
+    print(f"skipped: {problem}", file=sys.stderr)
 
 
 def checked_device(name: str) -> str:

@@ -204,6 +204,11 @@ class Recipe(_Checked):
         "seed": (0, 2**32 - 1),
     }
 
+    @property
+    def learns_masks(self) -> bool:
+        """Whether the network cuts objects out."""
+        return self.task == "detection" and self.model.name == "mask_rcnn"
+
     def check(self) -> None:
         """The warm-up must leave something to train."""
         if self.schedule.warmup_epochs >= self.epochs and self.schedule.warmup_epochs:

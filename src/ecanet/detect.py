@@ -1,7 +1,7 @@
 """What a trained detector sees in picture files: boxes and masks drawn onto them, and as numbers beside."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ecanet.data.annotations import encode
+from ecanet.data.annotations import encode, thin
 from ecanet.data.sources import read_image
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, DataError
 from ecanet.figures import drawn, png
 from ecanet.report import write_file
 from ecanet.tasks import Detection, Task
@@ -21,38 +21,53 @@ __all__ = ["detect"]
 
 def detect(
     task: Task, paths: Sequence[str | Path], folder: str | Path, *, threshold: float = 0.5, device: str = "cpu"
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any] | DataError]:
     """Draw what the restored detector ``task`` finds in each image file into ``folder``, with JSON beside.
 
     NAME.png shows the image with boxes, masks, names and scores of at least ``threshold``, a small one enlarged;
     NAME.json lists them: ``name``, ``score``, ``box`` as left, top, width, height in the image's pixels, and, where the
-    network cuts out, ``mask`` as COCO's run lengths. The value has, for each image, ``path``, ``picture`` and
-    ``objects``.
+    network cuts out, ``mask`` as COCO's run lengths. What comes back for each image has ``path``, ``picture`` and
+    ``objects``; a file that cannot be read gives its DataError.
 
     Raises:
-        ConfigError: the network is no detector.
-        DataError: a file that cannot be read.
+        ConfigError: the network is no detector, or pictures cannot go into ``folder``, one of ``paths`` perhaps being
+            there already.
     """
     if not isinstance(task, Detection):
         raise ConfigError(f"{task.recipe.model.name} is no detector; ecanet predict names what is in images")
     task = task.to(device).eval()
-    answers = []
-    taken: set[str] = set()
-    for path in map(Path, paths):
-        image = read_image(path, 3)
+    for path, picture in _pictures(paths, Path(folder)):
+        try:
+            image = read_image(path, 3)
+            if problem := thin(image.shape[2], image.shape[1]):
+                raise DataError(f"{path}: {problem}")
+        except DataError as error:
+            yield error
+            continue
         with torch.inference_mode():
             found = task([image.to(device).float() / 255])[0]
         sure = found["scores"] >= threshold
         found = {name: value[sure].cpu() for name, value in found.items()}
-        # files of one name from several folders are kept apart
-        name = next(n for n in (path.stem, *(f"{path.stem}-{i}" for i in range(2, len(paths) + 2))) if n not in taken)
-        taken.add(name)
-        picture = Path(folder, f"{name}.png")
         write_file(picture, png(drawn(image, found, task.look.class_names)))
         answer = {"path": str(path), "picture": str(picture), "objects": _objects(found, task.look.class_names)}
         write_file(picture.with_suffix(".json"), json.dumps(answer, indent=2))
-        answers.append(answer)
-    return answers
+        yield answer
+
+
+def _pictures(paths: Sequence[str | Path], folder: Path) -> list[tuple[Path, Path]]:
+    """Each of ``paths`` with the picture to draw; files of one name from several folders are kept apart."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; pictures need a folder: choose another --out")
+    given = {Path(path).resolve() for path in paths}
+    found: dict[str, tuple[Path, Path]] = {}
+    for path in map(Path, paths):
+        names = (path.stem, *(f"{path.stem}-{i}" for i in range(2, len(paths) + 2)))
+        name = next(n for n in names if n not in found)
+        found[name] = path, folder / f"{name}.png"
+        for suffix in (".png", ".json"):
+            if (folder / f"{name}{suffix}").resolve() in given:
+                raise ConfigError(f"{folder / name}{suffix} would be written over; choose another --out")
+    return list(found.values())
 
 
 def _objects(found: dict[str, Tensor], class_names: Sequence[str]) -> list[dict[str, Any]]:

@@ -32,6 +32,8 @@ COLOURS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f
 BRIGHT = 400
 # the shorter side, in pixels, that a picture with boxes on it has at least, give or take its whole factor
 SMALLEST_DRAWN = 480
+# to which a long side is enlarged at most
+LARGEST_ENLARGED = 2000
 NO_METRIC = ("epoch", "learning_rate", "images_per_second", "seconds")
 
 
@@ -151,7 +153,7 @@ def drawn(
     colours: Any = [COLOURS[at % len(COLOURS)] for at in range(len(found["boxes"]))]
     if colours and "masks" in found:
         image = draw_segmentation_masks(image, found["masks"][:, 0] > 0.5, alpha=0.5, colors=colours)
-    factor = max(1, SMALLEST_DRAWN // min(image.shape[1:]))
+    factor = max(1, min(SMALLEST_DRAWN // min(image.shape[1:]), LARGEST_ENLARGED // max(image.shape[1:])))
     image = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     width = max(1, min(image.shape[1:]) // 200)
     if truth is not None and len(truth):

@@ -17,7 +17,7 @@ from ecanet.data.sources import read_image
 from ecanet.errors import ConfigError
 from ecanet.inspect import GateRecord
 from ecanet.report import environment, page, write_file
-from ecanet.tasks import Task
+from ecanet.tasks import Classification, Task
 
 POSTER = ("hammerhead shark", "ambulance", "medicine chest", "butternut squash")
 """The classes that the authors' poster shows."""
@@ -64,6 +64,8 @@ def run(
         CheckpointError, DataError: as `trained.evaluate` raises them.
     """
     task = trained.restore(checkpoint, model=model, data_name=data_name, data_dir=data_dir)
+    if not isinstance(task, Classification):
+        raise ConfigError(f"{task.recipe.model.name} is a detector; inspect shows the gates of classifiers")
     inspect.gates(task.model)
     names = task.look.class_names
     shown = [_class(name, names) for name in classes or [n for n in POSTER if n in names] or names[:4]]

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 
 from ecanet import models, tasks_detection
 from ecanet.config import Recipe, ScheduleConfig, suggestion, to_dict
+from ecanet.data import boxes
 from ecanet.data.sources import Look
 from ecanet.errors import ConfigError, DataError
 
@@ -27,6 +28,7 @@ __all__ = ["TASKS", "Classification", "Detection", "Task", "build", "learning_ra
 # a confusion matrix grows with the square of the classes
 MOST_CLASSES_COMPARED = 1000
 EXAMPLES = 12
+NOTHING_READ = "not one held-out image could be read, so there is nothing to evaluate on"
 
 
 def build(recipe: Recipe, look: Any) -> "Task":
@@ -50,8 +52,8 @@ class Task(L.LightningModule):
         self.recipe, self.look = recipe, look
         self.model = model.to(memory_format=torch.channels_last) if recipe.channels_last else model
         if recipe.compile:
-            # in place: the names of the parameters stay as they are
-            self.model.compile()
+            # in place: the names of the parameters stay as they are; a detector's other parts are no single graph
+            getattr(self.model, "backbone", self.model).compile()
 
     def evidence(self) -> dict[str, Any]:
         """Plain data that the report draws; `ecanet.report` says which names it knows."""
@@ -121,6 +123,8 @@ class Classification(Task):
     monitor = "top1"
 
     def __init__(self, recipe: Recipe, look: Look):
+        if boxes.knows(recipe.data.name):
+            raise ConfigError(f"{recipe.data.name} has boxes and no classes of images: set task=detection")
         classes, config = len(look.class_names), recipe.model
         model = models.create_model(
             config.name,
@@ -182,7 +186,7 @@ class Classification(Task):
     def on_validation_epoch_end(self) -> None:
         """Gather the counts of all processes, while they are all here."""
         if not self.seen:
-            raise DataError("not one held-out image could be read, so there is nothing to evaluate on")
+            raise DataError(NOTHING_READ)
         for name, metric in (("top1", self.top1), ("top5", self.top5)):
             self.log(name, 100 * metric.compute())
             metric.reset()
@@ -252,9 +256,11 @@ class Detection(Task):
         """Losses by name while training, else what is found on each of the images ``x`` (3, H, W) from 0 to 1."""
         return self.model(x, targets)
 
-    def training_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], batch_idx: int) -> Tensor:
-        """The sum of the detector's losses."""
+    def training_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], batch_idx: int) -> Tensor | None:
+        """The sum of the detector's losses; none for a batch of unreadable images."""
         images, targets = batch
+        if not images:
+            return None
         losses = self(images, targets)
         loss = torch.stack(list(losses.values())).sum()
         self.log_dict(
@@ -273,13 +279,16 @@ class Detection(Task):
     def validation_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], batch_idx: int) -> None:
         """Note what is found, and keep a few examples, right and wrong."""
         assert self.outcome is not None
-        self.outcome.add(*batch, self(batch[0]))
+        if batch[0]:
+            self.outcome.add(*batch, self(batch[0]))
 
     def on_validation_epoch_end(self) -> None:
         """Score what all processes found together."""
         assert self.outcome is not None
         if self.trainer.world_size > 1:
             self.outcome.gather()
+        if not self.outcome.seen:
+            raise DataError(NOTHING_READ)
         self.log_dict(self.outcome.score(), batch_size=1)
 
     def evidence(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What the detection task is made of: the detector of a recipe, and the scoring of what it finds, with pycocotools."""
 
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from ecanet.config import Recipe
+from ecanet.data import boxes
 from ecanet.data.annotations import Annotations, encode
 from ecanet.data.sources import Look
 from ecanet.errors import ConfigError
@@ -30,8 +32,11 @@ def detector(recipe: Recipe, look: Look) -> nn.Module:
         ConfigError: no such detector or backbone, or settings that do not fit them.
         CheckpointError: its weights cannot be used.
     """
-    if look.channels != 3:
+    if not boxes.knows(recipe.data.name):
         raise ConfigError(f"detection needs annotated images, coco:PATH or scenes, got {recipe.data.name!r}")
+    for name in ("loss", "label_smoothing", "mixup", "cutmix"):
+        if getattr(recipe, name) != getattr(Recipe(), name):
+            raise ConfigError(f"{name} is for classification; detectors have their own losses")
     model, settings = recipe.model, recipe.detector
     return create_detector(
         model.name,
@@ -57,6 +62,7 @@ class Outcome:
 
     def __init__(self, annotations: Annotations):
         self.annotations = annotations
+        self.seen: list[int] = []
         self.results: dict[str, list[dict[str, Any]]] = {"bbox": []}
         self.examples: list[dict[str, Any]] = []
         self.curves: dict[str, list[float]] = {}
@@ -65,23 +71,28 @@ class Outcome:
         """Note what was ``found`` on ``images`` (3, H, W) from 0 to 1, where ``targets`` say what there is."""
         for image, target, each in zip(images, targets, found, strict=True):
             each = {name: value.float().cpu() if name == "masks" else value.cpu() for name, value in each.items()}
-            self._note(int(target["image_id"]), each)
+            self.seen.append(int(target["image_id"]))
+            self._note(self.seen[-1], each)
             self._keep_example(image, {name: value.cpu() for name, value in target.items()}, each)
 
     def gather(self) -> None:
         """Bring together what all processes noted; each goes on with all of it."""
         parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, self.results)
-        kinds = sorted({kind for part in parts for kind in part})
-        self.results = {kind: [entry for part in parts for entry in part.get(kind, [])] for kind in kinds}
+        torch.distributed.all_gather_object(parts, (self.seen, self.results))
+        kinds = sorted({kind for _, part in parts for kind in part})
+        self.seen = [image for seen, _ in parts for image in seen]
+        self.results = {kind: [entry for _, part in parts for entry in part.get(kind, [])] for kind in kinds}
 
     def score(self) -> dict[str, float]:
-        """COCO's six figures for boxes and, where there are masks, for masks with ``mask_`` before their names."""
+        """COCO's six figures for boxes and, where there are masks, for masks with ``mask_`` before their names.
+
+        Of the images that were seen: those that cannot be read count as little as those that are missing.
+        """
         truth = self.annotations.ground_truth()
         figures: dict[str, float] = {}
         for kind, results in self.results.items():
             prefix = "mask_" if kind == "segm" else ""
-            scored, curve = average_precision(truth, results, kind)
+            scored, curve = average_precision(truth, results, kind, self.seen)
             figures |= {prefix + name: value for name, value in scored.items()}
             self.curves["masks" if kind == "segm" else "boxes"] = curve
         return figures
@@ -128,11 +139,14 @@ def all_found(target: dict[str, Tensor], found: dict[str, Tensor]) -> bool:
     return not len(overlap) or bool((overlap.amax(0) >= 0.5).all() and (overlap.amax(1) >= 0.5).all())
 
 
-def average_precision(truth: Any, results: list[dict[str, Any]], kind: Any) -> tuple[dict[str, float], list[float]]:
+def average_precision(
+    truth: Any, results: list[dict[str, Any]], kind: Any, images: Sequence[int]
+) -> tuple[dict[str, float], list[float]]:
     """COCO's six figures for ``results`` (entries of a result file) against ``truth`` (a ``pycocotools`` COCO).
 
-    ``kind`` is "bbox" or "segm". The second value is precision at recall 0, 0.01, …, 1 with an overlap of a half, mean
-    over the classes. Figures are from 0 to 1, and -1 where there is nothing to find.
+    ``kind`` is "bbox" or "segm", ``images`` has the ids of those that count. The second value is precision at recall 0,
+    0.01, …, 1 with an overlap of a half, mean over the classes. Figures are from 0 to 1, and -1 where there is nothing
+    to find.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -146,6 +160,7 @@ def average_precision(truth: Any, results: list[dict[str, Any]], kind: Any) -> t
             found.dataset = {**truth.dataset, "annotations": []}
             found.createIndex()
         scoring = COCOeval(truth, found, kind)
+        scoring.params.imgIds = sorted(set(images))
         scoring.evaluate()
         scoring.accumulate()
         scoring.summarize()

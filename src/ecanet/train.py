@@ -51,7 +51,7 @@ def run(
     """
     place = _claimed(recipe, folder, resume)
     with quiet_lightning():
-        images = data.build(recipe.data, seed=recipe.seed)
+        images = data.build(recipe.data, seed=recipe.seed, masks=recipe.learns_masks)
         torch.manual_seed(recipe.seed)
         task = tasks.build(recipe, images.look)
         history = History(place / "metrics.csv")
@@ -158,7 +158,7 @@ def _trainer(
             logger=TensorBoardLogger(place, name="", version="tensorboard"),
             callbacks=callbacks,
             plugins=[_WholeFiles()],
-            benchmark=torch.cuda.is_available(),
+            benchmark=torch.cuda.is_available() and recipe.task == "classification",  # else every shape is a new one
             # the data's own samplers know about processes
             use_distributed_sampler=False,
             num_sanity_val_steps=0,

@@ -1,5 +1,6 @@
 """A trained network: restore it from its checkpoint, evaluate it, ask it about images."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ecanet import data, recipes, tasks
-from ecanet.config import ModelConfig, Recipe, from_dict
+from ecanet.config import ModelConfig, Recipe, from_dict, with_settings
 from ecanet.data.images import fitted
 from ecanet.data.sources import IMAGE_SUFFIXES, Look, read_image
 from ecanet.errors import CheckpointError, ConfigError, DataError
@@ -27,13 +28,16 @@ def evaluate(
     model: ModelConfig | None = None,
     data_name: str | None = None,
     data_dir: str | None = None,
+    on_corrupt: str | None = None,
     accelerator: str = "auto",
 ) -> dict[str, float]:
     """The metrics of ``checkpoint`` (a file, or a run's folder) on held-out data, by default its run's.
 
-    What a detector found is written too, as COCO's result files, into a folder of the checkpoint's name beside it.
+    What a detector found is written too, as COCO's result files, into the folder NAME-results beside the checkpoint
+    called NAME; where that cannot be, it is said on stderr.
 
-    Weights from elsewhere need ``model`` and ``data_name``; with a run's checkpoint these outrank its recipe.
+    Weights from elsewhere need ``model`` and ``data_name``; with a run's checkpoint these outrank its recipe, and so
+    does ``on_corrupt``, "error" or "skip".
 
     Raises:
         CheckpointError: the file is broken or unsafe, or its weights are another network's.
@@ -41,8 +45,10 @@ def evaluate(
         DataError: data that is missing or broken, or that has other classes than the network.
     """
     path, recipe, look = _described(checkpoint, model, data_name, data_dir)
+    if on_corrupt is not None:
+        recipe = with_settings(recipe, {"data.on_corrupt": on_corrupt})
     with quiet_lightning():
-        images = data.build(recipe.data, seed=recipe.seed, train=False)
+        images = data.build(recipe.data, seed=recipe.seed, train=False, masks=recipe.learns_masks)
         if look is not None and look.class_names != images.look.class_names:
             raise DataError(
                 f"{recipe.data.name} has {len(images.look.class_names)} classes ({images.look.class_names[0]}, …), "
@@ -59,8 +65,11 @@ def evaluate(
             enable_model_summary=False,
         )
         metrics = trainer.validate(task, images, verbose=False)[0]
-        for name, content in task.files().items():
-            write_file(path.with_suffix("") / name, content)
+        try:
+            for name, content in task.files().items():
+                write_file(path.with_name(f"{path.stem}-results") / name, content)
+        except OSError as error:  # hours may lie behind the figures
+            print(f"result files were not written: {error}", file=sys.stderr)
         return {name: float(value) for name, value in metrics.items()}
 
 
@@ -92,7 +101,13 @@ class Prediction:
 def predict(
     task: tasks.Task, paths: Sequence[str | Path], *, top: int = 5, device: str = "cpu"
 ) -> Iterator[Prediction | DataError]:
-    """What the restored classifier ``task`` says of each image file; a file that cannot be read gives its DataError."""
+    """What the restored classifier ``task`` says of each image file; a file that cannot be read gives its DataError.
+
+    Raises:
+        ConfigError: the network is a detector.
+    """
+    if not isinstance(task, tasks.Classification):
+        raise ConfigError(f"{task.recipe.model.name} is a detector; ecanet detect shows what it finds")
     look, fit = task.look, fitted(task.look)
     task = task.to(device).eval()
     for start in range(0, len(paths), 64):

@@ -11,8 +11,10 @@ from ecanet.errors import ConfigError
 __all__ = ["build"]
 
 
-def build(config: DataConfig, *, seed: int = 0, train: bool = True) -> Any:
+def build(config: DataConfig, *, seed: int = 0, train: bool = True, masks: bool = False) -> Any:
     """The LightningDataModule for ``config``; with ``train=False`` only its evaluation part.
+
+    ``masks`` says whether objects' masks are read beside their boxes, where there are objects.
 
     >>> from ecanet.config import DataConfig
     >>> digits = build(DataConfig(name="digits"))
@@ -26,6 +28,6 @@ def build(config: DataConfig, *, seed: int = 0, train: bool = True) -> Any:
     if knows(config.name):
         return images(config, seed=seed, train=train)
     if boxes.knows(config.name):
-        return boxes.boxes(config, seed=seed, train=train)
+        return boxes.boxes(config, seed=seed, train=train, masks=masks)
     names = [*SMALL_SETS, "folder:PATH", "coco:PATH", "scenes"]
     raise ConfigError(f"unknown data {config.name!r}; {suggestion(config.name, names)}")

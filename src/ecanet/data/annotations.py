@@ -1,24 +1,30 @@
 """COCO's annotation files, read with distrust: what is wrong with one is said in a line that names it."""
 
 import json
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ecanet.data.sources import HOW_TO_SKIP
 from ecanet.errors import DataError
 
-__all__ = ["Annotations", "Picture", "decode", "encode", "read_annotations"]
+__all__ = ["Annotations", "Picture", "clipped", "decode", "encode", "read_annotations", "thin"]
+
+MOST_ELONGATED = 100
+"""How many times the short side an image's long one may be: a network's smallest input has about as many pixels."""
+
+LARGEST = 1e9
+"""Pixels; beyond it nothing is a place on an image."""
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One image and what is on it: annotations as COCO writes them, boxes clipped to the image."""
+    """One image and what is on it: annotations as their file has them, with ``iscrowd`` and ``area`` filled in."""
 
     id: int
     path: Path
@@ -38,7 +44,7 @@ class Annotations:
     problems: list[str] = field(default_factory=list)
     """One line for each annotation or image that was skipped."""
     degenerate: int = 0
-    """Boxes dropped because less than a pixel of them lies on their image."""
+    """Boxes of which less than a pixel lies on their image: the evaluation counts them, no target has them."""
 
     def ground_truth(self) -> Any:
         """What is kept, as a ``pycocotools.coco.COCO``; annotations are numbered anew from 1."""
@@ -62,15 +68,16 @@ class Annotations:
         return coco
 
 
-def read_annotations(path: str | Path, images: str | Path, *, skip: bool = False) -> Annotations:
+def read_annotations(path: str | Path, images: str | Path, *, masks: bool = True, skip: bool = False) -> Annotations:
     """Read the COCO annotation file at ``path`` for the image files in the folder ``images``.
 
-    Boxes are clipped to their images; those of which less than a pixel is left are dropped and counted. What is
-    broken (an image file that is missing, a box that is not finite or has no area, an unknown category or image, a
-    polygon or mask that is none) is an error, or with ``skip`` left out and kept as a line in ``problems``.
+    What is broken (an image file that is missing, a box that is not finite or has no area, an unknown category or
+    image, with ``masks`` a polygon or mask that is none) is an error, or with ``skip`` left out and kept as a line in
+    ``problems``. Without ``masks`` segmentations are not looked at and not kept.
 
     Raises:
-        DataError: the file is missing or no COCO annotation file, or what it says is broken, in one line.
+        DataError: the file is missing or no COCO annotation file, or what it says is broken, in one line; or nothing
+            of it can be used.
     """
     content = _content(Path(path))
     folder = Path(images)
@@ -84,36 +91,54 @@ def read_annotations(path: str | Path, images: str | Path, *, skip: bool = False
 
     def refuse(problem: str) -> None:
         if not skip:
-            raise DataError(f"{path}: {problem}; set data.on_corrupt=skip to go on without such annotations")
+            raise DataError(f"{path}: {problem}; {HOW_TO_SKIP}")
         found.problems.append(problem)
 
-    known: dict[int, dict[str, Any]] = {}
-    missing = set()
-    for image in content["images"]:
-        if image["file_name"] in there or (folder / image["file_name"]).is_file():
-            known[image["id"]] = image
-        else:
-            missing.add(image["id"])
-            refuse(f"image {image['id']}: {folder / image['file_name']} is missing")
+    known = {image["id"]: image for image in content["images"] if not _unusable(image, folder, there, refuse)}
+    missing = {image["id"] for image in content["images"]} - set(known)
     lists: dict[int, tuple[list[Any], list[Any]]] = {number: ([], []) for number in known}
     for annotation in content["annotations"]:
-        if annotation.get("image_id") in missing:
+        number = annotation.get("image_id")
+        if type(number) is int and number in missing:
             continue
-        if problem := _problem(annotation, known, found.category_ids):
-            refuse(f"annotation {annotation.get('id')} of image {annotation.get('image_id')}: {problem}")
+        if problem := _problem(annotation, known, found.category_ids, masks):
+            refuse(f"annotation {annotation.get('id')} of image {number}: {problem}")
             continue
-        clipped = _clipped(annotation, known[annotation["image_id"]])
-        if clipped is None:
-            found.degenerate += 1
-        else:
-            lists[clipped["image_id"]][bool(clipped.get("iscrowd"))].append(clipped)
+        whole = _filled_in(annotation, masks)
+        lists[whole["image_id"]][bool(whole["iscrowd"])].append(whole)
+        image = known[whole["image_id"]]
+        found.degenerate += not whole["iscrowd"] and clipped(whole["bbox"], image["width"], image["height"]) is None
     found.pictures = [
         Picture(number, folder / image["file_name"], image["height"], image["width"], *map(tuple, lists[number]))
         for number, image in known.items()
     ]
     if not found.pictures:
         raise DataError(f"{path}: not one image of it is in {folder}")
+    if content["annotations"] and not any(p.objects or p.crowds for p in found.pictures):
+        first = found.problems[0] if found.problems else "their images are missing"
+        raise DataError(f"{path}: not one of its {len(content['annotations'])} annotations can be used ({first})")
     return found
+
+
+def _unusable(image: Mapping[str, Any], folder: Path, there: set[str], refuse: Callable[[str], None]) -> bool:
+    """Whether there is no such file, or nothing to see in it, which ``refuse`` is told."""
+    problem = thin(image["width"], image["height"])
+    if image["file_name"] not in there and not (folder / image["file_name"]).is_file():
+        problem = f"{folder / image['file_name']} is missing"
+    if problem:
+        refuse(f"image {image['id']}: {problem}")
+    return problem is not None
+
+
+def clipped(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float] | None:
+    """COCO's ``box`` (left, top, width, height) cut to an image, as its corners; None if less than a pixel is left.
+
+    >>> clipped([15, -4, 10, 8], width=20, height=12)
+    (15, 0, 20, 4)
+    """
+    left, top = max(box[0], 0), max(box[1], 0)
+    right, bottom = min(box[0] + box[2], width), min(box[1] + box[3], height)
+    return (left, top, right, bottom) if right - left >= 1 and bottom - top >= 1 else None
 
 
 def decode(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
@@ -154,17 +179,43 @@ def _content(path: Path) -> dict[str, Any]:
         for entry in entries:
             if lacking := [name for name in names if name not in entry]:
                 raise DataError(f"{path}: an entry of {key!r} has no {lacking[0]!r} ({str(entry)[:60]})")
-        twice = [i for i, n in Counter(entry["id"] for entry in entries if "id" in entry).items() if n > 1]
+            if wrong := _wrong_kind({name: entry[name] for name in names}):
+                raise DataError(f"{path}: an entry of {key!r} has {wrong} ({str(entry)[:60]})")
+        twice = [i for i, n in Counter(e["id"] for e in entries if type(e.get("id")) is int).items() if n > 1]
         if twice:
             raise DataError(f"{path}: {len(twice)} ids in {key!r} are not unique, first {twice[0]!r}")
+    for image in content["images"]:
+        image.update(width=int(image["width"]), height=int(image["height"]))  # some write 640.0
     if not content["categories"]:
         raise DataError(f"{path}: it names no categories")
     return content
 
 
-def _problem(annotation: Mapping[str, Any], images: Mapping[int, Any], categories: Sequence[int]) -> str | None:
+def _wrong_kind(entry: Mapping[str, Any]) -> str | None:
+    """Which of an image's or a category's values is not what it must be, if any."""
+    for name, value in entry.items():
+        if name == "id" and type(value) is not int:
+            return f"an id that is no whole number: {str(value)[:40]!r}"
+        if name == "file_name" and not (isinstance(value, str) and value):
+            return f"no text for a file_name: {str(value)[:40]!r}"
+        if name in ("width", "height") and not (_is_number(value) and value >= 1 and value == int(value)):
+            return f"a {name} that is no number of pixels: {str(value)[:40]!r}"
+    return None
+
+
+def thin(width: int, height: int) -> str | None:
+    """What is wrong with an image of this size: resized, its short side would have no pixel left."""
+    if max(width, height) <= MOST_ELONGATED * min(width, height):
+        return None
+    return f"{width} × {height} pixels are too thin; the long side may be {MOST_ELONGATED} times the short one"
+
+
+def _problem(
+    annotation: Mapping[str, Any], images: Mapping[int, Any], categories: Sequence[int], masks: bool
+) -> str | None:
     """What is wrong with an annotation, if anything."""
-    if annotation.get("image_id") not in images:
+    number = annotation.get("image_id")
+    if type(number) is not int or number not in images:
         return "there is no such image"
     if annotation.get("category_id") not in categories:
         return f"unknown category {annotation.get('category_id')!r}"
@@ -173,9 +224,11 @@ def _problem(annotation: Mapping[str, Any], images: Mapping[int, Any], categorie
         return f"the box {box!r} is not four finite numbers"
     if box[2] <= 0 or box[3] <= 0:
         return f"the box {box!r} has no area"
-    if "segmentation" not in annotation:
+    if not masks:
         return None
-    image = images[annotation["image_id"]]
+    if annotation.get("segmentation") in (None, []):
+        return "it has no mask, which mask_rcnn learns from; the other detectors need none"
+    image = images[number]
     return _mask_problem(annotation["segmentation"], image["height"], image["width"])
 
 
@@ -187,7 +240,7 @@ def _mask_problem(segmentation: Any, height: int, width: int) -> str | None:
                 return "a polygon needs three points or more, as x, y, x, y, …"
             if not all(_is_number(v) for v in polygon):
                 return "a polygon's coordinates are not all finite numbers"
-        return None if segmentation else "the list of polygons is empty"
+        return None
     if not isinstance(segmentation, dict) or segmentation.get("size") != [height, width]:
         size = segmentation.get("size") if isinstance(segmentation, dict) else segmentation
         return f"the mask's size is {str(size)[:40]}, the image's [{height}, {width}]"
@@ -223,18 +276,16 @@ def _run_lengths(text: str) -> Iterator[int]:
         yield -1
 
 
-def _clipped(annotation: dict[str, Any], image: Mapping[str, Any]) -> dict[str, Any] | None:
-    """``annotation`` with its box cut to the image, or None if that leaves less than a pixel of height or width."""
-    x, y, width, height = annotation["bbox"]
-    left, top = max(x, 0), max(y, 0)
-    right, bottom = min(x + width, image["width"]), min(y + height, image["height"])
-    if right - left < 1 or bottom - top < 1:
-        return None
-    box = [left, top, right - left, bottom - top]
-    area = annotation.get("area")
-    # evaluation sorts objects by size with this
-    return {**annotation, "bbox": box, "area": area if _is_number(area) else box[2] * box[3]}
+def _filled_in(annotation: dict[str, Any], masks: bool) -> dict[str, Any]:
+    """``annotation`` with what an evaluation needs: ``iscrowd``, and ``area``, by which it sorts objects by size."""
+    area, (_, _, width, height) = annotation.get("area"), annotation["bbox"]
+    whole = {**annotation, "iscrowd": int(bool(annotation.get("iscrowd")))}
+    whole["area"] = area if _is_number(area) else width * height
+    if not masks:
+        whole.pop("segmentation", None)
+    return whole
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any) -> TypeGuard[float]:
+    """Whether ``value`` is a number of pixels, in which nothing overflows."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST

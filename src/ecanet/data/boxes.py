@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ecanet.config import DataConfig, suggestion
-from ecanet.data.annotations import Annotations, Picture, decode, read_annotations
+from ecanet.data.annotations import Annotations, Picture, clipped, decode, read_annotations
 from ecanet.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageData
 from ecanet.data.scenes import SPRITES, SceneConfig, scenes
 from ecanet.data.sources import Look, Unreadable, read_image
@@ -32,23 +32,30 @@ def knows(name: str) -> bool:
     return name.startswith("coco:") or name.partition(":")[0] == "scenes"
 
 
-def boxes(config: DataConfig, *, seed: int = 0, train: bool = True) -> "BoxData":
+def boxes(config: DataConfig, *, seed: int = 0, train: bool = True, masks: bool = True) -> "BoxData":
     """The annotated images that ``config`` describes; with ``train=False`` only the part for evaluation.
 
+    Without ``masks`` nothing but boxes is read of their annotations.
+
     Raises:
-        ConfigError: no such kind of scenes.
+        ConfigError: no such kind of scenes, or a setting that means nothing here.
         DataError: files are missing or broken, and what to do.
     """
     kind, _, rest = config.name.partition(":")
+    for name in ("crop_padding", "random_augment", "eval_crop"):
+        if getattr(config, name) != getattr(DataConfig(), name):
+            raise ConfigError(f"data.{name} is for classification; images with boxes are resized and mirrored only")
     if kind == "coco":
+        if config.root:
+            raise ConfigError(f"--data-dir means nothing for {config.name}, which says itself where it is")
         folder = Path(rest).expanduser()
     elif rest and rest not in SPRITES:
         raise ConfigError(f"no scenes of {rest!r}; {suggestion(rest, list(SPRITES))}")
     else:
         # the same scenes whatever the run's seed: runs differ by their luck and not by their data
         folder = scenes(SceneConfig(sprites=rest or SPRITES[0]), config.root)
-    held_out = _part(config, folder, "val2017")
-    training = _part(config, folder, "train2017") if train else None
+    held_out = _part(config, folder, "val2017", masks)
+    training = _part(config, folder, "train2017", masks) if train else None
     if training and training.class_names != held_out.class_names:
         raise DataError(f"{folder}: train2017 and val2017 have different categories")
     look = Look(
@@ -61,17 +68,16 @@ def boxes(config: DataConfig, *, seed: int = 0, train: bool = True) -> "BoxData"
     return BoxData(config, look, Boxes(training) if training else None, Boxes(held_out), seed=seed)
 
 
-def _part(config: DataConfig, folder: Path, split: str) -> Annotations:
+def _part(config: DataConfig, folder: Path, split: str, masks: bool) -> Annotations:
     """One half of the data set; what was left out of it is said, in lines that name the first few."""
-    found = read_annotations(
-        folder / "annotations" / f"instances_{split}.json", folder / split, skip=config.on_corrupt == "skip"
-    )
+    path, skip = folder / "annotations" / f"instances_{split}.json", config.on_corrupt == "skip"
+    found = read_annotations(path, folder / split, masks=masks, skip=skip)
     for problem in found.problems[:5]:
         print(f"skipped: {problem}", flush=True)
     if len(found.problems) > 5:
         print(f"skipped: {len(found.problems) - 5} more in {split}", flush=True)
-    if found.degenerate:
-        print(f"dropped: {found.degenerate} boxes of {split} with less than a pixel on their image", flush=True)
+    if found.degenerate and split == "train2017":
+        print(f"not trained on: {found.degenerate} boxes of {split} with less than a pixel on their image", flush=True)
     return found
 
 
@@ -90,6 +96,8 @@ class Boxes(Dataset[Any]):
         picture = self.annotations.pictures[place]
         try:
             image = read_image(picture.path, 3)
+            if tuple(image.shape[1:]) != (picture.height, picture.width):
+                image = read_image(picture.path, 3, upright=False)  # some annotate what is stored
         except DataError as error:
             return Unreadable(str(error))
         if tuple(image.shape[1:]) != (picture.height, picture.width):
@@ -101,17 +109,17 @@ class Boxes(Dataset[Any]):
         return flipped(image, target) if mirror else (image, target)
 
     def target(self, picture: Picture) -> Target:
-        """What is on ``picture``, crowds left out."""
-        corners = torch.tensor([o["bbox"] for o in picture.objects], dtype=torch.float32).reshape(-1, 4)
-        corners[:, 2:] += corners[:, :2]
+        """What is on ``picture``: boxes cut to it, without crowds and what has less than a pixel on it."""
+        cut = [(o, clipped(o["bbox"], picture.width, picture.height)) for o in picture.objects]
+        objects = [o for o, corners in cut if corners]
         target = {
-            "boxes": corners,
-            "labels": torch.tensor([self.labels[o["category_id"]] for o in picture.objects], dtype=torch.int64),
+            "boxes": torch.tensor([c for _, c in cut if c], dtype=torch.float32).reshape(-1, 4),
+            "labels": torch.tensor([self.labels[o["category_id"]] for o in objects], dtype=torch.int64),
             "image_id": torch.tensor(picture.id),
         }
-        if all("segmentation" in o for o in picture.objects):
-            masks = torch.zeros(len(picture.objects), picture.height, picture.width, dtype=torch.uint8)
-            for at, o in enumerate(picture.objects):
+        if all("segmentation" in o for o in objects):
+            masks = torch.zeros(len(objects), picture.height, picture.width, dtype=torch.uint8)
+            for at, o in enumerate(objects):
                 masks[at] = torch.from_numpy(decode(o["segmentation"], picture.height, picture.width))
             target["masks"] = masks
         return target

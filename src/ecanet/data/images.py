@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
 
 from ecanet.config import DataConfig
-from ecanet.data.sources import SMALL_SETS, Folder, Look, Memory, Unreadable, class_folders
+from ecanet.data.sources import HOW_TO_SKIP, SMALL_SETS, Folder, Look, Memory, Unreadable, class_folders
 from ecanet.errors import DataError
 
 __all__ = ["ImageData", "fitted", "images", "knows", "mirrored", "shifted"]
@@ -95,7 +95,7 @@ class ImageData(L.LightningDataModule):
         pictures, labels, unreadable = batch
         for problem in unreadable:
             if self.config.on_corrupt == "error":
-                raise DataError(f"{problem.message}; set data.on_corrupt=skip to go on without such images")
+                raise DataError(f"{problem.message}; {HOW_TO_SKIP}")
             if problem.message not in self.skipped:
                 self.skipped.add(problem.message)
                 print(f"skipped: {problem.message}", flush=True)

@@ -256,17 +256,24 @@ def class_folders(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def read_image(path: str | Path, channels: int) -> Tensor:
-    """The image file at ``path`` as uint8 (channels, H, W): 1 is grey, 3 is RGB.
+HOW_TO_SKIP = "data.on_corrupt=skip goes on without such (ecanet train --set, other commands --on-corrupt skip)"
+"""What an error says about what cannot be read."""
+
+
+def read_image(path: str | Path, channels: int, *, upright: bool = True) -> Tensor:
+    """The image file at ``path`` as uint8 (channels, H, W): 1 is grey, 3 is RGB; turned as its camera says.
+
+    With ``upright`` false it is as it is stored.
 
     Raises:
         DataError: there is no such file, or it is no image, or only part of one.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as stored:
+            image = ImageOps.exif_transpose(stored) if upright else stored
             return pil_to_tensor(shallow(image).convert("L" if channels == 1 else "RGB"))
     except DataError as error:
         raise DataError(f"{path}: {error}") from None

@@ -86,7 +86,7 @@ def create_detector(
         freeze_attention: do not train the gates of the frozen stages either, as the paper counts its parameters.
         small: narrow pyramid and heads, few proposals and small anchors, for images of about 128 pixels.
         short_side: an image's short side is resized to this, its long one to at most 5/3 of it.
-        scales: while training, more short sides to draw from.
+        scales: while training, more short sides to draw from; the largest of all is what 5/3 then means.
         mean: of the images' channels, for normalisation.
         std: their deviations.
         **options: go to the attention.
@@ -166,8 +166,9 @@ class Pyramid(BackboneWithFPN):
         pyramid_norm: Callable[..., nn.Module] | None,
     ):
         stages = list(stages_of(network))
-        if not 0 <= frozen_stages <= len(stages):
-            raise ConfigError(f"frozen_stages must be 0 to {len(stages)} for this backbone, got {frozen_stages!r}")
+        used = stages.index(list(levels)[-1]) + 1
+        if not 0 <= frozen_stages <= used:
+            raise ConfigError(f"frozen_stages must be 0 to {used}, which this detector uses, got {frozen_stages!r}")
         if isinstance(network, ResNet) and len(stages) == 3:
             # a small-image ResNet sees every pixel in its first stage; here its stem halves twice, as the large ones'
             network.conv1.stride = (2, 2)
