@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ecanet import bench, bench_check, bench_layers, bench_networks, bench_pages, measure, ops
-from ecanet.__main__ import main
 from ecanet.errors import ConfigError
 from ecanet.measure import Budget
 from ecanet.ops import lean
@@ -31,22 +30,6 @@ def result(lines):
         patch.setattr(bench, "QUICK", {phase: Budget(seconds=0, least=2) for phase in bench.QUICK})
         patch.setattr(measure, "COPIED", 2**16)
         return bench.run(**TINY, say=lines.append)
-
-
-@pytest.fixture
-def ecanet(monkeypatch, capsys, tmp_path):
-    """Run a command line in an empty folder; gives exit code, standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def call(*arguments: object) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ecanet", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code, *capsys.readouterr()
-
-    return call
 
 
 class Clock:

@@ -8,24 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ecanet.__main__ import TRAIN_EXTRA, main
+from ecanet.__main__ import TRAIN_EXTRA
 from ecanet.figures import png
-
-
-@pytest.fixture
-def ecanet(monkeypatch, capsys, tmp_path):
-    """Run a command line in an empty folder; gives exit code, standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def call(*arguments: object) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ecanet", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")

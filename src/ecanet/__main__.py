@@ -45,6 +45,8 @@ def _run() -> int:
     except usage_error as error:  # pyright: ignore[reportGeneralTypeIssues]
         command = error.ctx.command_path if getattr(error, "ctx", None) else "ecanet"
         message = " ".join(error.format_message().split())
+        if not message:  # no arguments: typer has shown the help
+            return 0
         return _fail(f"{message.rstrip('.')} (see {command} --help)")
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ecanet.cli_options import console
+from ecanet.cli_options import console, torch_device
 from ecanet.errors import ConfigError
 
 __all__ = ["app"]
@@ -15,7 +15,7 @@ app = typer.Typer()
 
 @app.command()
 def bench(
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="cpu, gpu.")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="One batch size, fewer rounds: about four minutes.")] = False,
     compiled: Annotated[
         bool | None,
@@ -32,6 +32,7 @@ def bench(
 
     sizes = None if batch_size is None else parsed_sizes(batch_size)
     bench_pages.check_out(out)
+    device = torch_device(device)
     result = bench.run(device=device, quick=quick, compiled=compiled, batch_sizes=sizes, say=console.print)
     picture = bench_pages.write(result, out)
     bench_pages.show(result, console)

@@ -19,9 +19,11 @@ from ecanet.cli_options import (
     ModelName,
     Settings,
     changed,
+    check_folder,
     console,
     model_config,
     parsed,
+    torch_device,
 )
 from ecanet.config import parse_kernel_sizes
 
@@ -48,11 +50,12 @@ def cost(
     options = parsed(settings or [])
     if kernel_sizes:
         options["kernel_sizes"] = parse_kernel_sizes(kernel_sizes)
-    rows = cost.table(names, attentions=attention or ("none", "eca"), side=side, **options)
+    rows = cost.table(names, attentions=attention, side=side, **options)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     table = Table("model", "parameters", "attention", "MACs", "MB", "paper's units")
+    table.columns[0].overflow = "fold"
     for row in rows:
         table.add_row(
             f"{row['model']} {row['attention']}",
@@ -73,12 +76,14 @@ def paper(
     data: Annotated[Path | None, typer.Option(help="ImageNet's folder, for accuracy.", show_default=False)] = None,
     weights: Annotated[Path | None, typer.Option(help="Folder of checkpoints, one a row.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="Write Markdown, JSON and pictures here.")] = None,
-    device: Annotated[str, typer.Option(help="Where speed is measured: cpu, cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where speed is measured: cpu, gpu.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """The paper's tables, its numbers beside what is measured here: `ecanet paper 3`."""
     from ecanet import paper, paper_pages
 
+    check_folder(out)
+    device = torch_device(device)
     tables = paper.run(table, measure=measure.split(","), data=data, weights=weights, device=device)
     print(paper_pages.to_json(tables) if as_json else paper_pages.markdown(tables), end="")
     if out is not None:
@@ -96,11 +101,12 @@ def ablate(
     settings: Settings = None,
     out: Annotated[Path, typer.Option(help="Folder; cells finished in it are not run again.")] = Path("ablation"),
     on: Annotated[str, typer.Option(help="here or ray.")] = "here",
-    threads: Annotated[int | None, typer.Option(help="CPU threads of one cell.", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of one cell.", show_default=False)] = None,
 ) -> None:
     """Compare attentions fairly: variants x seeds x one recipe, with intervals. Killed, it goes on where it was."""
     from ecanet import ablate, ablate_pages, ablate_rows
 
+    check_folder(out)
     changes = {"model.name": model, "epochs": epochs, "data.root": data_dir}
     changes = {key: value for key, value in changes.items() if value is not None} | parsed(settings or [])
     recipe = changed(recipes.find(name), changes)
@@ -128,6 +134,7 @@ def inspect(
     """What the gates do: weights by layer and class, alarms, learned kernels; with --image, what they did to one."""
     from ecanet import inspect_pages
 
+    check_folder(out)
     found = inspect_pages.run(
         checkpoint,
         out,

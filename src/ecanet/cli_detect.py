@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from ecanet.cli_options import AsJson, Checkpoint, Device, OnCorrupt, check_on_corrupt, skipped, torch_device
+from ecanet.cli_options import (
+    AsJson,
+    Checkpoint,
+    Device,
+    OnCorrupt,
+    check_folder,
+    check_on_corrupt,
+    skipped,
+    torch_device,
+)
 from ecanet.errors import ConfigError, DataError
 
 __all__ = ["app"]
@@ -26,6 +35,7 @@ def detect(
 ) -> None:
     """Draw boxes and masks onto pictures, with JSON beside."""
     check_on_corrupt(on_corrupt)
+    check_folder(out)
     if not 0 <= threshold <= 1:
         raise ConfigError(f"--threshold must be from 0 to 1, got {threshold:g}")
     from ecanet import detect, trained

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -64,6 +65,12 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     return with_settings(recipe, changes)
 
 
+def check_folder(out: Path | None) -> None:
+    """Raise ConfigError where ``--out`` names a file, before any work is done for it."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; give a folder")
+
+
 def check_on_corrupt(choice: str) -> None:
     """Raise ConfigError unless ``choice`` is one."""
     if choice not in ("error", "skip"):
@@ -100,7 +107,7 @@ def torch_device(name: str) -> str:
     """
     import torch
 
-    name = checked_device("gpu" if name == "cuda" else name)
+    name = "gpu" if name == "cuda" and torch.cuda.is_available() else checked_device(name)
     if name == "auto":
         name = "gpu" if torch.cuda.is_available() else "cpu"
     return {"gpu": "cuda"}.get(name, name)

@@ -9,7 +9,7 @@ nothing.
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -77,6 +77,8 @@ def count(model: nn.Module, size: Sequence[int] = (3, 224, 224)) -> Cost:
     Raises:
         ConfigError: the network does not take an image of ``size``.
     """
+    if min(size) < 1:
+        raise ConfigError(f"an image's size must be positive, got {tuple(size)}")
     shadow = copy.deepcopy(model).to("meta").eval()
     image = torch.empty(1, *size, device="meta", dtype=next((p.dtype for p in shadow.parameters()), None))
     counter, pools = _Modules(shadow), _Pools()
@@ -212,16 +214,23 @@ def _foreign(library: str, name: str) -> nn.Module:
     try:
         if library == "timm":
             from timm import create_model as create
+
+            known = True
         else:
+            from torchvision import models
             from torchvision.models import get_model as create
+
+            known = name in models.list_models(models)  # not those in its submodules, which fetch a backbone
     except ModuleNotFoundError as error:
         raise ConfigError(f"{library} is not installed: pip install {library}") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of weights' initialisation, and these have none
-            return create(name)
-    except (RuntimeError, ValueError, OSError) as error:  # OSError: torchvision's detectors fetch a backbone
-        raise ConfigError(f"{library} has no classification model called {name!r}") from error
+            if known:
+                return create(name)
+    except (RuntimeError, ValueError):
+        pass
+    raise ConfigError(f"{library} has no classification model called {name!r}")
 
 
 def default_size(name: str, model: Any) -> tuple[int, int, int]:
@@ -239,9 +248,10 @@ def default_size(name: str, model: Any) -> tuple[int, int, int]:
 
 
 def table(
-    models: Iterable[str], *, attentions: Sequence[str] = ("none", "eca"), side: int | None = None, **options: Any
+    models: Sequence[str], *, attentions: Sequence[str] | None = None, side: int | None = None, **options: Any
 ) -> list[dict[str, Any]]:
-    """One row for each network and, for this library's own, each attention: its `Cost`, and the paper's two columns.
+    """One row for each network and, for this library's own, each attention (default: none and eca): its `Cost`, and
+    the paper's two columns.
 
     ``side`` is the image's height and width (default: what the network is made for). ``options`` go to
     `create_model`, for every attention but none.
@@ -253,10 +263,15 @@ def table(
     Raises:
         ConfigError: a network, attention or option does not exist, or a network cannot take an image of ``side``.
     """
+    if (attentions or options) and all(":" in name for name in models):
+        raise ConfigError("attention and its options are for this library's networks; attach() puts it into others'")
+    chosen_attentions = attentions or ("none", "eca")
+    if options and set(chosen_attentions) == {"none"}:
+        raise ConfigError(f"attention 'none' has no options, got {', '.join(options)}")
     rows = []
     for name in models:
         foreign = ":" in name
-        for attention in ("",) if foreign else attentions:
+        for attention in ("",) if foreign else chosen_attentions:
             chosen = {} if attention == "none" else options
             model = build(name) if foreign else build(name, attention=attention, **chosen)
             size = default_size(name, model)

@@ -31,8 +31,10 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     blocks = [module for module in model.modules() if fusible(module)]
     if not blocks:
+        gates = " Gates from attach() have their own short way; fuse first to have both." * bool(carries_gates(model))
         raise ConfigError(
-            f"{type(model).__name__} has no block that fuse() knows; it takes torchvision's and timm's ResNets"
+            f"{type(model).__name__} has no block for fuse(), which takes torchvision's and timm's ResNets as they "
+            f"are made.{gates}"
         )
     for block in blocks:
         block.__class__ = fused_class(type(block))
@@ -40,6 +42,11 @@ def fuse(model: nn.Module) -> nn.Module:
         if type(module) is nn.Sequential and len(module) and all(isinstance(child, FusedBlock) for child in module):
             module.__class__ = Stage
     return model
+
+
+def carries_gates(model: nn.Module) -> bool:
+    """Whether `ecanet.attach` has put a gate into ``model``."""
+    return any(getattr(module, "attachment", None) is not None for module in model.modules())
 
 
 def fusible(module: nn.Module) -> bool:

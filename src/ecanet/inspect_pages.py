@@ -129,6 +129,7 @@ def write(found: Inspection, folder: Path) -> None:
         drawn["kernels"] = kernels(found.records)
     if found.effects:
         drawn["image"] = one_image(found)
+    (folder / "image.png").unlink(missing_ok=True)  # of another image, perhaps
     for name, figure in drawn.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)

@@ -86,7 +86,7 @@ def run(
     '11.148M ✓'
 
     Raises:
-        ConfigError: a table or measure does not exist.
+        ConfigError: a table or measure does not exist, or something given is not used.
         DataError: the data or the folder of weights is not there, or the data are not in the table's layout.
     """
     if name is not None and name not in TABLES:
@@ -99,6 +99,10 @@ def run(
             raise DataError(f"{what}: no such folder")
     if data is not None and name is not None and (wrong := misfit(TABLES[name], data)):
         raise DataError(wrong)
+    if "accuracy" not in measure and (data or weights):
+        raise ConfigError("data and weights are for accuracy: measure it too (--measure params,flops,accuracy)")
+    if list(measure) == ["speed"] and name is not None and "Train FPS" not in TABLES[name].columns:
+        raise ConfigError(f"the paper prints no speed in table {name}; table 3 has it")
     chosen = TABLES.values() if name is None else [TABLES[name]]
     return [_measured(table, measure, data, weights, device) for table in chosen]
 

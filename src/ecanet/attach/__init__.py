@@ -69,11 +69,13 @@ def attach(
         raise AttachError(f"attach takes a network (a torch.nn.Module), got {model!r}")
     if not (where is None or isinstance(where, str) or callable(where)):
         raise AttachError(f"where= takes a glob, a module class or a function of (name, module), got {where!r}")
+    if preserve not in (True, False, None):
+        raise AttachError(f"preserve= takes True, False or None, got {preserve!r}")
     if attention == "none":
         raise AttachError("attention 'none' is nothing to attach; detach() takes gates out")
     hooks.refuse_wrapped(model)
     kernel_sizes: Any = options.pop("kernel_sizes", None)
-    check_attention(attention, options)
+    check_attention(attention, options, beside=("where", "replace", "preserve", "example", "kernel_sizes"))
     check_kernel_options(attention, kernel_sizes, options)
     if replace is not None:
         trace = watch(model, example)

@@ -48,6 +48,8 @@ def replace_modules(
         raise ConfigError(f"replace= takes {' or '.join(map(repr, KINDS))}, got {kind!r}")
     same = kind == attention == "eca"
     sites = list(found(model, trace, KINDS[kind], where))
+    if not sites and where is not None and (some := [s.target for s in found(model, trace, KINDS[kind], None)]):
+        raise AttachError(f"where={where!r} selects none of the {len(some)} {kind!r} modules, such as {some[0]!r}")
     if not sites:
         raise AttachError(
             f"found no {kind!r} modules to replace in {type(model).__name__}; attach without replace= adds gates"
@@ -88,7 +90,7 @@ def found(model: nn.Module, trace: Trace, names: re.Pattern[str], where: Where |
     for name, module in model.named_modules():
         if not names.match(type(module).__name__) or isinstance(module, nn.Sequential) or hasattr(module, "attachment"):
             continue
-        if where is not None and not matches(where, name, module):
+        if where is not None and not any(matches(where, *one) for one in within(model, name)):
             continue
         call = called.get(id(module))
         if call is None or call.output is None or not call.inputs or call.inputs[0].shape != call.output.shape:
@@ -103,6 +105,13 @@ def found(model: nn.Module, trace: Trace, names: re.Pattern[str], where: Where |
         )
         sites.append(yield_site)
     yield from sorted(sites, key=lambda s: s.index)
+
+
+def within(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The module called ``name`` and those that it is in, each with its name, the innermost first."""
+    while name:
+        yield name, model.get_submodule(name)
+        name = name.rpartition(".")[0]
 
 
 def converted(old: nn.Module, site: Site) -> ECA:

@@ -1,7 +1,8 @@
 """Attention modules, and the one table of their names."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 
 from torch import nn
 
@@ -93,11 +94,16 @@ def make_attention(name: str, channels: int, **options: object) -> nn.Module:
     return nn.Identity() if name == "none" else ATTENTIONS[name](channels, **options)
 
 
-def check_attention(name: str, options: dict[str, object]) -> None:
-    """Raise ConfigError unless ``name`` is known and takes every one of ``options``."""
+def check_attention(name: str, options: dict[str, object], beside: Sequence[str] = ()) -> None:
+    """Raise ConfigError unless ``name`` is known and takes every one of ``options``.
+
+    ``beside`` are the caller's own arguments, of which one may have been meant.
+    """
     if name not in list_attentions():
         raise ConfigError(f"unknown attention {name!r}; choose one of {', '.join(list_attentions())}")
     for option in options:
+        if option not in options_of(name) and (near := get_close_matches(option, beside, 1)):
+            raise ConfigError(f"there is no argument {option!r}; did you mean {near[0]!r}?")
         if option not in options_of(name):
             takes = ", ".join(options_of(name)) or "no options"
             raise ConfigError(f"attention {name!r} has no option {option!r}; it takes {takes}")

@@ -104,12 +104,12 @@ class ECA(ChannelAttention):
     def gate(self, p: Tensor) -> Tensor:
         """``sigmoid(conv1d_k(p))``."""
         r = self.kernel_size // 2
-        padded = (
-            F.pad(p[:, None], (r, r), mode="circular")[:, 0] if self.padding_mode == "circular" else F.pad(p, (r, r))
-        )
+        if self.padding_mode == "circular":
+            p, r = F.pad(p[:, None], (r, r), mode="circular")[:, 0], 0
         if torch._C._get_tracing_state() or torch.compiler.is_exporting():
-            return F.conv1d(padded[:, None], self.conv.weight.to(p.dtype))[:, 0].sigmoid()
+            return F.conv1d(p[:, None], self.conv.weight.to(p.dtype), padding=r).squeeze(1).sigmoid()
         # elsewhere a matrix product over k taps: the weight gradient of F.conv1d is slow on a CPU
+        padded = F.pad(p, (r, r))
         return (padded.unfold(1, self.kernel_size, 1) @ self.conv.weight[0].to(p.dtype).mT)[..., 0].sigmoid()
 
     def last(self) -> Iterable[Tensor]:

@@ -37,7 +37,8 @@ def create_model(
     ``kernel_sizes`` is "official" (the released checkpoints'; the rule where there is none), "adaptive" (Eq. 12 on
     each block's output channels), one integer, or one integer per stage. ``options`` go to the attention
     (``reduction=4`` for "se"). ``weights`` is None (random), "torchvision" (ImageNet weights in the backbone, gates
-    neutral, so the outputs are the plain network's), or the path of a checkpoint.
+    neutral, so the outputs are the plain network's), or the path of a checkpoint. Two attentions cannot be neutral:
+    "se-var1", which has no parameters, and "gsop", whose last stage keeps its resolution.
 
     >>> model = create_model("resnet50")
     >>> sum(p.numel() for p in model.parameters()) - 25_557_032
@@ -47,7 +48,11 @@ def create_model(
         ConfigError: a name, option or kernel size does not exist or does not fit.
         CheckpointError: the weights cannot be had, or are not this network's.
     """
-    check_attention(attention, options)
+    if "pretrained" in options:
+        raise ConfigError("create_model has no option 'pretrained'; weights='torchvision' is what it means here")
+    check_attention(attention, options, beside=("kernel_sizes", "num_classes", "in_channels", "weights"))
+    if not (weights is None or isinstance(weights, str | Path)):
+        raise ConfigError(f"weights must be None, 'torchvision' or a checkpoint's path, got {weights!r}")
     for what, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{what} must be a positive integer, got {value!r}")

@@ -34,6 +34,8 @@ class LoadReport:
     """Gates whose kernel size was taken from the file's tensor."""
     neutral: list[str] = field(default_factory=list)
     """Gates that the file has not, made neutral: they change nothing until trained."""
+    acting: list[str] = field(default_factory=list)
+    """Gates without parameters: nothing makes them neutral, so a plain network's file gives other outputs."""
     head: tuple[str, ...] = ()
 
     @property
@@ -53,7 +55,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.matched)} tensors matched"]
-        for what in ("missing", "unexpected", "mismatched", "neutral"):
+        for what in ("missing", "unexpected", "mismatched", "neutral", "acting"):
             names = getattr(self, what)
             if names:
                 lines.append(f"  {what}: {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
@@ -135,8 +137,9 @@ def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str =
     report = LoadReport(source, head=head_names(model))
     report.resized = resize_kernels(model, state)
     for name, gate in gates_of(model).items():
-        absent = not any(key.startswith(name + ".") for key in state)
-        if absent and any(True for _ in gate.parameters()):
+        if not any(True for _ in gate.parameters()):
+            report.acting.append(name)
+        elif not any(key.startswith(name + ".") for key in state):
             gate.neutralize()
             report.neutral.append(name)
     own = model.state_dict()

@@ -46,7 +46,7 @@ def squeeze(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def scale(x: Tensor, g: Tensor) -> Tensor:
     """Multiply each channel of ``x`` (N, C, ...) by its weight in ``g`` (N, C); dtype and layout are ``x``'s."""
-    g = g.reshape(g.shape + (1,) * (x.dim() - 2))  # N C 1 ...
+    g = g[(..., *(None,) * (x.dim() - 2))]  # N C 1 ...; no shape is asked for, so exports have none
     return (x.to(g.dtype) * g).to(x.dtype)
 
 

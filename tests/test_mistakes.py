@@ -1,0 +1,112 @@
+"""What a newcomer types: each mistake is one line that names the value and the remedy, and nothing is done for it."""
+
+import pytest
+import timm
+import torch
+import torchvision
+
+import ecanet as library
+from ecanet import cost
+from ecanet.errors import AttachError, ConfigError
+
+LINES = {
+    "cost resnet50 --side -5": "an image's size must be positive",
+    "cost timm:resnet50 --attention eca": "for this library's networks",
+    "cost timm:resnet50 --set reduction=4": "for this library's networks",
+    "cost resnet50 --attention none --set reduction=4": "attention 'none' has no options, got reduction",
+    "cost torchvision:fasterrcnn_resnet50_fpn": "no classification model called",
+    "ablate digits --threads 0": "--threads",
+    "ablate digits --out taken": "--out taken is a file",
+    "paper 2 --out taken": "--out taken is a file",
+    "inspect nowhere --out taken": "--out taken is a file",
+    "detect nowhere taken --out taken": "--out taken is a file",
+    "detect nowhere taken --device tpu": "--device must be one of auto, cpu",
+    "detect nowhere taken --on-corrupt maybe": "--on-corrupt must be error or skip",
+    "paper 3 --device tpu": "--device must be one of auto, cpu",
+    "paper 3 --data .": "measure it too",
+    "paper 5 --measure speed": "the paper prints no speed in table 5",
+    "bench --device tpu": "--device must be one of auto, cpu",
+    "eval nowhere --on-corrupt maybe": "no checkpoint",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line(ecanet, tmp_path, line):
+    (tmp_path / "taken").write_text("mine")
+    code, out, err = ecanet(*line.split())
+    assert (code, out) == (2, "")
+    assert LINES[line] in err
+    assert err.count("\n") == 1
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_cuda_is_called_what_it_was_called(ecanet):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert "got 'cuda'" in ecanet("paper", "3", "--device", "cuda")[2]
+
+
+def test_the_bare_command_shows_help_and_no_error(ecanet):
+    code, out, err = ecanet()
+    assert (code, err) == (0, "")
+    assert "train" in out
+
+
+def test_a_long_name_can_be_read(ecanet):
+    _, out, _ = ecanet("cost", "resnet18", "torchvision:convnext_tiny")
+    first = "".join(row.split("│")[1].strip() for row in out.splitlines() if row.startswith("│"))
+    assert "torchvision:convnext_tiny" in first
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: library.attach(torchvision.models.resnet18(), wher="layer4"), "did you mean 'where'"),
+        (lambda: library.attach(torchvision.models.resnet18(), kernel_size_s=3), "did you mean 'kernel_sizes'"),
+        (lambda: library.attach(torchvision.models.resnet18(), preserve="no"), "preserve= takes True, False or None"),
+        (lambda: library.create_model("resnet18", pretrained=True), "weights='torchvision'"),
+        (lambda: library.create_model("resnet18", weigths="torchvision"), "did you mean 'weights'"),
+        (lambda: library.create_model("resnet18", weights=True), "weights must be None, 'torchvision' or"),
+        (lambda: library.fuse(library.attach(torchvision.models.resnet18())), "fuse first to have both"),
+        (lambda: cost.table(["timm:resnet18"], attentions=["eca"]), "for this library's networks"),
+    ],
+)
+def test_a_call(call, said):
+    with pytest.raises((AttachError, ConfigError)) as caught:
+        call()
+    assert said in str(caught.value)
+
+
+def test_fuse_and_then_attach_has_both():
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18().eval()
+    x = torch.randn(2, 3, 64, 64)
+    before = library.fuse(model)(x)
+    assert torch.equal(library.attach(model)(x), before)
+
+
+def test_replace_finds_what_is_inside_the_selected_module():
+    with pytest.warns(UserWarning, match="1 'se' modules gave way"):
+        model = library.attach(torchvision.models.mobilenet_v3_small(), replace="se", where="features.1")
+    assert [site.name for site in library.attached(model)] == ["features.1.block.1"]
+    with pytest.raises(AttachError, match=r"where='features.0' selects none of the 9 'se' modules, such as 'features"):
+        library.attach(torchvision.models.mobilenet_v3_small(), replace="se", where="features.0")
+
+
+@pytest.mark.parametrize("attention", ["se-var1", "se-var2"])
+def test_a_report_says_which_gates_act_on_a_plain_networks_weights(tmp_path, attention):
+    torch.manual_seed(0)
+    plain = library.create_model("resnet8", attention="none").eval()
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    model = library.create_model("resnet8", attention=attention).eval()
+    report = library.load_checkpoint(model, tmp_path / "plain.pth")
+    x = torch.randn(2, 3, 32, 32)
+    same = torch.allclose(model(x), plain(x), atol=1e-6)
+    assert same == (not report.acting) == (attention == "se-var2")
+    assert ("acting: 3" in str(report)) == (not same)
+
+
+def test_timms_attention_is_not_taken_for_ours():
+    row = cost.table(["resnet18", "timm:resnet18"], attentions=["eca"])
+    assert [r["attention"] for r in row] == ["eca", ""]
+    assert row[1]["parameters"] == sum(p.numel() for p in timm.create_model("resnet18").parameters())
