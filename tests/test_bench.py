@@ -320,7 +320,7 @@ def test_help_fits_a_screen(ecanet):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--device", "tpu"], "unknown device 'tpu'; choose cpu or cuda"),
+        (["--device", "tpu"], "--device must be one of auto, cpu"),
         (["--batch-size", "0"], "a batch size must be a positive integer, got 0"),
         (["--batch-size", "8,-1"], "a batch size must be a positive integer, got -1"),
         (["--batch-size", "8;16"], "--batch-size must be one or more numbers such as 1,8,32, got '8;16'"),
@@ -346,7 +346,7 @@ def test_mistakes_are_told_before_the_long_run(ecanet, monkeypatch, tmp_path, ar
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(ecanet):
     assert ecanet("bench", "--device", "cuda")[2] == (
-        "ecanet: device 'cuda' is not available on this machine; use cpu\n"
+        "ecanet: --device must be one of auto, cpu on this machine, got 'cuda'\n"
     )
 
 

@@ -170,8 +170,8 @@ def test_ap_is_that_of_the_checkpoint_in_the_folder(tmp_path, coco, monkeypatch)
     assert str(boxes[1]["AP"]) == "36.4 (here 100.0)"
     assert 0 < float(masks[1]["AP"].here) < 100
     assert float(masks[1]["AP"].here) < float(masks[1]["AP50"].here)
-    found = json.loads((tmp_path / network.key / "bbox.json").read_text())
-    assert len(found) == len(json.loads((tmp_path / network.key / "segm.json").read_text())) > 0
+    found = json.loads((tmp_path / f"{network.key}-results" / "bbox.json").read_text())
+    assert len(found) == len(json.loads((tmp_path / f"{network.key}-results" / "segm.json").read_text())) > 0
 
 
 @pytest.mark.slow
