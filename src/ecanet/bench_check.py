@@ -28,7 +28,11 @@ TWINS = (("ecanet plain", "torchvision plain"), ("ecanet eca", "timm eca"))
 """Networks of two libraries that are the same function of the same weights."""
 
 COMPILED_ALLOWED = {"cpu": (1e-3, 1e-2), "cuda": (0.05, 0.3)}
-"""Of a compiled network's logits and gradients, against the eager one's: float32, and bfloat16 through 50 layers."""
+"""Of a compiled network's logits and gradients, against the eager one's: float32, and bfloat16 through 50 layers.
+
+Gradients may differ more where those of the eager network do, for images that differ in their last digit: at its first
+step a ResNet-50 is chaotic, since rounding decides which ReLUs are open.
+"""
 
 
 def check(what: str, error: float, allowed: float) -> Check:
@@ -156,11 +160,20 @@ def check_one_compiled(name: str, fast: Any, network: nn.Module, images: Tensor)
     if any(p.requires_grad for p in network.parameters()):  # not a copy for inference
         network.train()
         wanted = gradients(network, network, images)
+        chaos = distance(gradients(network, network, nudged(images)), wanted)
         started = time.perf_counter()
         got = gradients(fast, network, images)
         seconds += time.perf_counter() - started
+        allowed_gradient = max(allowed_gradient, 4 * chaos)
         found.append(check(f"{name}: gradients, batch {len(images)}", distance(got, wanted), allowed_gradient))
     return found, seconds
+
+
+def nudged(images: Tensor) -> Tensor:
+    """``images``, each number changed in its last digit."""
+    generator = torch.Generator().manual_seed(0)
+    signs = 2 * torch.randint(0, 2, images.shape, generator=generator).to(images) - 1
+    return images * (1 + torch.finfo(images.dtype).eps * signs)
 
 
 def gradients(step: Any, network: nn.Module, images: Tensor) -> Tensor:
