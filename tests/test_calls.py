@@ -19,7 +19,10 @@ def plain(kind="torchvision"):
     torch.manual_seed(0)
     networks = {
         "torchvision": lambda: torchvision.models.resnet18(num_classes=5),
-        "timm": lambda: timm.create_model("resnet18", block_args={"attn_layer": "eca"}, num_classes=5),
+        # with last norms that are not zero, or no branch would matter
+        "timm": lambda: timm.create_model(
+            "resnet18", block_args={"attn_layer": "eca"}, num_classes=5, zero_init_last=False
+        ),
     }
     return networks[kind]().double()
 
