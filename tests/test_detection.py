@@ -185,6 +185,10 @@ def test_perfect_predictions_score_one_and_none_score_zero(some):
     nothing.add(images, targets, [{k: v[:0] for k, v in found.items()} for found in perfect(some)])
     assert {v for v in nothing.score().values() if v != -1} == {0.0}
     assert not any(example["right"] for example in nothing.examples)
+    # images that could not be read are not seen, and what is on them is not missed
+    part = Outcome(some.annotations)
+    part.add(images[:2], targets[:2], perfect(some)[:2])
+    assert {round(v, 12) for v in part.score().values()} - {-1} == {1.0}
 
 
 def test_scores_are_those_of_pycocotools_on_the_files(some, tmp_path):
