@@ -19,7 +19,7 @@ import torchvision
 from ecanet import recipes, train, trained
 from ecanet.config import Recipe, to_dict
 from ecanet.data.boxes import boxes
-from ecanet.data.sources import read_image
+from ecanet.data.pictures import read_image
 from ecanet.detect import detect
 from ecanet.errors import DataError
 from ecanet.report import Report, write_file

@@ -206,7 +206,7 @@ def test_batches_are_of_one_shape_and_repeat_by_epoch(tmp_path):
 def test_a_coco_folder_becomes_batches(tmp_path, capsys):
     path = folder(tmp_path, [annotation(), BROKEN["unknown category 4"], annotation(5, box=(30, 2, 5, 5))])
     data = boxes(DataConfig(name=f"coco:{path}", batch_size=2, workers=0, on_corrupt="skip"))
-    said = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().err.splitlines()
     assert sum("skipped: annotation 9" in line for line in said) == 2
     assert sum(line.startswith("not trained on: 1 boxes") for line in said) == 1
     assert len(data.train) == len(data.held_out) == 2
@@ -285,3 +285,11 @@ def test_photographs_are_turned_as_their_camera_says(tmp_path, orientation, upri
 def test_settings_that_mean_nothing_here_are_refused(tmp_path, settings, complaint):
     with pytest.raises(ConfigError, match=complaint):
         boxes(DataConfig(name=f"coco:{folder(tmp_path, [annotation()])}", **settings))
+
+
+def test_sound_pixels_are_read_though_their_exif_is_broken(tmp_path):
+    path = folder(tmp_path, [annotation()], ((1, 20, 12),))
+    picture = Image.open(path / "val2017" / "1.png")
+    picture.save(path / "val2017" / "1.png", exif=b"Exif\x00\x00garbage!")
+    image, _ = Boxes(read(path))[0, False]
+    assert image.shape == (3, 12, 20)

@@ -14,7 +14,8 @@ from ecanet import data
 from ecanet.config import DataConfig
 from ecanet.data import sources
 from ecanet.data.images import fitted, mirrored, shifted
-from ecanet.data.sources import FASHION_FOLDER, SMALL_SETS, Look, load_fashion_mnist, read_idx, read_image
+from ecanet.data.pictures import read_image
+from ecanet.data.sources import FASHION_FOLDER, SMALL_SETS, Look, load_fashion_mnist, read_idx
 from ecanet.errors import ConfigError, DataError
 from ecanet.figures import png
 
@@ -336,7 +337,7 @@ def test_corrupt_images_are_skipped_by_choice_and_named_once(photos, capsys):
     for _ in range(2):
         [(images, labels)] = batches(module, module.val_dataloader())
         assert (len(images), labels.tolist()) == (3, [0, 1, 1])
-    assert capsys.readouterr().out.splitlines() == [f"skipped: {victim}: cannot be read as an image (not an image)"]
+    assert capsys.readouterr().err.splitlines() == [f"skipped: {victim}: cannot be read as an image (not an image)"]
 
 
 def test_a_batch_with_nothing_readable_is_empty(photos):

@@ -3,6 +3,7 @@
 import copy
 import json
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
@@ -336,7 +337,7 @@ def test_detect_draws_and_lists_what_is_found(monkeypatch, tmp_path, some):
     assert listed[0]["box"] == [*boxes[0, :2].tolist(), *(boxes[0, 2:] - boxes[0, :2]).tolist()]
     assert decode(listed[0]["mask"], *found[0]["masks"].shape[-2:]).tolist() == found[0]["masks"][0, 0].tolist()
     assert len({answer["picture"] for answer in answers}) == 2
-    from ecanet.data.sources import read_image
+    from ecanet.data.pictures import read_image
 
     assert not torch.equal(read_image(answers[0]["picture"], 3), read_image(path, 3))
     found[0]["scores"] = found[0]["scores"] * 0.3
@@ -380,9 +381,6 @@ def test_a_picture_is_enlarged_within_bounds():
     [
         ({"task": "classification", "model.name": "resnet20"}, "set task=detection"),
         ({"data.name": "digits"}, "detection needs annotated images"),
-        ({"mixup": 0.8}, "mixup is for classification"),
-        ({"loss": "bce"}, "loss is for classification"),
-        ({"label_smoothing": 0.1}, "label_smoothing is for classification"),
     ],
 )
 def test_settings_of_the_other_task_are_refused(monkeypatch, tmp_path, settings, complaint):
@@ -440,3 +438,58 @@ def test_commands_for_classifiers_say_what_a_detector_needs(monkeypatch, tmp_pat
         next(trained.predict(trained.restore(place), [some.annotations.pictures[0].path]))
     with pytest.raises(ConfigError, match="mask_rcnn is a detector"):
         inspect_pages.run(place, tmp_path / "out")
+
+
+@pytest.mark.parametrize("setting", [{"mixup": 0.8}, {"loss": "bce"}, {"label_smoothing": 0.1}, {"cutmix": 1.0}])
+def test_losses_of_the_other_task_are_refused_in_training(monkeypatch, tmp_path, setting):
+    from ecanet.train import run
+
+    with pytest.raises(ConfigError, match=f"{next(iter(setting))} is for classification"):
+        run(tiny(monkeypatch, tmp_path, **setting), folder=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_detect_by_the_command_line(monkeypatch, tmp_path, some, ecanet):
+    import shutil
+
+    from ecanet.train import run
+
+    run(tiny(monkeypatch, tmp_path, epochs=1), folder=tmp_path / "run", accelerator="cpu", quiet=True)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(2):
+        shutil.copy(some.annotations.pictures[number].path, photos / f"{number}.png")
+    before = (photos / "0.png").read_bytes()
+    code, _, err = ecanet("detect", "run", "photos", "--out", "photos")
+    assert (code, err.count("\n")) == (2, 1)
+    assert (photos / "0.png").read_bytes() == before
+    # below the images and above them; a second time the drawings are not looked at
+    for out in ("photos/found", "photos/found", "."):
+        code, lines, _ = ecanet("detect", "run", "photos" if out != "." else "photos/0.png", "--out", out)
+        assert (code, len(lines.splitlines())) == (0, 1 if out == "." else 2)
+    shutil.rmtree(photos / "found")
+    (photos / "2.png").write_bytes(b"no image")
+    code, text, err = ecanet("detect", "run", "photos", "--out", "found", "--json", "--on-corrupt", "skip")
+    assert [Path(answer["path"]).name for answer in json.loads(text)] == ["0.png", "1.png"]
+    assert err.startswith("skipped: photos/2.png")
+    code, text, err = ecanet("detect", "run", "photos", "--out", "found")
+    assert (code, len(text.splitlines())) == (2, 2)
+    assert "2.png" in err
+
+
+def test_eval_prints_json_and_nothing_else(monkeypatch, tmp_path, ecanet):
+    from ecanet import data
+    from ecanet.train import run
+
+    recipe = tiny(monkeypatch, tmp_path, epochs=1)
+    run(recipe, folder=tmp_path / "run", accelerator="cpu", quiet=True)
+    picture = data.build(recipe.data).held_out.annotations.pictures[0].path
+    picture.write_bytes(picture.read_bytes()[:50])
+    code, text, err = ecanet("eval", "run", "--on-corrupt", "skip", "--json")
+    assert code == 0
+    assert "AP" in json.loads(text)
+    assert "skipped: " in err
+    # elsewhere the run's own folder of data means nothing
+    scenes_folder = picture.parents[1]
+    code, _, err = ecanet("eval", "run", "--data", f"coco:{scenes_folder}", "--on-corrupt", "skip")
+    assert code == 0, err

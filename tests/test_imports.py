@@ -22,7 +22,7 @@ READING_ORDER = [
         "paper_pages paper paper_runs paper_detection paper_rows ablate_pages ablate ablate_rows inspect_pages",
         "train detect trained recipes progress",
         "report figures tasks tasks_detection",
-        "data data.boxes data.scenes data.annotations data.images data.sources config",
+        "data data.boxes data.scenes data.annotations data.images data.sources data.pictures config",
         "fusion inference inference_parts inspect export measure traffic",
         "cost models.detection models models.checkpoints models.mobilenet models.resnet models.tail models.placement",
         "models.slots attach.preview attach attach.replace attach.kernels attach.folding attach.report attach.example",

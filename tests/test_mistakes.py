@@ -16,10 +16,12 @@ LINES = {
     "cost resnet50 --attention none --set reduction=4": "attention 'none' has no options, got reduction",
     "cost torchvision:fasterrcnn_resnet50_fpn": "no classification model called",
     "ablate digits --threads 0": "--threads",
-    "ablate digits --out taken": "--out taken is a file",
-    "paper 2 --out taken": "--out taken is a file",
-    "inspect nowhere --out taken": "--out taken is a file",
-    "detect nowhere taken --out taken": "--out taken is a file",
+    "ablate digits --out taken": "--out taken: taken is a file",
+    "paper 2 --out taken": "--out taken: taken is a file",
+    "inspect nowhere --out taken": "--out taken: taken is a file",
+    "detect nowhere taken --out taken": "--out taken: taken is a file",
+    "detect nowhere taken --out taken/below": "--out taken/below: taken is a file",
+    "detect nowhere pictures --out pictures/found": "no images but those in --out pictures/found",
     "detect nowhere taken --device tpu": "--device must be one of auto, cpu",
     "detect nowhere taken --on-corrupt maybe": "--on-corrupt must be error or skip",
     "paper 3 --device tpu": "--device must be one of auto, cpu",
@@ -33,6 +35,8 @@ LINES = {
 @pytest.mark.parametrize("line", LINES)
 def test_a_line(ecanet, tmp_path, line):
     (tmp_path / "taken").write_text("mine")
+    (tmp_path / "pictures" / "found").mkdir(parents=True)
+    (tmp_path / "pictures" / "found" / "drawn.png").touch()
     code, out, err = ecanet(*line.split())
     assert (code, out) == (2, "")
     assert LINES[line] in err
@@ -89,6 +93,13 @@ def test_replace_finds_what_is_inside_the_selected_module():
     with pytest.warns(UserWarning, match="1 'se' modules gave way"):
         model = library.attach(torchvision.models.mobilenet_v3_small(), replace="se", where="features.1")
     assert [site.name for site in library.attached(model)] == ["features.1.block.1"]
+    # a function says of each module alone whether it is meant
+    with pytest.warns(UserWarning, match="8 'se' modules gave way"):
+        library.attach(
+            torchvision.models.mobilenet_v3_small(), replace="se", where=lambda name, m: name != "features.1.block.1"
+        )
+    with pytest.warns(UserWarning, match="gave way"):
+        library.attach(torchvision.models.mobilenet_v3_small(), replace="se", where=lambda name, m: m.fc1 is not None)
     with pytest.raises(AttachError, match=r"where='features.0' selects none of the 9 'se' modules, such as 'features"):
         library.attach(torchvision.models.mobilenet_v3_small(), replace="se", where="features.0")
 

@@ -132,6 +132,16 @@ def test_the_choice_holds_in_other_threads():
         assert pool.submit(ops.fuses, torch.ones(1)).result()
 
 
+def test_choices_that_end_in_another_order_leave_nothing_behind():
+    first, second = ops.automatic("lean"), ops.automatic("fused")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert ops.asked() == "fused"
+    second.__exit__(None, None, None)
+    assert ops.asked() is None
+
+
 def test_the_output_has_the_branchs_layout_in_evaluation():
     z, s, _ = tensors()
     norm = nn.BatchNorm2d(8).eval()

@@ -45,6 +45,8 @@ def detect(
     files = [
         f for path in images for f in trained.image_files(path) if not (Path(path).is_dir() and _inside(f, out, path))
     ]
+    if not files:
+        raise DataError(f"there are no images but those in --out {out}; give their folder itself, and another --out")
     found = []
     for answer in detect.detect(trained.restore(checkpoint), files, out, threshold=threshold, device=device):
         if isinstance(answer, DataError):
@@ -60,4 +62,5 @@ def detect(
 
 def _inside(file: Path, out: Path, folder: str) -> bool:
     """Whether ``file`` lies in ``out``, and ``out`` inside ``folder``."""
-    return out.resolve() != Path(folder).resolve() and file.resolve().is_relative_to(out.resolve())
+    whole, place = Path(folder).resolve(), out.resolve()
+    return place != whole and place.is_relative_to(whole) and file.resolve().is_relative_to(place)

@@ -67,8 +67,9 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 def check_folder(out: Path | None) -> None:
     """Raise ConfigError where ``--out`` names a file, before any work is done for it."""
-    if out is not None and out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; give a folder")
+    for part in (out, *out.parents) if out is not None else ():
+        if part.exists() and not part.is_dir():
+            raise ConfigError(f"--out {out}: {part} is a file; give a folder")
 
 
 def check_on_corrupt(choice: str) -> None:

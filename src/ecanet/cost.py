@@ -220,7 +220,7 @@ def _foreign(library: str, name: str) -> nn.Module:
             from torchvision import models
             from torchvision.models import get_model as create
 
-            known = name in models.list_models(models)  # not those in its submodules, which fetch a backbone
+            known = name.lower() in models.list_models(models)  # not those in its submodules, which fetch a backbone
     except ModuleNotFoundError as error:
         raise ConfigError(f"{library} is not installed: pip install {library}") from error
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ecanet.data.annotations import encode, thin
-from ecanet.data.sources import read_image
+from ecanet.data.pictures import read_image
 from ecanet.errors import ConfigError, DataError
 from ecanet.figures import drawn, png
 from ecanet.report import write_file

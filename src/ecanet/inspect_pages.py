@@ -13,7 +13,7 @@ from torch import Tensor
 from ecanet import data, figures, inspect, trained
 from ecanet.config import ModelConfig, suggestion, to_dict
 from ecanet.data.images import fitted
-from ecanet.data.sources import read_image
+from ecanet.data.pictures import read_image
 from ecanet.errors import ConfigError
 from ecanet.inspect import GateRecord
 from ecanet.report import environment, page, write_file
@@ -64,12 +64,15 @@ def run(
         CheckpointError, DataError: as `trained.evaluate` raises them.
     """
     task = trained.restore(checkpoint, model=model, data_name=data_name, data_dir=data_dir)
+    if image is not None and Path(image).resolve() == (Path(folder) / "image.png").resolve():
+        raise ConfigError(f"{image} would be written over; choose another --out")
     if not isinstance(task, Classification):
         raise ConfigError(f"{task.recipe.model.name} is a detector; inspect shows the gates of classifiers")
     inspect.gates(task.model)
     names = task.look.class_names
     shown = [_class(name, names) for name in classes or [n for n in POSTER if n in names] or names[:4]]
-    chosen = task.recipe.data.but(name=data_name or task.recipe.data.name, root=data_dir or task.recipe.data.root)
+    root = task.recipe.data.root if data_name in (None, task.recipe.data.name) else None
+    chosen = task.recipe.data.but(name=data_name or task.recipe.data.name, root=data_dir or root)
     images = data.build(chosen, seed=task.recipe.seed, train=False)
     records = inspect.record(task.model, _batches(images), len(names))
     effects, answer = ([], "") if image is None else explain(task, records, image)
@@ -129,7 +132,8 @@ def write(found: Inspection, folder: Path) -> None:
         drawn["kernels"] = kernels(found.records)
     if found.effects:
         drawn["image"] = one_image(found)
-    (folder / "image.png").unlink(missing_ok=True)  # of another image, perhaps
+    if (folder / "inspect.json").exists():
+        (folder / "image.png").unlink(missing_ok=True)  # drawn before, of another image perhaps
     for name, figure in drawn.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)

@@ -53,7 +53,8 @@ def _detector_command(network: Network) -> str:
 def checkpoint_of(network: Network, folder: Path) -> Path | None:
     """The checkpoint or run in ``folder`` that is named as the row's command names it, if there is one."""
     named = [p for p in sorted(folder.glob(f"{network.key}*")) if p.name.split(".")[0] == network.key]
-    return next(iter(named), None)
+    # an evaluation leaves its results in a folder of nearly the checkpoint's name
+    return next((p for p in named if p.is_file() or (p / "checkpoints").is_dir()), None)
 
 
 def misfit(table: Table, data: str | Path) -> str | None:

@@ -55,6 +55,12 @@ class Task(L.LightningModule):
             # in place: the names of the parameters stay as they are; a detector's other parts are no single graph
             getattr(self.model, "backbone", self.model).compile()
 
+    def nothing(self) -> Tensor | None:
+        """The loss of a batch of which nothing could be read; other processes wait for the gradients of this one."""
+        if self.trainer.world_size == 1:
+            return None
+        return torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad]).sum() * 0
+
     def evidence(self) -> dict[str, Any]:
         """Plain data that the report draws; `ecanet.report` says which names it knows."""
         return {}
@@ -158,7 +164,7 @@ class Classification(Task):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
         """Loss of one batch, mixed if the recipe says so; none for a batch of unreadable images."""
         if not len(batch[0]):
-            return None
+            return self.nothing()
         images, labels = batch if self.mix is None else self.mix(*batch)
         loss = self.loss(self(images), labels)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
@@ -260,7 +266,7 @@ class Detection(Task):
         """The sum of the detector's losses; none for a batch of unreadable images."""
         images, targets = batch
         if not images:
-            return None
+            return self.nothing()
         losses = self(images, targets)
         loss = torch.stack(list(losses.values())).sum()
         self.log_dict(

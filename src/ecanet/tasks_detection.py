@@ -34,9 +34,6 @@ def detector(recipe: Recipe, look: Look) -> nn.Module:
     """
     if not boxes.knows(recipe.data.name):
         raise ConfigError(f"detection needs annotated images, coco:PATH or scenes, got {recipe.data.name!r}")
-    for name in ("loss", "label_smoothing", "mixup", "cutmix"):
-        if getattr(recipe, name) != getattr(Recipe(), name):
-            raise ConfigError(f"{name} is for classification; detectors have their own losses")
     model, settings = recipe.model, recipe.detector
     return create_detector(
         model.name,

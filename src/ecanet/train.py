@@ -49,6 +49,10 @@ def run(
         DataError: data that is missing or broken.
         CheckpointError: weights or a checkpoint that cannot be used.
     """
+    if recipe.task == "detection":
+        for name in ("loss", "label_smoothing", "mixup", "cutmix"):
+            if getattr(recipe, name) != getattr(Recipe(), name):
+                raise ConfigError(f"{name} is for classification; detectors have their own losses")
     place = _claimed(recipe, folder, resume)
     with quiet_lightning():
         images = data.build(recipe.data, seed=recipe.seed, masks=recipe.learns_masks)

@@ -13,7 +13,8 @@ from torch import Tensor
 from ecanet import data, recipes, tasks
 from ecanet.config import ModelConfig, Recipe, from_dict, with_settings
 from ecanet.data.images import fitted
-from ecanet.data.sources import IMAGE_SUFFIXES, Look, read_image
+from ecanet.data.pictures import read_image
+from ecanet.data.sources import IMAGE_SUFFIXES, Look
 from ecanet.errors import CheckpointError, ConfigError, DataError
 from ecanet.models.checkpoints import load_checkpoint, read_file
 from ecanet.progress import quiet_lightning
@@ -158,7 +159,8 @@ def _described(
         raise ConfigError(f"{path} does not say what network it is for; say so with --model and --data")
     else:
         recipe, look = recipes.find(data_name), None
-    chosen = recipe.data.but(name=data_name or recipe.data.name, root=data_dir or recipe.data.root)
+    root = recipe.data.root if data_name in (None, recipe.data.name) else None  # where other data lie, it does not say
+    chosen = recipe.data.but(name=data_name or recipe.data.name, root=data_dir or root)
     # the weights are in the checkpoint: no others are to be looked for
     return path, recipe.but(model=(model or recipe.model).but(weights=None), data=chosen, compile=False), look
 

@@ -90,7 +90,7 @@ def found(model: nn.Module, trace: Trace, names: re.Pattern[str], where: Where |
     for name, module in model.named_modules():
         if not names.match(type(module).__name__) or isinstance(module, nn.Sequential) or hasattr(module, "attachment"):
             continue
-        if where is not None and not any(matches(where, *one) for one in within(model, name)):
+        if where is not None and not any(matches(where, *one) for one in judged(model, name, where)):
             continue
         call = called.get(id(module))
         if call is None or call.output is None or not call.inputs or call.inputs[0].shape != call.output.shape:
@@ -107,8 +107,14 @@ def found(model: nn.Module, trace: Trace, names: re.Pattern[str], where: Where |
     yield from sorted(sites, key=lambda s: s.index)
 
 
-def within(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The module called ``name`` and those that it is in, each with its name, the innermost first."""
+def judged(model: nn.Module, name: str, where: Where) -> Iterator[tuple[str, nn.Module]]:
+    """What ``where`` is asked about for the module called ``name``: itself, and by globs and classes what it is in.
+
+    A function says of each module alone whether it is meant.
+    """
+    if not isinstance(where, str | type):
+        yield name, model.get_submodule(name)
+        return
     while name:
         yield name, model.get_submodule(name)
         name = name.rpartition(".")[0]

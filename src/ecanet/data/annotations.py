@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from ecanet.data.sources import HOW_TO_SKIP
+from ecanet.data.pictures import HOW_TO_SKIP
 from ecanet.errors import DataError
 
 __all__ = ["Annotations", "Picture", "clipped", "decode", "encode", "read_annotations", "thin"]

@@ -6,6 +6,7 @@ kept for evaluation. Images without objects stay in: they show what is not one.
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ecanet.config import DataConfig, suggestion
 from ecanet.data.annotations import Annotations, Picture, clipped, decode, read_annotations
 from ecanet.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageData
+from ecanet.data.pictures import read_image
 from ecanet.data.scenes import SPRITES, SceneConfig, scenes
-from ecanet.data.sources import Look, Unreadable, read_image
+from ecanet.data.sources import Look, Unreadable
 from ecanet.errors import ConfigError, DataError
 
 __all__ = ["BoxData", "Boxes", "boxes", "flipped", "knows"]
@@ -73,11 +75,15 @@ def _part(config: DataConfig, folder: Path, split: str, masks: bool) -> Annotati
     path, skip = folder / "annotations" / f"instances_{split}.json", config.on_corrupt == "skip"
     found = read_annotations(path, folder / split, masks=masks, skip=skip)
     for problem in found.problems[:5]:
-        print(f"skipped: {problem}", flush=True)
+        print(f"skipped: {problem}", file=sys.stderr, flush=True)
     if len(found.problems) > 5:
-        print(f"skipped: {len(found.problems) - 5} more in {split}", flush=True)
+        print(f"skipped: {len(found.problems) - 5} more in {split}", file=sys.stderr, flush=True)
     if found.degenerate and split == "train2017":
-        print(f"not trained on: {found.degenerate} boxes of {split} with less than a pixel on their image", flush=True)
+        print(
+            f"not trained on: {found.degenerate} boxes of {split} with less than a pixel on their image",
+            file=sys.stderr,
+            flush=True,
+        )
     return found
 
 

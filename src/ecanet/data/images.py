@@ -4,6 +4,7 @@ Small sets stay in memory and are augmented a batch at a time; photographs are r
 """
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
 
 from ecanet.config import DataConfig
-from ecanet.data.sources import HOW_TO_SKIP, SMALL_SETS, Folder, Look, Memory, Unreadable, class_folders
+from ecanet.data.pictures import HOW_TO_SKIP
+from ecanet.data.sources import SMALL_SETS, Folder, Look, Memory, Unreadable, class_folders
 from ecanet.errors import DataError
 
 __all__ = ["ImageData", "fitted", "images", "knows", "mirrored", "shifted"]
@@ -98,7 +100,7 @@ class ImageData(L.LightningDataModule):
                 raise DataError(f"{problem.message}; {HOW_TO_SKIP}")
             if problem.message not in self.skipped:
                 self.skipped.add(problem.message)
-                print(f"skipped: {problem.message}", flush=True)
+                print(f"skipped: {problem.message}", file=sys.stderr, flush=True)
         if pictures is None:
             # a batch of none, which a step passes over
             pictures = torch.empty(0, self.look.channels, self.look.size, self.look.size, dtype=torch.uint8)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ecanet.data.pictures import read_image
 from ecanet.errors import DataError
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "Unreadable",
     "cache_folder",
     "class_folders",
-    "read_image",
 ]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -254,49 +254,3 @@ def class_folders(folder: Path) -> tuple[str, ...]:
     if not names:
         raise DataError(f"{folder}: no class folders in it; put each class's images in a folder of its name")
     return names
-
-
-HOW_TO_SKIP = "data.on_corrupt=skip goes on without such (ecanet train --set, other commands --on-corrupt skip)"
-"""What an error says about what cannot be read."""
-
-
-def read_image(path: str | Path, channels: int, *, upright: bool = True) -> Tensor:
-    """The image file at ``path`` as uint8 (channels, H, W): 1 is grey, 3 is RGB; turned as its camera says.
-
-    With ``upright`` false it is as it is stored.
-
-    Raises:
-        DataError: there is no such file, or it is no image, or only part of one.
-    """
-    from PIL import Image, ImageOps
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    try:
-        with Image.open(path) as stored:
-            image = ImageOps.exif_transpose(stored) if upright else stored
-            return pil_to_tensor(shallow(image).convert("L" if channels == 1 else "RGB"))
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except Exception as error:  # a broken image makes Pillow raise almost anything
-        why = "not an image" if type(error).__name__ == "UnidentifiedImageError" else str(error) or type(error).__name__
-        raise DataError(f"{path}: cannot be read as an image ({why})") from None
-
-
-def shallow(image: Any) -> Any:
-    """Pillow's ``image`` with 8 bits a value: 16 are scaled down (Pillow itself would turn all above 255 white).
-
-    Raises:
-        DataError: values without a known range, which nobody can scale.
-    """
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise DataError("its values do not fit 16 bits; convert it to 8 or 16 bits a value first")
-        from PIL import Image
-
-        return Image.fromarray((values // 257).astype(np.uint8))
-    if image.mode == "F":
-        raise DataError("its values are floating-point, of no known range; convert it to 8 or 16 bits a value first")
-    return image

@@ -29,7 +29,9 @@ Impl = Literal["auto", "reference", "lean", "fused"]
 KNOWN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Batch norms, exactly: a subclass may do more in its forward."""
 
-_automatic: Literal["lean", "fused"] | None = None
+_requests: list[tuple[object, Literal["lean", "fused"]]] = []
+"""What the open `automatic` blocks ask for; the last one counts. Not by thread: checkpoints are computed again in
+autograd's."""
 
 
 @contextmanager
@@ -53,25 +55,25 @@ def automatic(impl: Literal["lean", "fused"]) -> Iterator[None]:
     """
     if impl not in ("lean", "fused"):
         raise ConfigError(f"automatic() takes 'lean' or 'fused', got {impl!r}")
-    global _automatic  # not of the thread: checkpoints are computed again in autograd's threads
-    before, _automatic = _automatic, impl
+    request = object(), impl
+    _requests.append(request)
     try:
         yield
     finally:
-        _automatic = before
+        _requests.remove(request)
 
 
 def asked() -> Literal["lean", "fused"] | None:
     """What `automatic` asks for now."""
-    return _automatic
+    return _requests[-1][1] if _requests else None
 
 
 def fuses(x: Tensor) -> bool:
     """Whether ``impl="auto"`` means "fused" for ``x``."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return False
-    if _automatic is not None:
-        return _automatic == "fused"
+    if _requests:
+        return asked() == "fused"
     plain = type(x) in (Tensor, nn.Parameter)  # a subclass, fake tensors too, may want to see operations
     return plain and x.dtype in proof.DTYPES and accelerated(x) and proof.passed(x.device, x.dtype)
 
