@@ -213,7 +213,7 @@ def test_a_corrupt_image_in_training_is_one_line_or_skipped(ecanet, tmp_path):
     assert code == 2
     assert err.startswith(f"ecanet: {victim}: cannot be read as an image")
     assert err.count("\n") == 1
-    code, out, err = ecanet(*command, "--out", tmp_path / "again", "--set", "data.on_corrupt=skip")
+    code, _, err = ecanet(*command, "--out", tmp_path / "again", "--set", "data.on_corrupt=skip")
     assert code == 0
     assert err.splitlines() == [f"skipped: {victim}: cannot be read as an image (image file is truncated)"]
 
