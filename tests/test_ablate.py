@@ -209,3 +209,26 @@ def test_wherever_a_cell_was_cut_off(left, tmp_path):
         if left == "no checkpoint yet":
             (place / "recipe.json").write_bytes(kept)
     assert [line.by_seed for line in ablate.run(RECIPE, **quiet).lines] == expected
+
+
+def test_seeds_are_counted_and_not_set(tmp_path):
+    from ecanet import ablate, recipes
+
+    with pytest.raises(ConfigError, match="leave out seed=7"):
+        ablate.run(recipes.find("digits").but(seed=7), folder=tmp_path)
+
+
+def test_a_merged_row_has_one_name_whatever_else_is_asked_for():
+    from ecanet import recipes
+    from ecanet.ablate_rows import plan
+
+    recipe = recipes.find("digits").but(model=recipes.find("digits").model.but(name="resnet8"))
+    names = [
+        [row.name for row in plan(recipe, asked, lambda line: None)]
+        for asked in (
+            ["eca-k3", " eca-adaptive"],
+            ["eca-adaptive", "eca-k3"],
+        )
+    ]
+    assert names[0] == names[1]
+    assert len(names[0]) == 2

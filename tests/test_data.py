@@ -258,6 +258,34 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert order(3) != order(3, seed=1)
 
 
+def test_neighbouring_seeds_have_orders_of_their_own():
+    assert order(1, seed=0) != order(0, seed=1)
+
+
+def test_processes_draw_augmentations_of_their_own(photos):
+    def drawn(rank, epoch=0, seed=0):
+        module = data.build(folder_config(photos, batch_size=2), seed=seed)
+        module.trainer = placed(rank, 2)
+        module.first_epoch = epoch
+        return module.train_dataloader().generator.initial_seed()
+
+    seeds = [drawn(*at) for at in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    assert len(set(seeds)) == 4
+    assert drawn(0) == seeds[0]
+
+
+def test_more_processes_than_held_out_images_are_refused(photos):
+    module = data.build(folder_config(photos))
+    module.trainer = placed(0, 5)
+    with pytest.raises(DataError, match="5 processes cannot share 4 held-out images"):
+        module.val_dataloader()
+
+
+def test_small_images_are_evaluated_whole():
+    with pytest.raises(DataError, match="eval_crop is for photographs"):
+        data.build(DataConfig(name="digits", eval_crop=0.5))
+
+
 def test_processes_share_an_epoch():
     halves = [order(1, rank=rank, world=2) for rank in (0, 1)]
     # an odd number of images: the sampler repeats one, so that the processes take as many steps

@@ -187,7 +187,7 @@ def test_weight_decay_spares_norms_by_choice(tmp_path):
     for decay_norms in (True, False):
         task = task_of(TINY.but(optimizer=replace(TINY.optimizer, weight_decay=0.5, decay_norms=decay_norms)))
         # the trainer is asked for the batch and the number of steps only
-        loader = type("Data", (), {"train_dataloader": lambda self: [0] * 3})()
+        loader = type("Data", (), {"train_dataloader": lambda self: [0] * 3, "train": [0] * 300})()
         task._trainer = type("Trainer", (), {"world_size": 1, "datamodule": loader})()  # pyright: ignore[reportAttributeAccessIssue]
         optimizer = task.configure_optimizers()["optimizer"]
         decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
@@ -506,3 +506,101 @@ def test_a_moved_run_still_knows_its_best(tmp_path):
     assert here.best_model_score == 97
     assert here.best_model_path == str(tmp_path / "b" / "best.ckpt")
     assert here.best_k_models == {str(tmp_path / "b" / "best.ckpt"): torch.tensor(97.0)}
+
+
+def photographs(folder: Path, names: tuple[str, ...] = ("cat", "dog")) -> Path:
+    """Four images of each class in ImageNet's layout."""
+    from ecanet.figures import png
+
+    random = torch.Generator().manual_seed(0)
+    for part in ("train", "val"):
+        for name in names:
+            (folder / part / name).mkdir(parents=True)
+            for at in range(4):
+                image = torch.randint(0, 256, (3, 40, 40), generator=random, dtype=torch.uint8)
+                (folder / part / name / f"{at}.png").write_bytes(png(image))
+    return folder
+
+
+def of_photographs(folder: Path, **changes: Any) -> Recipe:
+    recipe = Recipe(
+        data=DataConfig(name=f"folder:{folder}", image_size=16, batch_size=4, workers=2),
+        model=ModelConfig(name="resnet8"),
+        epochs=3,
+    )
+    return recipe.but(**changes)
+
+
+def test_an_interrupted_run_on_photographs_draws_the_same_crops(tmp_path):
+    recipe = of_photographs(photographs(tmp_path / "photos"))
+    whole = run(recipe, tmp_path / "whole")
+    cut = tmp_path / "cut"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classification, "on_train_epoch_start", stop_in_epoch(2, Classification.on_train_epoch_start))
+        with pytest.raises(RuntimeError, match="cut off"):
+            run(recipe, cut)
+    assert equal(weights(run(recipe, cut, resume=True)), weights(whole))
+
+
+def stop_in_epoch(epoch: int, before: Any) -> Any:
+    def started(self: Classification) -> None:
+        if self.current_epoch == epoch:
+            raise RuntimeError("cut off")
+        before(self)
+
+    return started
+
+
+def test_a_run_does_not_go_on_with_other_classes(tmp_path):
+    photos = photographs(tmp_path / "photos")
+    recipe = of_photographs(photos, epochs=1)
+    run(recipe, tmp_path / "run")
+    for part in ("train", "val"):
+        (photos / part / "cat").rename(photos / part / "elk")
+    with pytest.raises(DataError, match="the first that differs is dog for cat"):
+        run(recipe, tmp_path / "run", resume=True)
+    from ecanet import inspect_pages
+
+    with pytest.raises(DataError, match="the first that differs is dog for cat"):
+        inspect_pages.run(tmp_path / "run", tmp_path / "page")
+    with pytest.raises(DataError, match=r"digits has 10 classes"):
+        inspect_pages.run(tmp_path / "run", tmp_path / "page", data_name="digits")
+
+
+def test_a_batch_is_no_larger_than_the_data(tmp_path, capsys):
+    photos = photographs(tmp_path / "photos")
+    big = of_photographs(photos, epochs=1, data=DataConfig(name=f"folder:{photos}", image_size=16, workers=0))
+    report = run(big, tmp_path / "run")
+    # 8 images of 256: the rate is for 8
+    rate = big.optimizer.learning_rate * 8 / big.optimizer.base_batch
+    assert report.history[0]["learning_rate"] == pytest.approx(rate)
+    with pytest.raises(ConfigError, match="accumulate=9 batches make a step, but an epoch has 2"):
+        run(of_photographs(photos, accumulate=9), tmp_path / "more")
+
+
+def test_a_row_has_the_rate_of_its_own_epoch(tmp_path):
+    from ecanet.config import ScheduleConfig
+
+    recipe = of_photographs(photographs(tmp_path / "photos"))
+    recipe = recipe.but(schedule=ScheduleConfig(name="step", milestones=(1, 2)))
+    rates = [row["learning_rate"] for row in run(recipe, tmp_path / "run").history]
+    assert rates == pytest.approx([rates[0], rates[0] / 10, rates[0] / 100])
+
+
+def test_a_terminated_run_says_so_by_its_exit_code(tmp_path):
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    command = [sys.executable, "-m", "ecanet", "train", "digits", "--epochs", "200", "--device", "cpu", "--out"]
+    for sent, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        place = tmp_path / sent.name
+        process = subprocess.Popen([*command, str(place)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started = time.monotonic()
+        while not (place / "checkpoints" / "last.ckpt").exists() and time.monotonic() - started < 120:
+            time.sleep(0.1)
+        process.send_signal(sent)
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == expected, said
+        assert "go on with: ecanet train --resume" in said

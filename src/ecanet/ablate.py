@@ -82,6 +82,8 @@ def run(
     """
     if seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {seeds}")
+    if recipe.seed:
+        raise ConfigError(f"an ablation's seeds are 0, 1, …: leave out seed={recipe.seed} and say how many (seeds)")
     folder = Path(folder)
     rows = plan(recipe, variants, say)
     _claim(folder, recipe)

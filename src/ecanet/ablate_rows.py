@@ -67,7 +67,11 @@ def plan(recipe: Recipe, names: Iterable[str], say: Callable[[str], None] = prin
     look = data.build(recipe.data, train=False).look
     size = (look.channels, look.size, look.size)
     merged: dict[str, Variant] = {}
-    for name in dict.fromkeys(["none", *names]):
+    chosen = [name.strip() for name in names]
+    for name in chosen:
+        _model(recipe.model, name)  # known, whatever the order
+    # in the order of the table, so that a row has one name whatever else is asked for
+    for name in dict.fromkeys(["none", *sorted(chosen, key=list(VARIANTS).index)]):
         model = _model(recipe.model, name)
         with torch.device("meta"):
             network = create_model(

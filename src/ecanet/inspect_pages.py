@@ -74,6 +74,7 @@ def run(
     root = task.recipe.data.root if data_name in (None, task.recipe.data.name) else None
     chosen = task.recipe.data.but(name=data_name or task.recipe.data.name, root=data_dir or root)
     images = data.build(chosen, seed=task.recipe.seed, train=False)
+    trained.check_classes(chosen.name, images.look, task.look)
     records = inspect.record(task.model, _batches(images), len(names))
     effects, answer = ([], "") if image is None else explain(task, records, image)
     found = Inspection(task=task, records=records, classes=shown, effects=effects, answer=answer)

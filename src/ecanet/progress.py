@@ -28,7 +28,7 @@ class History(L.Callback):
         self.path = path
         self.rows: list[dict[str, float]] = []
         self.evaluated = False
-        self.images = 0
+        self.images, self.rate = 0, 0.0
         self.started = self.trained = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,6 +51,12 @@ class History(L.Callback):
         self.images += len(batch[0]) * trainer.world_size
         self.trained = time.perf_counter()
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the rate of this step: after the last one, the schedule has gone on to the next epoch's."""
+        self.rate = float(trainer.optimizers[0].param_groups[0]["lr"])
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """There is evidence for the report."""
         self.evaluated = True
@@ -66,7 +72,7 @@ class History(L.Callback):
         row = {
             "epoch": trainer.current_epoch + 1,
             **measured,
-            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "learning_rate": self.rate,
             "images_per_second": self.images_per_second,
             "seconds": time.perf_counter() - self.started,
         }
@@ -110,7 +116,8 @@ class Display(L.Callback):
         )
         self.console.print(
             f"batch {pl_module.effective_batch} = {recipe.data.batch_size} images × {trainer.world_size} "
-            f"device{'s' * (trainer.world_size > 1)} ({pl_module.device.type}) × {recipe.accumulate} accumulated; "
+            f"device{'s' * (trainer.world_size > 1)} ({pl_module.device.type}) × {recipe.accumulate} accumulated"
+            f"{', or all there are' * (pl_module.effective_batch == len(images.train))}; "
             f"learning rate {pl_module.learning_rate:g} "
             f"({recipe.optimizer.learning_rate:g} for {recipe.optimizer.base_batch})"
         )

@@ -10,16 +10,17 @@ from dataclasses import asdict
 from typing import Any, ClassVar, cast
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from torchvision.transforms import v2
 
 from ecanet import models, tasks_detection
 from ecanet.config import Recipe, ScheduleConfig, suggestion, to_dict
 from ecanet.data import boxes
+from ecanet.data.images import mixed
 from ecanet.data.sources import Look
 from ecanet.errors import ConfigError, DataError
 
@@ -75,9 +76,7 @@ class Task(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Random numbers depend on seed, epoch and process alone, so an interrupted run repeats none."""
-        # torch looks at 32 bits of a seed on a CPU, so all three are mixed into as many
-        mixed = np.random.SeedSequence((self.recipe.seed, self.current_epoch, self.global_rank)).generate_state(1)
-        torch.manual_seed(int(mixed[0]))
+        torch.manual_seed(mixed(self.recipe.seed, self.current_epoch, self.global_rank))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep with the weights what is needed to use them, as plain values."""
@@ -85,8 +84,12 @@ class Task(L.LightningModule):
 
     @property
     def effective_batch(self) -> int:
-        """Images that go into one step of the optimiser, over all devices and accumulated batches."""
-        return self.recipe.data.batch_size * self.recipe.accumulate * self.trainer.world_size
+        """Images that go into one step of the optimiser, over all devices and accumulated batches.
+
+        A set with fewer images than that gives all of them.
+        """
+        wanted = self.recipe.data.batch_size * self.recipe.accumulate * self.trainer.world_size
+        return min(wanted, len(cast(Any, self.trainer).datamodule.train))
 
     @property
     def learning_rate(self) -> float:
@@ -116,6 +119,8 @@ class Task(L.LightningModule):
         )
         # not trainer.estimated_stepping_batches: it starts the loader's workers before a resumed run knows its epoch
         batches = len(cast(Any, self.trainer).datamodule.train_dataloader())
+        if self.recipe.accumulate > batches:
+            raise ConfigError(f"accumulate={self.recipe.accumulate} batches make a step, but an epoch has {batches}")
         steps = math.ceil(batches / self.recipe.accumulate)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(self.recipe.schedule, step / steps, self.recipe.epochs)
@@ -147,6 +152,7 @@ class Classification(Task):
         self.mix = v2.RandomChoice(mixes) if mixes else None
         self.top1 = MulticlassAccuracy(classes, average="micro")
         self.top5 = MulticlassAccuracy(classes, average="micro", top_k=min(5, classes))
+        self.held_out_loss = MeanMetric()
         self.confusion = MulticlassConfusionMatrix(classes) if classes <= MOST_CLASSES_COMPARED else None
         self.confused: list[list[int]] = []
         self.examples: list[dict[str, Any]] = []
@@ -186,13 +192,15 @@ class Classification(Task):
         self.top5.update(logits, labels)
         if self.confusion is not None:
             self.confusion.update(logits, labels)
-        self.log("val_loss", F.cross_entropy(logits, labels), batch_size=len(images), sync_dist=True)
+        self.held_out_loss.update(F.cross_entropy(logits, labels), len(images))
         self._keep_examples(images, labels, logits)
 
     def on_validation_epoch_end(self) -> None:
         """Gather the counts of all processes, while they are all here."""
-        if not self.seen:
+        if not int(cast(Tensor, self.all_gather(torch.tensor(self.seen, device=self.device))).sum()):
             raise DataError(NOTHING_READ)
+        self.log("val_loss", self.held_out_loss.compute())
+        self.held_out_loss.reset()
         for name, metric in (("top1", self.top1), ("top5", self.top5)):
             self.log(name, 100 * metric.compute())
             metric.reset()

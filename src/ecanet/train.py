@@ -6,6 +6,7 @@ report.html, checkpoints/best.ckpt and last.ckpt, TensorBoard's logs, and a few 
 
 import json
 import os
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ecanet import data, tasks
 from ecanet.config import Recipe, from_dict, to_dict
+from ecanet.data.sources import Look
 from ecanet.errors import ConfigError
 from ecanet.models.checkpoints import read_file
 from ecanet.progress import Display, History, quiet_lightning
 from ecanet.report import Report, environment, write_file
+from ecanet.trained import check_classes
 
 __all__ = ["read_recipe", "run"]
 
@@ -56,6 +60,10 @@ def run(
     place = _claimed(recipe, folder, resume)
     with quiet_lightning():
         images = data.build(recipe.data, seed=recipe.seed, masks=recipe.learns_masks)
+        last = place / "checkpoints" / "last.ckpt"
+        if resume and last.is_file():
+            kept: Any = read_file(last)
+            check_classes(recipe.data.name, images.look, Look(**kept["ecanet"]["look"]))
         torch.manual_seed(recipe.seed)
         task = tasks.build(recipe, images.look)
         history = History(place / "metrics.csv")
@@ -70,15 +78,7 @@ def run(
             except OSError as error:
                 raise ConfigError(f"{place}: cannot keep a run there ({error.strerror})") from None
             write_file(place / "environment.json", json.dumps(environment(), indent=2))
-        last = place / "checkpoints" / "last.ckpt"
-        try:
-            trainer.fit(task, images, ckpt_path=str(last) if resume and last.is_file() else None, weights_only=True)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise ConfigError(
-                "batch norm needs more than one value a channel: raise data.batch_size or data.image_size"
-            ) from None
+        _fit(trainer, task, images, last if resume and last.is_file() else None, place)
         if not history.evaluated:
             # resumed after the last epoch: the figures are in the checkpoint, the evidence is not
             trainer.validate(task, images, verbose=False)
@@ -89,6 +89,23 @@ def run(
                 write_file(place / "results" / name, content)
             display.done(report)
     return report
+
+
+def _fit(trainer: L.Trainer, task: tasks.Task, images: Any, checkpoint: Path | None, place: Path) -> None:
+    """Train to the end, from ``checkpoint`` on; exit code 143 for SIGTERM, so that what waits for the run stops too."""
+    try:
+        trainer.fit(task, images, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+    except SystemExit as stop:  # Lightning's, for Ctrl-C and SIGTERM
+        if isinstance(stop, SIGTERMException):
+            print(f"stopped by SIGTERM; go on with: ecanet train --resume {place}", file=sys.stderr, flush=True)
+            raise SystemExit(143) from None
+        raise KeyboardInterrupt from None
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            "batch norm needs more than one value a channel: raise data.batch_size or data.image_size"
+        ) from None
 
 
 def read_recipe(folder: str | Path) -> Recipe:

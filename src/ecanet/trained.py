@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,8 @@ def evaluate(
         recipe = with_settings(recipe, {"data.on_corrupt": on_corrupt})
     with quiet_lightning():
         images = data.build(recipe.data, seed=recipe.seed, train=False, masks=recipe.learns_masks)
-        if look is not None and look.class_names != images.look.class_names:
-            raise DataError(
-                f"{recipe.data.name} has {len(images.look.class_names)} classes ({images.look.class_names[0]}, …), "
-                f"the network {len(look.class_names)} ({look.class_names[0]}, …)"
-            )
+        if look is not None:
+            check_classes(recipe.data.name, images.look, look)
         task = _loaded(path, recipe, images.look)
         trainer = L.Trainer(
             accelerator=accelerator,
@@ -72,6 +70,19 @@ def evaluate(
         except OSError as error:  # hours may lie behind the figures
             print(f"result files were not written: {error}", file=sys.stderr)
         return {name: float(value) for name, value in metrics.items()}
+
+
+def check_classes(name: str, there: Look, known: Look) -> None:
+    """Raise DataError unless the data called ``name``, which look like ``there``, are of the ``known`` kind."""
+    pairs = zip_longest(there.class_names, known.class_names, fillvalue="nothing")
+    differ = next((f"{mine} for {theirs}" for mine, theirs in pairs if mine != theirs), None)
+    if differ is not None:
+        raise DataError(
+            f"{name} has {len(there.class_names)} classes and the network {len(known.class_names)}; the first that "
+            f"differs is {differ}"
+        )
+    if there.channels != known.channels:
+        raise DataError(f"{name} has images of {there.channels} channels, the network takes {known.channels}")
 
 
 def restore(

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ecanet.config import DataConfig, suggestion
 from ecanet.data.annotations import Annotations, Picture, clipped, decode, read_annotations
-from ecanet.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageData
+from ecanet.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageData, mixed
 from ecanet.data.pictures import read_image
 from ecanet.data.scenes import SPRITES, SceneConfig, scenes
 from ecanet.data.sources import Look, Unreadable
@@ -165,9 +164,7 @@ class Batches(Sampler[list[tuple[int, bool]]]):
         return max(1, len(self.wide) // (self.batch_size * self.world))
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        # torch looks at 32 bits of a seed on a CPU, so seed and epoch are mixed into as many
-        mixed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
-        random = torch.Generator().manual_seed(mixed)
+        random = torch.Generator().manual_seed(mixed(self.seed, self.epoch))
         order = torch.randperm(len(self.wide), generator=random)
         mirror = (torch.rand(len(self.wide), generator=random) < 0.5) & self.flip
         waiting: dict[bool, list[tuple[int, bool]]] = {True: [], False: []}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -83,11 +84,17 @@ class ImageData(L.LightningDataModule):
         # Lightning names later epochs to the sampler, but workers have begun with the first one by then
         sampler.set_epoch(self.first_epoch)
         whole = len(sampler) > self.config.batch_size
-        return self._loader(self.train, sampler=sampler, generator=randomness, drop_last=whole)
+        # workers of its own for each epoch: those that live on would draw on where a resumed run begins anew
+        return self._loader(
+            self.train, sampler=sampler, generator=randomness, drop_last=whole, persistent_workers=False
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every held-out image once, in order; several processes take turns, and none sees an image twice."""
         rank, world = self._place()
+        count = len(self.held_out)  # pyright: ignore[reportArgumentType]
+        if world > count:
+            raise DataError(f"{world} processes cannot share {count} held-out images; use fewer")
         return self._loader(self.held_out, sampler=range(rank, len(self.held_out), world))  # pyright: ignore[reportArgumentType]
 
     test_dataloader = val_dataloader
@@ -128,19 +135,28 @@ class ImageData(L.LightningDataModule):
             num_workers=workers,
             collate_fn=_as_they_are if in_memory else _together,  # pyright: ignore[reportArgumentType]
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=workers > 0,
-            **options,
+            **{"persistent_workers": workers > 0, **options},
         )
 
 
 class _Shuffled(DistributedSampler[Any]):
-    """Another order each epoch, and other random numbers for the workers."""
+    """Another order each epoch, the same for all processes, and random numbers for each one's workers."""
 
     randomness: torch.Generator
 
+    def __init__(self, *args: Any, seed: int, **options: Any):
+        super().__init__(*args, **options)
+        self.of_run = seed
+
     def set_epoch(self, epoch: int) -> None:
-        super().set_epoch(epoch)
-        self.randomness.manual_seed(self.seed + epoch)
+        # mixed, and not added: the next seed's order is not the next epoch's
+        self.seed = mixed(self.of_run, epoch)
+        self.randomness.manual_seed(mixed(self.of_run, epoch, self.rank))
+
+
+def mixed(*numbers: int) -> int:
+    """One seed of 32 bits, which is what torch looks at on a CPU, for several ``numbers``."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _as_they_are(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, list[Unreadable]]:
@@ -157,6 +173,8 @@ def _together(samples: list[Any]) -> tuple[Tensor | None, Tensor | None, list[Un
 
 def _in_memory(config: DataConfig, seed: int, train: bool) -> ImageData:
     small = SMALL_SETS[config.name]
+    if config.eval_crop != DataConfig().eval_crop:
+        raise DataError("data.eval_crop is for photographs; small images are evaluated whole")
     size = config.image_size or small.look.size
 
     def part(train: bool) -> Memory:
