@@ -358,3 +358,20 @@ def test_the_first_example_of_the_guide_runs():
     if page is None:
         pytest.skip("the guide is not here")
     exec(page.split("```python\n")[1].split("```")[0], {})
+
+
+def test_no_gate_stands_before_self_attention():
+    class Hybrid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3, padding=1)
+            self.norm, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True)
+            self.mlp_norm, self.mlp = nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+
+        def forward(self, x):
+            x = self.stem(x).relu().flatten(2).transpose(1, 2)
+            h = self.norm(x)
+            x = x + self.attention(h, h, h)[0]
+            return x + self.mlp(self.mlp_norm(x))
+
+    assert [site.after for site in ecanet.attached(ecanet.attach(Hybrid()))] == ["mlp"]

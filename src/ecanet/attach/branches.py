@@ -22,6 +22,10 @@ MERGES = frozenset(["cat", "concat", "concatenate", "stack", "split", "chunk", "
 """Linear operations that a shortcut does not pass: Res2Net's slices are branches of their own."""
 
 
+WHOLES = ("module", "multi_head_attention_forward", "scaled_dot_product_attention")
+"""Operations with weights of their own inside: a gate before them would be at the start of a branch."""
+
+
 def branch_of(a: Value, b: Value, start: int) -> Value | None:
     """The operand that is a residual branch, the other being its shortcut; None if neither is.
 
@@ -86,7 +90,7 @@ def only_scales(value: Value, call: Call) -> bool:
 
 def step_back(value: Value) -> Value | None:
     """What ``value`` was made of, if a gate may stand before that operation: one operand, or a product's larger one."""
-    if value.op in CONVOLUTIONS or value.op in NORMS or value.op in MERGES or value.op == "module":
+    if value.op in CONVOLUTIONS or value.op in NORMS or value.op in MERGES or value.op in WHOLES:
         return None
     if len(value.parents) == 1:
         return value.parents[0]
