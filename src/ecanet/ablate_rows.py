@@ -69,7 +69,8 @@ def plan(recipe: Recipe, names: Iterable[str], say: Callable[[str], None] = prin
     merged: dict[str, Variant] = {}
     chosen = [name.strip() for name in names]
     for name in chosen:
-        _model(recipe.model, name)  # known, whatever the order
+        if name not in VARIANTS:
+            raise ConfigError(f"there is no variant {name!r}; {suggestion(name, list(VARIANTS))}")
     # in the order of the table, so that a row has one name whatever else is asked for
     for name in dict.fromkeys(["none", *sorted(chosen, key=list(VARIANTS).index)]):
         model = _model(recipe.model, name)
@@ -93,8 +94,6 @@ def plan(recipe: Recipe, names: Iterable[str], say: Callable[[str], None] = prin
 
 
 def _model(base: ModelConfig, name: str) -> ModelConfig:
-    if name not in VARIANTS:
-        raise ConfigError(f"there is no variant {name!r}; {suggestion(name, list(VARIANTS))}")
     attention, options = VARIANTS[name]
     small = base.name in LAYERS and len(LAYERS[base.name][1]) == 3
     options = {key: 4 if small and value == 16 else value for key, value in options.items()}

@@ -84,7 +84,7 @@ def run(
             result["compile_seconds"] |= {f"{name}, batch {size}": value for name, value in seconds.items()}
             time_networks(networks, everything, fast, images, budgets, counts, result)
             time_layers(shapes, size, device, budgets["layers"], result)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
             raise ConfigError(f"batch size {size} does not fit the memory; give a smaller --batch-size") from None

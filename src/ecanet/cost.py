@@ -211,26 +211,24 @@ def build(name: str, *, attention: str = "eca", **options: Any) -> nn.Module:
 
 
 def _foreign(library: str, name: str) -> nn.Module:
+    unknown = ConfigError(f"{library} has no classification model called {name!r}")
     try:
         if library == "timm":
             from timm import create_model as create
-
-            known = True
         else:
             from torchvision import models
-            from torchvision.models import get_model as create
 
-            known = name.lower() in models.list_models(models)  # not those in its submodules, which fetch a backbone
+            create = models.get_model
+            if name.lower() not in models.list_models(models):  # those in its submodules would fetch a backbone
+                raise unknown
     except ModuleNotFoundError as error:
         raise ConfigError(f"{library} is not installed: pip install {library}") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of weights' initialisation, and these have none
-            if known:
-                return create(name)
-    except (RuntimeError, ValueError):
-        pass
-    raise ConfigError(f"{library} has no classification model called {name!r}")
+            return create(name)
+    except (RuntimeError, ValueError) as error:
+        raise unknown from error
 
 
 def default_size(name: str, model: Any) -> tuple[int, int, int]:

@@ -31,7 +31,7 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     blocks = [module for module in model.modules() if fusible(module)]
     if not blocks:
-        gates = " Gates from attach() have their own short way; fuse first to have both." * bool(carries_gates(model))
+        gates = " Gates from attach() have their own short way; fuse first to have both." * carries_gates(model)
         raise ConfigError(
             f"{type(model).__name__} has no block for fuse(), which takes torchvision's and timm's ResNets as they "
             f"are made.{gates}"
@@ -80,14 +80,16 @@ class FusedBlock(nn.Module):
         attention = getattr(block, "se", None)
         last = 3 if hasattr(block, "conv3") else 2
         relus = [getattr(block, f"act{i}", None) or block.relu for i in range(1, last + 1)]
-        called = attention is not None and not isinstance(attention, nn.Identity) and not squeezes(attention)
-        if called or (attention is not None and watched(attention)) or extended(block) or not plain_relu(relus[-1]):
+        if isinstance(attention, nn.Identity) and not watched(attention):
+            attention = None
+        called = attention is not None and (watched(attention) or not squeezes(attention))
+        if called or extended(block) or not plain_relu(relus[-1]):
             y = super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
             return y, y
         for i in range(1, last):
             x = activated(getattr(block, f"conv{i}")(x), getattr(block, f"bn{i}"), relus[i - 1])
         z, norm = getattr(block, f"conv{last}")(x), getattr(block, f"bn{last}")
-        gate = None if attention is None or isinstance(attention, nn.Identity) else partial(weights, attention)
+        gate = None if attention is None else partial(weights, attention)
         addend, side_norm = shortcut(block.downsample, twin)
         return ops.residual_tail_twice(z, norm, gate, addend, side_norm, wanted=wanted)
 

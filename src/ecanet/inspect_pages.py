@@ -14,6 +14,7 @@ from ecanet import data, figures, inspect, trained
 from ecanet.config import ModelConfig, suggestion, to_dict
 from ecanet.data.images import fitted
 from ecanet.data.pictures import read_image
+from ecanet.data.sources import check_classes
 from ecanet.errors import ConfigError
 from ecanet.inspect import GateRecord
 from ecanet.report import environment, page, write_file
@@ -71,10 +72,8 @@ def run(
     inspect.gates(task.model)
     names = task.look.class_names
     shown = [_class(name, names) for name in classes or [n for n in POSTER if n in names] or names[:4]]
-    root = task.recipe.data.root if data_name in (None, task.recipe.data.name) else None
-    chosen = task.recipe.data.but(name=data_name or task.recipe.data.name, root=data_dir or root)
-    images = data.build(chosen, seed=task.recipe.seed, train=False)
-    trained.check_classes(chosen.name, images.look, task.look)
+    images = data.build(task.recipe.data, seed=task.recipe.seed, train=False)
+    check_classes(task.recipe.data.name, images.look, task.look)
     records = inspect.record(task.model, _batches(images), len(names))
     effects, answer = ([], "") if image is None else explain(task, records, image)
     found = Inspection(task=task, records=records, classes=shown, effects=effects, answer=answer)

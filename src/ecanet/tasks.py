@@ -21,7 +21,7 @@ from ecanet import models, tasks_detection
 from ecanet.config import Recipe, ScheduleConfig, suggestion, to_dict
 from ecanet.data import boxes
 from ecanet.data.images import mixed
-from ecanet.data.sources import Look
+from ecanet.data.sources import Look, check_classes
 from ecanet.errors import ConfigError, DataError
 
 __all__ = ["TASKS", "Classification", "Detection", "Task", "build", "learning_rate_factor"]
@@ -81,6 +81,10 @@ class Task(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep with the weights what is needed to use them, as plain values."""
         checkpoint["ecanet"] = {"recipe": to_dict(self.recipe), "look": asdict(self.look)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A run goes on with the classes that it began with."""
+        check_classes(self.recipe.data.name, self.look, Look(**checkpoint["ecanet"]["look"]))
 
     @property
     def effective_batch(self) -> int:

@@ -23,12 +23,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ecanet import data, tasks
 from ecanet.config import Recipe, from_dict, to_dict
-from ecanet.data.sources import Look
 from ecanet.errors import ConfigError
 from ecanet.models.checkpoints import read_file
 from ecanet.progress import Display, History, quiet_lightning
 from ecanet.report import Report, environment, write_file
-from ecanet.trained import check_classes
 
 __all__ = ["read_recipe", "run"]
 
@@ -60,10 +58,6 @@ def run(
     place = _claimed(recipe, folder, resume)
     with quiet_lightning():
         images = data.build(recipe.data, seed=recipe.seed, masks=recipe.learns_masks)
-        last = place / "checkpoints" / "last.ckpt"
-        if resume and last.is_file():
-            kept: Any = read_file(last)
-            check_classes(recipe.data.name, images.look, Look(**kept["ecanet"]["look"]))
         torch.manual_seed(recipe.seed)
         task = tasks.build(recipe, images.look)
         history = History(place / "metrics.csv")
@@ -78,6 +72,7 @@ def run(
             except OSError as error:
                 raise ConfigError(f"{place}: cannot keep a run there ({error.strerror})") from None
             write_file(place / "environment.json", json.dumps(environment(), indent=2))
+        last = place / "checkpoints" / "last.ckpt"
         _fit(trainer, task, images, last if resume and last.is_file() else None, place)
         if not history.evaluated:
             # resumed after the last epoch: the figures are in the checkpoint, the evidence is not

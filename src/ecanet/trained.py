@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ecanet import data, recipes, tasks
 from ecanet.config import ModelConfig, Recipe, from_dict, with_settings
 from ecanet.data.images import fitted
 from ecanet.data.pictures import read_image
-from ecanet.data.sources import IMAGE_SUFFIXES, Look
+from ecanet.data.sources import IMAGE_SUFFIXES, Look, check_classes
 from ecanet.errors import CheckpointError, ConfigError, DataError
 from ecanet.models.checkpoints import load_checkpoint, read_file
 from ecanet.progress import quiet_lightning
@@ -70,19 +69,6 @@ def evaluate(
         except OSError as error:  # hours may lie behind the figures
             print(f"result files were not written: {error}", file=sys.stderr)
         return {name: float(value) for name, value in metrics.items()}
-
-
-def check_classes(name: str, there: Look, known: Look) -> None:
-    """Raise DataError unless the data called ``name``, which look like ``there``, are of the ``known`` kind."""
-    pairs = zip_longest(there.class_names, known.class_names, fillvalue="nothing")
-    differ = next((f"{mine} for {theirs}" for mine, theirs in pairs if mine != theirs), None)
-    if differ is not None:
-        raise DataError(
-            f"{name} has {len(there.class_names)} classes and the network {len(known.class_names)}; the first that "
-            f"differs is {differ}"
-        )
-    if there.channels != known.channels:
-        raise DataError(f"{name} has images of {there.channels} channels, the network takes {known.channels}")
 
 
 def restore(

@@ -101,13 +101,14 @@ def check_attention(name: str, options: dict[str, object], beside: Sequence[str]
     """
     if name not in list_attentions():
         raise ConfigError(f"unknown attention {name!r}; choose one of {', '.join(list_attentions())}")
-    others = {option for other in ATTENTIONS for option in options_of(other)}
     for option in options:
-        if option not in others and (near := get_close_matches(option, beside, 1)):
+        if option in options_of(name):
+            continue
+        near = get_close_matches(option, beside, 1)
+        if near and not any(option in options_of(other) for other in ATTENTIONS):
             raise ConfigError(f"there is no argument {option!r}; did you mean {near[0]!r}?")
-        if option not in options_of(name):
-            takes = ", ".join(options_of(name)) or "no options"
-            raise ConfigError(f"attention {name!r} has no option {option!r}; it takes {takes}")
+        takes = ", ".join(options_of(name)) or "no options"
+        raise ConfigError(f"attention {name!r} has no option {option!r}; it takes {takes}")
 
 
 def options_of(name: str) -> list[str]:

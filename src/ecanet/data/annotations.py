@@ -43,8 +43,11 @@ class Annotations:
     class_names: tuple[str, ...]
     problems: list[str] = field(default_factory=list)
     """One line for each annotation or image that was skipped."""
-    degenerate: int = 0
-    """Boxes of which less than a pixel lies on their image: the evaluation counts them, no target has them."""
+
+    @property
+    def degenerate(self) -> int:
+        """Boxes of which less than a pixel lies on their image: the evaluation counts them, no target has them."""
+        return sum(clipped(o["bbox"], p.width, p.height) is None for p in self.pictures for o in p.objects)
 
     def ground_truth(self) -> Any:
         """What is kept, as a ``pycocotools.coco.COCO``; annotations are numbered anew from 1."""
@@ -106,8 +109,6 @@ def read_annotations(path: str | Path, images: str | Path, *, masks: bool = True
             continue
         whole = _filled_in(annotation, masks)
         lists[whole["image_id"]][bool(whole["iscrowd"])].append(whole)
-        image = known[whole["image_id"]]
-        found.degenerate += not whole["iscrowd"] and clipped(whole["bbox"], image["width"], image["height"]) is None
     found.pictures = [
         Picture(number, folder / image["file_name"], image["height"], image["width"], *map(tuple, lists[number]))
         for number, image in known.items()

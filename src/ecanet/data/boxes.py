@@ -77,12 +77,8 @@ def _part(config: DataConfig, folder: Path, split: str, masks: bool) -> Annotati
         print(f"skipped: {problem}", file=sys.stderr, flush=True)
     if len(found.problems) > 5:
         print(f"skipped: {len(found.problems) - 5} more in {split}", file=sys.stderr, flush=True)
-    if found.degenerate and split == "train2017":
-        print(
-            f"not trained on: {found.degenerate} boxes of {split} with less than a pixel on their image",
-            file=sys.stderr,
-            flush=True,
-        )
+    if split == "train2017" and (thin := found.degenerate):
+        print(f"not trained on: {thin} boxes of {split} with less than a pixel on their image", file=sys.stderr)
     return found
 
 
@@ -201,8 +197,7 @@ class BoxData(ImageData):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every held-out image once, in order; several processes take turns."""
-        rank, world = self._place()
-        items = [(place, False) for place in range(rank, len(self.held_out), world)]
+        items = [(place, False) for place in self._share()]
         return self._batches(self.held_out, sampler=items, batch_size=self.config.batch_size)
 
     test_dataloader = val_dataloader

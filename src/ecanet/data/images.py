@@ -91,11 +91,7 @@ class ImageData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every held-out image once, in order; several processes take turns, and none sees an image twice."""
-        rank, world = self._place()
-        count = len(self.held_out)  # pyright: ignore[reportArgumentType]
-        if world > count:
-            raise DataError(f"{world} processes cannot share {count} held-out images; use fewer")
-        return self._loader(self.held_out, sampler=range(rank, len(self.held_out), world))  # pyright: ignore[reportArgumentType]
+        return self._loader(self.held_out, sampler=self._share())
 
     test_dataloader = val_dataloader
 
@@ -123,6 +119,14 @@ class ImageData(L.LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _share(self) -> range:
+        """Which held-out images this process evaluates."""
+        rank, world = self._place()
+        count = len(self.held_out)  # pyright: ignore[reportArgumentType]
+        if world > count:
+            raise DataError(f"{world} processes cannot share {count} held-out images; use fewer")
+        return range(rank, count, world)
 
     def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
         in_memory = isinstance(dataset, Memory)

@@ -4,6 +4,7 @@ import gzip
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "SmallSet",
     "Unreadable",
     "cache_folder",
+    "check_classes",
     "class_folders",
 ]
 
@@ -54,6 +56,19 @@ class Look:
 
 
 # sources held in memory
+
+
+def check_classes(name: str, there: Look, known: Look) -> None:
+    """Raise DataError unless the data called ``name``, which look like ``there``, are of the ``known`` kind."""
+    pairs = zip_longest(there.class_names, known.class_names, fillvalue="nothing")
+    differ = next((f"{mine} for {theirs}" for mine, theirs in pairs if mine != theirs), None)
+    if differ is not None:
+        raise DataError(
+            f"{name} has {len(there.class_names)} classes and the network {len(known.class_names)}; the first that "
+            f"differs is {differ}"
+        )
+    if there.channels != known.channels:
+        raise DataError(f"{name} has images of {there.channels} channels, the network takes {known.channels}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
