@@ -13,8 +13,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ecanet.ops import expansion
-from ecanet.ops import kernels as K
+from ecanet.ops.triton import expansion
+from ecanet.ops.triton import kernels as K
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -16,13 +16,15 @@ from pathlib import Path
 import torch
 import torchvision
 
-from ecanet import recipes, train, trained
-from ecanet.config import Recipe, to_dict
+from ecanet import recipes
 from ecanet.data.boxes import boxes
 from ecanet.data.pictures import read_image
-from ecanet.detect import detect
 from ecanet.errors import DataError
+from ecanet.recipes.config import Recipe, to_dict
 from ecanet.report import Report, write_file
+from ecanet.training import trained
+from ecanet.training import trainer as train
+from ecanet.training.detections import detect
 
 RUNS = [
     ("mask_rcnn", "eca", 0),

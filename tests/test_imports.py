@@ -1,7 +1,8 @@
-"""The page reads downward, opens fast, and its menus are true."""
+"""The house: rooms stand in one order, are entered by their front doors, open fast, and their menus are true."""
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,33 +13,18 @@ import ecanet
 
 PACKAGE = Path(ecanet.__file__).parent
 
-# top to bottom, as docs and readers take it; "" is ecanet/__init__.py, the front door. A module imports only what
-# stands below it. A new module goes where that stays true.
-READING_ORDER = [
-    module
-    for line in (
-        "__main__ cli cli_compare cli_detect cli_inspect cli_bench cli_options",
-        "bench_pages bench bench_check bench_layers bench_networks",
-        "paper_pages paper paper_runs paper_detection paper_rows ablate_pages ablate ablate_rows inspect_pages",
-        "train detect trained recipes progress",
-        "report figures tasks tasks_detection",
-        "data data.boxes data.scenes data.annotations data.images data.sources data.pictures config",
-        "fusion inference inference_parts inspect export measure traffic",
-        "cost models.detection models models.checkpoints models.mobilenet models.resnet models.tail models.placement",
-        "models.slots attach.preview attach attach.replace attach.kernels attach.folding attach.report attach.example",
-        "attach.sites attach.branches attach.watch attach.hooks",
-        "attention attention.long_range attention.others attention.gates attention.base",
-        "ops ops.proof ops.expansion ops.fused ops.kernels ops.lean ops.tail ops.nodes",
-        "ops.passes ops.reference ops.calls errors",
-    )
-    for module in line.split()
-]
-READING_ORDER.insert(READING_ORDER.index("config") + 1, "")
+# Top to bottom. A room imports only what stands below it. "" is ecanet/__init__.py, the front door of the house.
+ROOMS = """
+    __main__ cli studies training report data recipes "" inference networks surgery models attention ops testing errors
+""".replace('""', "(house)").split()
+ROOMS = ["" if room == "(house)" else room for room in ROOMS]
 
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
     for path in PACKAGE.rglob("*.py")
 )
+CORRIDORS = {"studies"}
+"""Rooms whose doors are the rooms inside them: each is imported when it is used."""
 
 
 def path_of(module: str) -> Path:
@@ -46,43 +32,126 @@ def path_of(module: str) -> Path:
     return inside / "__init__.py" if inside.is_dir() else inside.with_suffix(".py")
 
 
-def imports_of(source: str) -> set[str]:
-    """Modules of ecanet that ``source`` imports, anywhere in it, without the leading ``ecanet.``."""
-    found = set()
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def imports_of(source: str) -> set[tuple[str, str]]:
+    """(module, name) of everything of ecanet that ``source`` imports, anywhere in it, without ``ecanet.``."""
+    found: set[tuple[str, str]] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found |= {(alias.name, "") for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports say the whole name"
-            # `from ecanet import data` means a module where there is one, and a name in the front door otherwise
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            modules = {name for name in names if name.removeprefix("ecanet.") in MODULES}
-            found |= modules | ({node.module or ""} if names - modules else set())
-    return {name.removeprefix("ecanet").removeprefix(".") for name in found if name.split(".")[0] == "ecanet"}
+            for alias in node.names:
+                # `from ecanet import data` means a room where there is one, and a name in the front door otherwise
+                whole = f"{node.module}.{alias.name}"
+                found.add((whole, "") if whole.removeprefix("ecanet.") in MODULES else (node.module or "", alias.name))
+    ours = {(module, name) for module, name in found if module.split(".")[0] == "ecanet"}
+    return {(module.removeprefix("ecanet").removeprefix("."), name) for module, name in ours}
 
 
-def upward(module: str, source: str) -> list[str]:
-    place = READING_ORDER.index(module)
-    return [other for other in sorted(imports_of(source)) if READING_ORDER.index(other) <= place]
+def menu_of(module: str) -> list[str] | None:
+    """The value of ``__all__``."""
+    for node in ast.parse(path_of(module).read_text()).body:
+        if isinstance(node, ast.Assign) and [getattr(target, "id", "") for target in node.targets] == ["__all__"]:
+            return ast.literal_eval(node.value)
+    return None
 
 
-def test_every_module_has_its_place():
-    assert not set(MODULES) - set(READING_ORDER)
-    assert len(set(READING_ORDER)) == len(READING_ORDER)
+def files_in_order(package: str) -> list[str]:
+    """The files of ``package`` in the order in which its docstring names them."""
+    children = [m for m in MODULES if m.startswith(f"{package}.") and "." not in m[len(package) + 1 :]]
+    names = re.findall(r"`([a-z_]+)`", ast.get_docstring(ast.parse(path_of(package).read_text())) or "")
+    return [child for child in dict.fromkeys(f"{package}.{name}" for name in names) if child in children]
+
+
+PACKAGES = [m for m in MODULES if m and path_of(m).name == "__init__.py"]
+
+
+def violations(module: str, source: str) -> list[str]:
+    """Imports in ``source``, the text of ``module``, that point upward or pass a front door."""
+    found = []
+    for other, name in sorted(imports_of(source)):
+        if room_of(other) != room_of(module):
+            found += [f"{other} is above"] if ROOMS.index(room_of(other)) <= ROOMS.index(room_of(module)) else []
+            found += [] if by_the_door(other, name) else [f"{other}:{name} is behind the front door"]
+            continue
+        found += [f"{other} is above"] if above(module, other) else []
+    return found
+
+
+def by_the_door(module: str, name: str) -> bool:
+    room, _, inside = module.partition(".")
+    if inside and room in CORRIDORS:
+        return "." not in inside and (not name or name in (menu_of(module) or ()))
+    if name == "__version__":
+        return True
+    return (not inside and (not name or name in (menu_of(room) or (name,)))) or (
+        not name and inside in (menu_of(room) or ())
+    )
+
+
+def above(module: str, other: str) -> bool:
+    """Whether ``other``, of the same room, stands above ``module``, at the first folder where the two part."""
+    a, b = module.split("."), other.split(".")
+    shared = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    if shared == len(a):
+        return False  # a front door imports what is in its room
+    if shared == len(b):
+        return True  # who is inside does not come in by the door
+    order = files_in_order(".".join(a[:shared]))
+    return order.index(".".join(b[: shared + 1])) <= order.index(".".join(a[: shared + 1]))
+
+
+def test_every_room_is_there_and_has_its_place():
+    assert {room_of(module) for module in MODULES} == set(ROOMS)
+    assert len(set(ROOMS)) == len(ROOMS) <= 16
+
+
+@pytest.mark.parametrize("package", [p for p in PACKAGES if p])
+def test_front_doors_list_their_files_in_reading_order(package):
+    children = {m for m in MODULES if m.startswith(f"{package}.") and "." not in m[len(package) + 1 :]}
+    assert set(files_in_order(package)) == children
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down_the_page(module):
-    assert upward(module, path_of(module).read_text()) == []
+def test_imports_point_downward_and_go_by_the_front_door(module):
+    assert violations(module, path_of(module).read_text()) == []
 
 
-def test_an_upward_import_is_seen():
-    assert upward("config", "from ecanet import train") == ["train"]
-    assert upward("models.slots", "def f():\n    from ecanet.models.checkpoints import read_file") == [
-        "models.checkpoints"
+def test_what_is_wrong_is_seen():
+    assert violations("recipes.config", "from ecanet.training import run") == ["training is above"]
+    assert violations("models.slots", "def f():\n    from ecanet.models.checkpoints import read_file") == [
+        "models.checkpoints is above"
     ]
-    assert upward("ops", "import ecanet") == [""]
-    assert upward("train", "from ecanet import data, tasks\nfrom ecanet.errors import ConfigError") == []
+    assert violations("models.slots", "from ecanet.models import create_model") == ["models is above"]
+    assert violations("ops.tail", "import ecanet") == [" is above"]
+    assert violations("training.trainer", "from ecanet.data.images import fitted") == [
+        "data.images:fitted is behind the front door"
+    ]
+    assert violations("inference.block", "from ecanet.ops import dispatch") == [
+        "ops.dispatch: is behind the front door"
+    ]
+    assert violations("training.trainer", "from ecanet import data\nfrom ecanet.errors import ConfigError") == []
+    assert violations("cli.compare", "from ecanet.studies.paper import run\nfrom ecanet.studies import cost") == []
+    assert violations("cli.compare", "from ecanet.studies.paper.rows import Row") == [
+        "studies.paper.rows:Row is behind the front door"
+    ]
+
+
+def test_floors():
+    """A room's floor is the longest way down from it."""
+    below = {
+        room: {room_of(o) for m in MODULES if room_of(m) == room for o, _ in imports_of(path_of(m).read_text())}
+        - {room}
+        for room in ROOMS
+    }
+    floor: dict[str, int] = {}
+    for room in reversed(ROOMS):
+        floor[room] = 1 + max((floor[other] for other in below[room]), default=0)
+    assert max(floor.values()) <= 9, floor
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
@@ -116,15 +185,9 @@ print("loaded", *{m.partition(".")[0] for m in sys.modules})
 
 @pytest.mark.parametrize("module", MODULES)
 def test_menus_are_sorted_and_true(module):
-    tree = ast.parse(path_of(module).read_text())
-    menus = [
-        node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and [getattr(target, "id", "") for target in node.targets] == ["__all__"]
-    ]
-    if not menus:
+    names = menu_of(module)
+    if names is None:
         return
-    names = ast.literal_eval(menus[0])
     # as ruff sorts them: CONSTANTS, Classes, functions
     assert names == sorted(names, key=lambda name: (not name.isupper(), name[0].islower(), name))
     loaded = importlib.import_module(f"ecanet.{module}".rstrip("."))

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-
 from test_checkpoints import authors_file
 from test_models import randomize
 

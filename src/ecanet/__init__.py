@@ -1,6 +1,5 @@
 """Channel attention for convolutional networks: modules, lossless attach, ECA-Nets."""
 
-from ecanet.attach import attach, attached, detach, fold
 from ecanet.attention import (
     ECA,
     ECANS,
@@ -14,9 +13,9 @@ from ecanet.attention import (
     list_attentions,
     make_attention,
 )
-from ecanet.fusion import fuse
-from ecanet.inference import optimize
+from ecanet.inference import fuse, optimize
 from ecanet.models import create_model, list_models, load_checkpoint
+from ecanet.surgery import attach, attached, detach, fold
 
 __version__ = "0.1.0"
 

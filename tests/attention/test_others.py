@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import ecanet
 from ecanet.attention import CBAM, AugmentedConv2d, DoubleAttention, GlobalContext, GSoP, NonLocal
-from ecanet.cost import attention_modules, count
 from ecanet.errors import AttachError, ConfigError
+from ecanet.studies.cost import attention_modules, count
 
 OTHERS = ("cbam", "gc", "gsop", "a2", "non-local", "aa")
 BUILD = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ecanet.__main__ import TRAIN_EXTRA
-from ecanet.figures import png
+from ecanet.report.figures import png
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_without_lightning_alone_training_is_one_line():
 def test_the_list_of_the_train_extra_is_whole():
     import tomllib
 
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     names = {
         line.partition(">")[0].replace("scikit-learn", "sklearn") for line in project["optional-dependencies"]["train"]
     }

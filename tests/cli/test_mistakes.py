@@ -6,8 +6,8 @@ import torch
 import torchvision
 
 import ecanet as library
-from ecanet import cost
 from ecanet.errors import AttachError, ConfigError
+from ecanet.studies import cost
 
 LINES = {
     "cost resnet50 --side -5": "an image's size must be positive",

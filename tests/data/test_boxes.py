@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from ecanet.config import DataConfig
 from ecanet.data.annotations import _run_lengths, decode, read_annotations
 from ecanet.data.boxes import Batches, Boxes, boxes, flipped
 from ecanet.errors import ConfigError, DataError
+from ecanet.recipes.config import DataConfig
 
 SQUARE = [[2.0, 3.0, 7.0, 3.0, 7.0, 9.0, 2.0, 9.0]]
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ecanet import data
-from ecanet.config import DataConfig
 from ecanet.data import sources
 from ecanet.data.images import fitted, mirrored, shifted
 from ecanet.data.pictures import read_image
 from ecanet.data.sources import FASHION_FOLDER, SMALL_SETS, Look, load_fashion_mnist, read_idx
 from ecanet.errors import ConfigError, DataError
-from ecanet.figures import png
+from ecanet.recipes.config import DataConfig
+from ecanet.report.figures import png
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -376,8 +376,8 @@ def test_a_batch_with_nothing_readable_is_empty(photos):
 
 
 def test_skipping_goes_on_past_a_batch_of_one_bad_image_and_stops_where_nothing_is_left(photos, tmp_path):
-    from ecanet.config import ModelConfig, Recipe
-    from ecanet.train import run
+    from ecanet.recipes.config import ModelConfig, Recipe
+    from ecanet.training.trainer import run
 
     recipe = Recipe(data=folder_config(photos, on_corrupt="skip", batch_size=3), model=ModelConfig(name="resnet8"))
     pictures = sorted((photos / "val").rglob("*.png"))

@@ -12,7 +12,7 @@ from torch import nn
 import ecanet
 from ecanet import ops
 from ecanet.errors import ConfigError
-from ecanet.fusion import FusedBlock
+from ecanet.inference.fusion import FusedBlock
 from ecanet.models.tail import Stage
 
 NETWORKS = {
@@ -119,7 +119,7 @@ def test_automatic_fused_runs_the_whole_network_in_kernels(network, monkeypatch)
     of one position and two images would not do: their norm makes 1e-14 into 1e-10, in the reference itself.
     """
     pytest.importorskip("triton")
-    from ecanet.ops import fused
+    from ecanet.ops.triton import launch as fused
 
     torch.manual_seed(0)
     if network == "own":

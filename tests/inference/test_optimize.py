@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import ecanet
 from ecanet.attention import AugmentedConv2d
 from ecanet.errors import ConfigError
-from ecanet.inference import InferenceBlock, squeezed
+from ecanet.inference.optimization import InferenceBlock, squeezed
 from ecanet.models.detection import create_detector
 from ecanet.models.resnet import BOTTLENECK, ResNet
 from ecanet.models.slots import Slot

@@ -6,12 +6,12 @@ import pickle
 import pytest
 import torch
 import torchvision
+from test_models import GATES, randomize, recompute
 from torch import nn
 
 import ecanet
 from ecanet.errors import CheckpointError
 from ecanet.models.checkpoints import load_state_dict
-from test_models import GATES, randomize, recompute
 
 RELEASED = {
     "resnet18": (3, 5, 7, 7),

@@ -10,18 +10,21 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from budget import layout
-from ecanet import inference, ops, traffic
+from ecanet import ops
 from ecanet.errors import ConfigError
-from ecanet.inference import InferenceBlock
-from ecanet.inference_parts import parts_of
+from ecanet.inference import optimization as inference
+from ecanet.inference.block import parts_of
+from ecanet.inference.optimization import InferenceBlock
 from ecanet.models.resnet import BOTTLENECK, ResNet
 from ecanet.models.slots import Slot
 from ecanet.ops import proof
+from ecanet.studies.bench import traffic
 
 pytest.importorskip("triton")
 
-from ecanet.ops import expansion
 from test_ops_fused import fenced
+
+from ecanet.ops.triton import expansion
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

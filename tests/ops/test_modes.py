@@ -173,8 +173,8 @@ def test_timms_gates_in_half_precision(short, attention, dtype):
 
 
 def test_the_benchmark_refuses_gradients_that_are_no_numbers(monkeypatch):
-    from ecanet import bench_check
     from ecanet.errors import ConfigError
+    from ecanet.studies.bench import check as bench_check
 
     right = lean.grads
     monkeypatch.setattr(lean, "grads", lambda *a: torch.full_like(right(*a), float("nan")))

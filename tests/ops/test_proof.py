@@ -102,7 +102,7 @@ WRONG = {
 
 @pytest.mark.parametrize("bug", WRONG)
 def test_a_wrong_kernel_is_found_and_told_once(bug, gpu, ran, monkeypatch):
-    from ecanet.ops import fused
+    from ecanet.ops.triton import launch as fused
 
     name, change = WRONG[bug]
     wrong = change(getattr(fused, name))
@@ -122,7 +122,7 @@ def test_a_wrong_kernel_is_found_and_told_once(bug, gpu, ran, monkeypatch):
 
 
 def test_kernels_that_do_not_run(gpu, ran, monkeypatch):
-    from ecanet.ops import fused
+    from ecanet.ops.triton import launch as fused
 
     def broken(z, order):
         raise RuntimeError("PTX was compiled for something else\nand more")
@@ -192,7 +192,7 @@ def test_who_must_see_operations_gets_them(gpu, ran, monkeypatch):
 
 
 def test_launches_on_the_tensors_device(monkeypatch):
-    from ecanet.ops import fused
+    from ecanet.ops.triton import launch as fused
 
     entered, device_of = [], torch.cuda.device_of
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x.shape) or device_of(x))

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from ecanet.config import (
+from ecanet.errors import ConfigError
+from ecanet.recipes import RECIPES
+from ecanet.recipes.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -16,8 +18,6 @@ from ecanet.config import (
     to_dict,
     with_settings,
 )
-from ecanet.errors import ConfigError
-from ecanet.recipes import RECIPES
 
 # every one of them changed
 OTHER = Recipe(

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from ecanet.config import ScheduleConfig
 from ecanet.errors import ConfigError
-from ecanet.recipes import RECIPE_FOR_DATA, RECIPES, find
-from ecanet.tasks import learning_rate_factor
+from ecanet.recipes import RECIPES, find
+from ecanet.recipes.config import ScheduleConfig
+from ecanet.recipes.named import RECIPE_FOR_DATA
+from ecanet.training.tasks import learning_rate_factor
 
 
 @pytest.mark.parametrize("name", RECIPES)

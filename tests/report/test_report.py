@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ecanet import figures
-from ecanet.config import Recipe
 from ecanet.errors import DataError
-from ecanet.report import Report, environment, write_file
+from ecanet.recipes.config import Recipe
+from ecanet.report import Report, environment, figures, write_file
 
 MATRIX = [[7, 2, 1], [0, 10, 0], [3, 3, 4]]
 NAMES = ["cat", "<dog> & co", "horse"]

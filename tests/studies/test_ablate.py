@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from ecanet import ablate, ablate_pages, ablate_rows, recipes
-from ecanet.ablate_rows import form_of, plan
+from ecanet import recipes
 from ecanet.attention import ECA, ECANS, SE, SEGC, SEVar1, SEVar2, SEVar3
 from ecanet.errors import ConfigError
+from ecanet.studies import ablate
+from ecanet.studies.ablate import pages as ablate_pages
+from ecanet.studies.ablate import rows as ablate_rows
+from ecanet.studies.ablate.rows import form_of, plan
 
 RECIPE = recipes.find("quickstart")
 RECIPE = RECIPE.but(epochs=2, model=RECIPE.model.but(name="resnet8"), schedule=RECIPE.schedule.but(warmup_epochs=0.5))
@@ -212,7 +215,8 @@ def test_wherever_a_cell_was_cut_off(left, tmp_path):
 
 
 def test_seeds_are_counted_and_not_set(tmp_path):
-    from ecanet import ablate, recipes
+    from ecanet import recipes
+    from ecanet.studies import ablate
 
     with pytest.raises(ConfigError, match="leave out seed=7"):
         ablate.run(recipes.find("digits").but(seed=7), folder=tmp_path)
@@ -220,7 +224,7 @@ def test_seeds_are_counted_and_not_set(tmp_path):
 
 def test_a_merged_row_has_one_name_whatever_else_is_asked_for():
     from ecanet import recipes
-    from ecanet.ablate_rows import plan
+    from ecanet.studies.ablate.rows import plan
 
     recipe = recipes.find("digits").but(model=recipes.find("digits").model.but(name="resnet8"))
     names = [

@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from ecanet import bench, bench_check, bench_layers, bench_networks, bench_pages, measure, ops
+from ecanet import ops
 from ecanet.errors import ConfigError
-from ecanet.measure import Budget
 from ecanet.ops import lean
+from ecanet.studies import bench
+from ecanet.studies.bench import check as bench_check
+from ecanet.studies.bench import layers as bench_layers
+from ecanet.studies.bench import measure
+from ecanet.studies.bench import networks as bench_networks
+from ecanet.studies.bench import pages as bench_pages
+from ecanet.studies.bench.measure import Budget
 
 TINY = {"model": "resnet18", "image_size": 64, "batch_sizes": (2,), "quick": True}
 NETWORKS = ["ecanet plain", "ecanet eca", "timm eca", "timm se", "torchvision plain"]

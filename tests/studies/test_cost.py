@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from ecanet import create_model
-from ecanet.cost import WHY, attention_modules, build, count, default_size, table
 from ecanet.errors import ConfigError
+from ecanet.networks import find, image_size
+from ecanet.studies.cost import WHY, attention_modules, count, table
 
 M, G = 2**20, 2**30
 
@@ -34,7 +35,7 @@ ATTENTIONS = ("none", "se", "eca")
 def test_the_papers_own_cells(name):
     for attention, parameters, printed in zip(ATTENTIONS, PARAMETERS[name], OPERATIONS[name], strict=True):
         options = {"reduction": 8} if (name, attention) == ("mobilenet_v2", "se") else {}
-        cost = count(build(name, attention=attention, **options))
+        cost = count(find(name, attention=attention, **options))
         digits = 3 if name in ("resnet18", "resnet34") else 2
         assert round(cost.parameters / M, digits) == parameters, attention
         match name:
@@ -120,13 +121,13 @@ def test_counting_leaves_the_model_alone():
 
 
 def test_attention_of_other_libraries_is_seen():
-    assert len(attention_modules(build("timm:ecaresnet50t"))) == 16
-    assert len(attention_modules(build("torchvision:mobilenet_v3_small"))) == 9
+    assert len(attention_modules(find("timm:ecaresnet50t"))) == 16
+    assert len(attention_modules(find("torchvision:mobilenet_v3_small"))) == 9
     assert table(["timm:ecaresnet50t"])[0]["attention parameters"] == 86
 
 
 def test_sizes():
-    assert default_size("resnet20", None) == (3, 32, 32)
+    assert image_size("resnet20", nn.Identity()) == (3, 32, 32)
     assert table(["torchvision:inception_v3"])[0]["size"] == "3x299x299"
     small, large = (table(["resnet18"], attentions=["none"], side=side)[0]["MACs"] for side in (128, 256))
     assert large - 512_000 == 4 * (small - 512_000)  # all but the classifier
@@ -141,13 +142,13 @@ def test_the_line_on_units_is_true():
 
 def test_what_cannot_be_counted_says_so():
     with pytest.raises(ConfigError, match="unknown library 'keras'"):
-        build("keras:resnet50")
-    with pytest.raises(ConfigError, match="torchvision has no classification model called 'resnet51'"):
-        build("torchvision:resnet51")
-    with pytest.raises(ConfigError, match="timm has no classification model called 'resnet51'"):
-        build("timm:resnet51")
+        find("keras:resnet50")
+    with pytest.raises(ConfigError, match="torchvision has no model 'resnet51'; did you mean"):
+        find("torchvision:resnet51")
+    with pytest.raises(ConfigError, match="timm has no model 'resnet51'; did you mean"):
+        find("timm:resnet51")
     with pytest.raises(ConfigError, match=r"image of size \(4, 32, 32\)"):
-        count(build("resnet20"), (4, 32, 32))
+        count(find("resnet20"), (4, 32, 32))
 
 
 def test_the_command(capsys):

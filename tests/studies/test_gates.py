@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import ecanet
-from ecanet import inspect, inspect_pages
 from ecanet.attention import CBAM, ECA, SEVar2
 from ecanet.errors import ConfigError
+from ecanet.studies.gates import pages as inspect_pages
+from ecanet.studies.gates import records as inspect
 
 
 def images(n: int, channels: int = 4) -> Tensor:
@@ -100,7 +101,8 @@ def test_a_network_without_gates_is_refused():
 @pytest.fixture(scope="module")
 def trained_folder(tmp_path_factory):
     """Two epochs of digits, with the examples that a run keeps."""
-    from ecanet import recipes, train
+    from ecanet import recipes
+    from ecanet.training import trainer as train
 
     recipe = recipes.find("quickstart")
     recipe = recipe.but(
@@ -128,7 +130,7 @@ def test_from_a_checkpoint_to_a_page(trained_folder, tmp_path):
 
 def test_the_picture_is_seen_as_the_network_sees_it(trained_folder, tmp_path):
     """A held-out image, from its file, gets the weights that it has in the data."""
-    from ecanet import trained
+    from ecanet.training import trained
 
     picture = sorted((trained_folder / "examples").glob("*.png"))[0]
     found = inspect_pages.run(trained_folder, tmp_path, image=picture)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import ecanet
-from ecanet import paper, paper_pages
 from ecanet.errors import ConfigError, DataError
-from ecanet.paper_rows import FOOTNOTES, TABLES, Network
+from ecanet.studies import paper
+from ecanet.studies.paper import pages as paper_pages
+from ecanet.studies.paper.rows import FOOTNOTES, TABLES, Network
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,8 @@ def test_a_wrong_module_is_found_out():
 @pytest.mark.parametrize("name", ["2", "3", "poster", "figure4"])
 def test_every_command_describes_its_rows_network(name, monkeypatch):
     """Each command, parsed by the command line itself, comes to a recipe whose network is the row's."""
-    from ecanet import cli, train
+    from ecanet import cli
+    from ecanet.training import trainer as train
 
     recipes = []
 
@@ -117,7 +119,7 @@ def test_every_command_describes_its_rows_network(name, monkeypatch):
 
 
 def test_accuracy_is_evaluated_where_there_are_data_and_weights(tmp_path, monkeypatch):
-    from ecanet import trained
+    from ecanet.training import trained
 
     asked = []
 

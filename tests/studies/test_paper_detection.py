@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from ecanet import paper, paper_pages, paper_runs, trained
-from ecanet.config import with_settings
 from ecanet.data.scenes import SceneConfig, scenes
 from ecanet.errors import CheckpointError, DataError
-from ecanet.paper_detection import detector_cost, operations
-from ecanet.paper_rows import TABLES, Network, Row, Table
+from ecanet.recipes.config import with_settings
+from ecanet.studies import paper
+from ecanet.studies.paper import pages as paper_pages
+from ecanet.studies.paper import runs as paper_runs
+from ecanet.studies.paper.detection import detector_cost, operations
+from ecanet.studies.paper.rows import TABLES, Network, Row, Table
+from ecanet.training import trained
 
 DETECTORS = ("faster_rcnn", "mask_rcnn", "retinanet")
 STAGES = ((256, 200 * 320), (512, 100 * 160), (1024, 50 * 80), (2048, 25 * 40))
@@ -75,7 +78,8 @@ def test_rules_of_the_counter():
 @pytest.mark.parametrize("name", ["5", "6"])
 def test_every_command_describes_its_rows_network(name, monkeypatch):
     """Each line, parsed by the command line itself; a backbone's line writes what its detector's line reads."""
-    from ecanet import cli, train
+    from ecanet import cli
+    from ecanet.training import trainer as train
 
     ran = []
 
@@ -131,10 +135,10 @@ def coco(tmp_path_factory):
 
 def save_run(path, **settings):
     """The checkpoint of a run of a small Mask R-CNN that has learnt nothing."""
-    from ecanet.config import to_dict
     from ecanet.data.sources import Look
     from ecanet.recipes import find
-    from ecanet.tasks import build
+    from ecanet.recipes.config import to_dict
+    from ecanet.training.tasks import build
 
     recipe = with_settings(find("scenes"), {"detector.backbone": "resnet20", **settings})
     look = Look(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
@@ -144,7 +148,7 @@ def save_run(path, **settings):
 
 def test_ap_is_that_of_the_checkpoint_in_the_folder(tmp_path, coco, monkeypatch):
     """The real evaluation of a real checkpoint, but for what it finds: the true boxes, and masks a little off."""
-    from ecanet.tasks import Detection
+    from ecanet.training.tasks import Detection
 
     network = Network(name="resnet20", detector="mask_rcnn", attention="eca")
     save_run(tmp_path / f"{network.key}.ckpt")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import ecanet
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "attach-sweep.json"
 TABLE = ROOT / "docs" / "attach-sweep.md"
 

@@ -12,15 +12,15 @@ from pycocotools.cocoeval import COCOeval
 
 from ecanet import create_model
 from ecanet.attention.base import Attention
-from ecanet.config import with_settings
-from ecanet.cost import count
 from ecanet.data.annotations import decode, read_annotations
 from ecanet.data.boxes import Boxes
 from ecanet.data.scenes import SceneConfig, scenes
 from ecanet.errors import ConfigError, DataError
 from ecanet.models.detection import DETECTORS, create_detector
 from ecanet.recipes import find
-from ecanet.tasks_detection import METRICS, Outcome, all_found, average_precision
+from ecanet.recipes.config import with_settings
+from ecanet.studies.cost import count
+from ecanet.training.tasks.outcome import METRICS, Outcome, all_found, average_precision
 
 SMALL = {"num_classes": 10, "small": True, "short_side": 128}
 
@@ -230,7 +230,7 @@ def test_what_is_right_is_all_of_it(some):
 
 
 def test_the_papers_recipe():
-    from ecanet.tasks import learning_rate_factor
+    from ecanet.training.tasks import learning_rate_factor
 
     recipe = find("coco:/data")
     o = recipe.optimizer
@@ -252,8 +252,8 @@ def tiny(monkeypatch, tmp_path, **settings):
 def test_a_run_writes_its_results_and_resumes_exactly(monkeypatch, tmp_path):
     import lightning as L
 
-    from ecanet.train import run
-    from ecanet.trained import evaluate
+    from ecanet.training.trained import evaluate
+    from ecanet.training.trainer import run
 
     recipe = tiny(monkeypatch, tmp_path)
     whole = run(recipe, folder=tmp_path / "whole", accelerator="cpu", quiet=True)
@@ -320,8 +320,8 @@ def test_nothing_found_is_scored_by_kind(some):
 
 def test_detect_draws_and_lists_what_is_found(monkeypatch, tmp_path, some):
     from ecanet.data.sources import Look
-    from ecanet.detect import detect
-    from ecanet.tasks import build
+    from ecanet.training.detections import detect
+    from ecanet.training.tasks import build
 
     recipe = tiny(monkeypatch, tmp_path)
     look = Look(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
@@ -351,8 +351,8 @@ def test_detect_never_writes_over_what_it_looks_at(monkeypatch, tmp_path, some):
     import shutil
 
     from ecanet.data.sources import Look
-    from ecanet.detect import detect
-    from ecanet.tasks import build
+    from ecanet.training.detections import detect
+    from ecanet.training.tasks import build
 
     look = Look(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
     task = build(tiny(monkeypatch, tmp_path), look)
@@ -369,7 +369,7 @@ def test_detect_never_writes_over_what_it_looks_at(monkeypatch, tmp_path, some):
 
 
 def test_a_picture_is_enlarged_within_bounds():
-    from ecanet.figures import drawn
+    from ecanet.report.figures import drawn
 
     nothing = {"boxes": torch.empty(0, 4)}
     assert drawn(torch.zeros(3, 100, 200, dtype=torch.uint8), nothing, []).shape == (3, 400, 800)
@@ -385,7 +385,7 @@ def test_a_picture_is_enlarged_within_bounds():
 )
 def test_settings_of_the_other_task_are_refused(monkeypatch, tmp_path, settings, complaint):
     from ecanet.data.sources import Look
-    from ecanet.tasks import build
+    from ecanet.training.tasks import build
 
     look = Look(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
     with pytest.raises(ConfigError, match=complaint):
@@ -394,8 +394,8 @@ def test_settings_of_the_other_task_are_refused(monkeypatch, tmp_path, settings,
 
 def test_unreadable_images_neither_train_nor_count(monkeypatch, tmp_path, capsys):
     from ecanet import data
-    from ecanet.train import run
-    from ecanet.trained import evaluate
+    from ecanet.training.trained import evaluate
+    from ecanet.training.trainer import run
 
     recipe = tiny(monkeypatch, tmp_path, **{"data.batch_size": 1, "data.on_corrupt": "skip", "epochs": 1})
     module = data.build(recipe.data)
@@ -418,8 +418,8 @@ def test_unreadable_images_neither_train_nor_count(monkeypatch, tmp_path, capsys
 
 
 def test_figures_are_kept_where_result_files_cannot_be(monkeypatch, tmp_path, capsys):
-    from ecanet import trained
-    from ecanet.train import run
+    from ecanet.training import trained
+    from ecanet.training.trainer import run
 
     report = run(tiny(monkeypatch, tmp_path, epochs=1), folder=tmp_path / "run", accelerator="cpu", quiet=True)
     (tmp_path / "run" / "checkpoints" / "last-results").write_text("in the way")
@@ -429,8 +429,9 @@ def test_figures_are_kept_where_result_files_cannot_be(monkeypatch, tmp_path, ca
 
 
 def test_commands_for_classifiers_say_what_a_detector_needs(monkeypatch, tmp_path, some):
-    from ecanet import inspect_pages, trained
-    from ecanet.train import run
+    from ecanet.studies.gates import pages as inspect_pages
+    from ecanet.training import trained
+    from ecanet.training.trainer import run
 
     place = tmp_path / "run"
     run(tiny(monkeypatch, tmp_path, epochs=1), folder=place, accelerator="cpu", quiet=True)
@@ -442,7 +443,7 @@ def test_commands_for_classifiers_say_what_a_detector_needs(monkeypatch, tmp_pat
 
 @pytest.mark.parametrize("setting", [{"mixup": 0.8}, {"loss": "bce"}, {"label_smoothing": 0.1}, {"cutmix": 1.0}])
 def test_losses_of_the_other_task_are_refused_in_training(monkeypatch, tmp_path, setting):
-    from ecanet.train import run
+    from ecanet.training.trainer import run
 
     with pytest.raises(ConfigError, match=f"{next(iter(setting))} is for classification"):
         run(tiny(monkeypatch, tmp_path, **setting), folder=tmp_path / "run", quiet=True)
@@ -452,7 +453,7 @@ def test_losses_of_the_other_task_are_refused_in_training(monkeypatch, tmp_path,
 def test_detect_by_the_command_line(monkeypatch, tmp_path, some, ecanet):
     import shutil
 
-    from ecanet.train import run
+    from ecanet.training.trainer import run
 
     run(tiny(monkeypatch, tmp_path, epochs=1), folder=tmp_path / "run", accelerator="cpu", quiet=True)
     photos = tmp_path / "photos"
@@ -479,7 +480,7 @@ def test_detect_by_the_command_line(monkeypatch, tmp_path, some, ecanet):
 
 def test_eval_prints_json_and_nothing_else(monkeypatch, tmp_path, ecanet):
     from ecanet import data
-    from ecanet.train import run
+    from ecanet.training.trainer import run
 
     recipe = tiny(monkeypatch, tmp_path, epochs=1)
     run(recipe, folder=tmp_path / "run", accelerator="cpu", quiet=True)

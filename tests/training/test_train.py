@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecanet import train, trained
-from ecanet.config import DataConfig, ModelConfig, OptimizerConfig, Recipe, ScheduleConfig, to_dict
 from ecanet.data.sources import SMALL_SETS, Look, SmallSet
 from ecanet.errors import CheckpointError, ConfigError, DataError
 from ecanet.models import create_model
+from ecanet.recipes.config import DataConfig, ModelConfig, OptimizerConfig, Recipe, ScheduleConfig, to_dict
 from ecanet.report import Report
-from ecanet.tasks import Classification, build
+from ecanet.training import trained
+from ecanet.training import trainer as train
+from ecanet.training.tasks import Classification, build
 
 
 def load_tiny(root: str | None, training: bool) -> tuple[Tensor, Tensor]:
@@ -489,7 +490,7 @@ def test_two_processes_train_one_network(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_quickstart_reaches_97_percent(tmp_path, seed):
-    from ecanet.recipes import quickstart
+    from ecanet.recipes.named import quickstart
 
     assert run(quickstart().but(seed=seed), tmp_path / "run").metrics["top1"] >= 97
 
@@ -510,7 +511,7 @@ def test_a_moved_run_still_knows_its_best(tmp_path):
 
 def photographs(folder: Path, names: tuple[str, ...] = ("cat", "dog")) -> Path:
     """Four images of each class in ImageNet's layout."""
-    from ecanet.figures import png
+    from ecanet.report.figures import png
 
     random = torch.Generator().manual_seed(0)
     for part in ("train", "val"):
@@ -559,7 +560,7 @@ def test_a_run_does_not_go_on_with_other_classes(tmp_path):
         (photos / part / "cat").rename(photos / part / "elk")
     with pytest.raises(DataError, match="the first that differs is dog for cat"):
         run(recipe, tmp_path / "run", resume=True)
-    from ecanet import inspect_pages
+    from ecanet.studies.gates import pages as inspect_pages
 
     with pytest.raises(DataError, match="the first that differs is dog for cat"):
         inspect_pages.run(tmp_path / "run", tmp_path / "page")
@@ -579,7 +580,7 @@ def test_a_batch_is_no_larger_than_the_data(tmp_path, capsys):
 
 
 def test_a_row_has_the_rate_of_its_own_epoch(tmp_path):
-    from ecanet.config import ScheduleConfig
+    from ecanet.recipes.config import ScheduleConfig
 
     recipe = of_photographs(photographs(tmp_path / "photos"))
     recipe = recipe.but(schedule=ScheduleConfig(name="step", milestones=(1, 2)))

@@ -7,17 +7,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from ecanet.attention.base import Attention
-from ecanet.attention.gates import (
-    ECA,
-    ECANS,
-    SE,
-    SEGC,
-    ChannelAttention,
-    SEVar1,
-    SEVar2,
-    SEVar3,
-    adaptive_kernel_size,
-)
+from ecanet.attention.gates import ECA, ECANS, SE, SEGC, ChannelAttention, SEVar1, SEVar2, SEVar3, adaptive_kernel_size
 from ecanet.attention.long_range import AugmentedConv2d, DoubleAttention, NonLocal
 from ecanet.attention.others import CBAM, GlobalContext, GSoP
 from ecanet.errors import ConfigError

@@ -1,7 +1,8 @@
 """The commands: each one turns its options into one call, and prints what comes back.
 
-What is heavy is imported inside the commands, so that ``--help`` is quick. A mistake is an `EcanetError`, which
-``ecanet.__main__`` prints as one line.
+Read downward: `compare` (cost, paper, ablate, inspect), `bench`, `detect`, `options` (what commands share). What is heavy is
+imported inside the commands, so that ``--help`` is quick. A mistake is an `EcanetError`, which ``ecanet.__main__`` prints as
+one line.
 """
 
 import json
@@ -11,8 +12,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ecanet import __version__, cli_bench, cli_compare, cli_detect, recipes
-from ecanet.cli_options import (
+from ecanet import __version__, recipes
+from ecanet.cli import bench as cli_bench
+from ecanet.cli import compare as cli_compare
+from ecanet.cli import detect as cli_detect
+from ecanet.cli.options import (
     AsJson,
     Attention,
     Checkpoint,
@@ -33,8 +37,8 @@ from ecanet.cli_options import (
     skipped,
     torch_device,
 )
-from ecanet.config import parse_kernel_sizes
 from ecanet.errors import ConfigError
+from ecanet.recipes import parse_kernel_sizes
 
 __all__ = ["app"]
 
@@ -95,14 +99,14 @@ def train(
     if resume is not None:
         if name or changes or out:
             raise ConfigError("--resume takes everything from the run; leave out the recipe, other settings and --out")
-        from ecanet.train import read_recipe
+        from ecanet.training import read_recipe
 
         recipe = read_recipe(resume)
     else:
         if name is None:
             raise ConfigError("say what to train: a recipe or data, such as `ecanet train quickstart`, or --resume RUN")
         recipe = changed(recipes.find(name), changes)
-    from ecanet.train import run
+    from ecanet.training import run
 
     run(recipe, folder=resume or out, resume=resume is not None, accelerator=checked_device(device))
 
@@ -122,7 +126,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a checkpoint on held-out images: its run's, or others."""
-    from ecanet.trained import evaluate
+    from ecanet.training import evaluate
 
     metrics = evaluate(
         checkpoint,
@@ -154,15 +158,15 @@ def predict(
 ) -> None:
     """Name what is in image files: the likeliest classes with their probabilities."""
     check_on_corrupt(on_corrupt)
-    from ecanet import trained
+    from ecanet import training
 
-    files = [file for path in images for file in trained.image_files(path)]
-    task = trained.restore(
+    files = [file for path in images for file in training.image_files(path)]
+    task = training.restore(
         checkpoint, model=model_config(model, attention, kernel_sizes), data_name=data, data_dir=data_dir
     )
-    found: list[trained.Prediction] = []
-    for answer in trained.predict(task, files, top=top, device=torch_device(device)):
-        if isinstance(answer, trained.Prediction):
+    found: list[training.Prediction] = []
+    for answer in training.predict(task, files, top=top, device=torch_device(device)):
+        if isinstance(answer, training.Prediction):
             found.append(answer)
         else:
             skipped(answer, on_corrupt)
@@ -183,7 +187,7 @@ def models(
     kernel_sizes: KernelSizes = None,
     attach: Annotated[
         str | None,
-        typer.Option(help="Where this attention would go in torchvision's or timm's network.", show_default=False),
+        typer.Option(help="Where this attention would go in a network.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -214,10 +218,14 @@ def _attached(name: str | None, attach: str, attention: str | None, kernel_sizes
         raise ConfigError("--attach takes one network and names its attention: ecanet models resnet50 --attach eca")
     from dataclasses import asdict
 
-    from ecanet.attach.preview import preview
+    from ecanet import networks
+    from ecanet.surgery import attach as attach_to
+    from ecanet.surgery import attached
 
     options: dict[str, object] = {} if kernel_sizes is None else {"kernel_sizes": parse_kernel_sizes(kernel_sizes)}
-    report, parameters = preview(name, attach, **options)
+    model = networks.find(name, **({"attention": "none"} if networks.is_ours(name) else {}))
+    parameters = sum(p.numel() for p in model.parameters())
+    report = attached(attach_to(model, attach, **options))  # pyright: ignore[reportArgumentType]
     if as_json:
         sites = [asdict(site) for site in report]
         print(json.dumps({"model": name, "parameters": parameters, "sites": sites}, indent=2))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ecanet.cli_options import console, torch_device
+from ecanet.cli.options import console, torch_device
 from ecanet.errors import ConfigError
 
 __all__ = ["app"]
@@ -28,14 +28,14 @@ def bench(
     out: Annotated[Path, typer.Option(help="The result, JSON; a plot goes beside it.")] = Path("bench.json"),
 ) -> None:
     """Time ECA-ResNet-50 beside plain and SE, timm's and torchvision's, taking turns, once all are checked."""
-    from ecanet import bench, bench_pages
+    from ecanet.studies import bench
 
     sizes = None if batch_size is None else parsed_sizes(batch_size)
-    bench_pages.check_out(out)
+    bench.check_out(out)
     device = torch_device(device)
     result = bench.run(device=device, quick=quick, compiled=compiled, batch_sizes=sizes, say=console.print)
-    picture = bench_pages.write(result, out)
-    bench_pages.show(result, console)
+    picture = bench.write(result, out)
+    bench.show(result, console)
     if result["compile_seconds"]:
         console.print(f"compiling took {sum(result['compile_seconds'].values()):.0f} s")
     console.print(f"took {result['seconds']:.0f} s; result {out}, plot {picture}")

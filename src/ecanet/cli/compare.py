@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from ecanet import recipes
-from ecanet.cli_options import (
+from ecanet.cli.options import (
     AsJson,
     Attention,
     Checkpoint,
@@ -25,7 +25,7 @@ from ecanet.cli_options import (
     parsed,
     torch_device,
 )
-from ecanet.config import parse_kernel_sizes
+from ecanet.recipes import parse_kernel_sizes
 
 __all__ = ["app"]
 
@@ -45,7 +45,7 @@ def cost(
     as_json: AsJson = False,
 ) -> None:
     """Parameters, multiply-accumulates and bytes of networks, in today's units and in the paper's."""
-    from ecanet import cost
+    from ecanet.studies import cost
 
     options = parsed(settings or [])
     if kernel_sizes:
@@ -80,14 +80,14 @@ def paper(
     as_json: AsJson = False,
 ) -> None:
     """The paper's tables, its numbers beside what is measured here: `ecanet paper 3`."""
-    from ecanet import paper, paper_pages
+    from ecanet.studies import paper
 
     check_folder(out)
     device = torch_device(device)
     tables = paper.run(table, measure=measure.split(","), data=data, weights=weights, device=device)
-    print(paper_pages.to_json(tables) if as_json else paper_pages.markdown(tables), end="")
+    print(paper.to_json(tables) if as_json else paper.markdown(tables), end="")
     if out is not None:
-        paper_pages.write(tables, out)
+        paper.write(tables, out)
 
 
 @app.command()
@@ -104,18 +104,18 @@ def ablate(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of one cell.", show_default=False)] = None,
 ) -> None:
     """Compare attentions fairly: variants x seeds x one recipe, with intervals. Killed, it goes on where it was."""
-    from ecanet import ablate, ablate_pages, ablate_rows
+    from ecanet.studies import ablate
 
     check_folder(out)
     changes = {"model.name": model, "epochs": epochs, "data.root": data_dir}
     changes = {key: value for key, value in changes.items() if value is not None} | parsed(settings or [])
     recipe = changed(recipes.find(name), changes)
-    chosen = variants.split(",") if variants else tuple(ablate_rows.VARIANTS)
+    chosen = variants.split(",") if variants else tuple(ablate.VARIANTS)
     result = ablate.run(
         recipe, folder=out, variants=chosen, seeds=seeds, on=on, threads=threads, say=lambda line: console.print(line)
     )
-    ablate_pages.write(result)
-    print(ablate_pages.markdown(result))
+    ablate.write(result)
+    print(ablate.markdown(result))
     console.print(f"page {out / 'ablation.html'}")
 
 
@@ -132,10 +132,10 @@ def inspect(
     out: Annotated[Path, typer.Option(help="Folder of the page, the pictures and the numbers.")] = Path("inspect"),
 ) -> None:
     """What the gates do: weights by layer and class, alarms, learned kernels; with --image, what they did to one."""
-    from ecanet import inspect_pages
+    from ecanet.studies import gates
 
     check_folder(out)
-    found = inspect_pages.run(
+    found = gates.run(
         checkpoint,
         out,
         model=model_config(model, attention, kernel_sizes),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ecanet.cli_options import (
+from ecanet.cli.options import (
     AsJson,
     Checkpoint,
     Device,
@@ -38,17 +38,17 @@ def detect(
     check_folder(out)
     if not 0 <= threshold <= 1:
         raise ConfigError(f"--threshold must be from 0 to 1, got {threshold:g}")
-    from ecanet import detect, trained
+    from ecanet import training
 
     device = torch_device(device)
     # what was drawn before, in a folder inside that of the images, is not looked at again
     files = [
-        f for path in images for f in trained.image_files(path) if not (Path(path).is_dir() and _inside(f, out, path))
+        f for path in images for f in training.image_files(path) if not (Path(path).is_dir() and _inside(f, out, path))
     ]
     if not files:
         raise DataError(f"there are no images but those in --out {out}; give their folder itself, and another --out")
     found = []
-    for answer in detect.detect(trained.restore(checkpoint), files, out, threshold=threshold, device=device):
+    for answer in training.detect(training.restore(checkpoint), files, out, threshold=threshold, device=device):
         if isinstance(answer, DataError):
             skipped(answer, on_corrupt)
             continue

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ecanet.config import ModelConfig, Recipe, parse_kernel_sizes, with_settings
 from ecanet.errors import ConfigError, DataError
+from ecanet.recipes import ModelConfig, Recipe, parse_kernel_sizes, with_settings
 
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 

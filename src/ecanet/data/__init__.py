@@ -1,33 +1,27 @@
-"""Data for runs: ``build`` finds the loader for a name."""
+"""Data for runs.
 
-from typing import Any
+Read downward: `builder` (`build` finds the loader for a name), `boxes` (detection), `scenes` (generated detection scenes),
+`annotations` (COCO files), `images` (classification), `sources` (data sets in memory and in folders), `pictures` (reads one
+image file).
+"""
 
-from ecanet.config import DataConfig, suggestion
 from ecanet.data import boxes
-from ecanet.data.images import images, knows
-from ecanet.data.sources import SMALL_SETS
-from ecanet.errors import ConfigError
+from ecanet.data.annotations import Annotations, encode, thin
+from ecanet.data.builder import build
+from ecanet.data.images import fitted, mixed
+from ecanet.data.pictures import read_image
+from ecanet.data.sources import IMAGE_SUFFIXES, Look, check_classes
 
-__all__ = ["build"]
-
-
-def build(config: DataConfig, *, seed: int = 0, train: bool = True, masks: bool = False) -> Any:
-    """The LightningDataModule for ``config``; with ``train=False`` only its evaluation part.
-
-    ``masks`` says whether objects' masks are read beside their boxes, where there are objects.
-
-    >>> from ecanet.config import DataConfig
-    >>> digits = build(DataConfig(name="digits"))
-    >>> len(digits.train), len(digits.held_out), digits.look.size
-    (1437, 360, 8)
-
-    Raises:
-        ConfigError: no such data.
-        DataError: files are missing or broken, and what to do.
-    """
-    if knows(config.name):
-        return images(config, seed=seed, train=train)
-    if boxes.knows(config.name):
-        return boxes.boxes(config, seed=seed, train=train, masks=masks)
-    names = [*SMALL_SETS, "folder:PATH", "coco:PATH", "scenes"]
-    raise ConfigError(f"unknown data {config.name!r}; {suggestion(config.name, names)}")
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "Annotations",
+    "Look",
+    "boxes",
+    "build",
+    "check_classes",
+    "encode",
+    "fitted",
+    "mixed",
+    "read_image",
+    "thin",
+]

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ecanet.config import DataConfig, suggestion
 from ecanet.data.annotations import Annotations, Picture, clipped, decode, read_annotations
 from ecanet.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageData, mixed
 from ecanet.data.pictures import read_image
 from ecanet.data.scenes import SPRITES, SceneConfig, scenes
 from ecanet.data.sources import Look, Unreadable
 from ecanet.errors import ConfigError, DataError
+from ecanet.recipes import DataConfig, suggestion
 
 __all__ = ["BoxData", "Boxes", "boxes", "flipped", "knows"]
 

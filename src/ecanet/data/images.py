@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
 
-from ecanet.config import DataConfig
 from ecanet.data.pictures import HOW_TO_SKIP
 from ecanet.data.sources import SMALL_SETS, Folder, Look, Memory, Unreadable, class_folders
 from ecanet.errors import DataError
+from ecanet.recipes import DataConfig
 
 __all__ = ["ImageData", "fitted", "images", "knows", "mirrored", "shifted"]
 

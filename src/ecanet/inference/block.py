@@ -4,10 +4,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ecanet.attention.base import Attention
-from ecanet.attention.gates import ChannelAttention
-from ecanet.models.tail import is_gate
-from ecanet.ops.calls import genuine, has_any_global_hook, hooks_of, replaced, watched
+from ecanet.attention import Attention, ChannelAttention
+from ecanet.models import is_gate
+from ecanet.ops import genuine, has_any_global_hook, hooks_of, replaced, watched
 
 
 class Parts(NamedTuple):
@@ -33,7 +32,7 @@ INVERTED = ["ecanet.models.mobilenet.InvertedResidual", "torchvision.models.mobi
 def parts_of(block: nn.Module) -> Parts | None:
     """The parts of ``block``; None if it is not of a known class, was changed, or something hooks into it."""
     name = f"{type(block).__module__}.{type(block).__qualname__}"
-    if name not in RESIDUAL + INVERTED or not genuine(block, also="ecanet.fusion"):
+    if name not in RESIDUAL + INVERTED or not genuine(block, also="ecanet.inference.fusion"):
         return None
     if has_any_global_hook() or any(listened(m) or replaced(m) for m in block.modules()):
         return None

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from ecanet import ops
 from ecanet.errors import ConfigError
-from ecanet.inference_parts import parts_of, squeezes, weights
-from ecanet.models.tail import Stage, Twins, activated, plain_relu
-from ecanet.ops.calls import watched
+from ecanet.inference.block import parts_of, squeezes, weights
+from ecanet.models import Stage, Twins, activated, plain_relu
+from ecanet.ops import watched
 
 
 def fuse(model: nn.Module) -> nn.Module:

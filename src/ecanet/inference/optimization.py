@@ -11,9 +11,8 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from ecanet import ops
 from ecanet.errors import ConfigError
-from ecanet.inference_parts import Parts, parts_of, squeezes, weights
-from ecanet.ops import proof, reference
-from ecanet.ops.calls import watched
+from ecanet.inference.block import Parts, parts_of, squeezes, weights
+from ecanet.ops import proof, reference, watched
 
 
 def optimize(model: nn.Module) -> nn.Module:
@@ -96,14 +95,12 @@ class InferenceBlock(nn.Module):
 
     def fused(self, h: Tensor, x: Tensor) -> Tensor:
         """All that follows ``h``, in the kernel of the last convolution."""
-        from ecanet.ops import expansion  # Triton is optional and slow to import
-
         last = self.branch[-1]
         g = self.gate(squeezed(last, h)) if self.narrow else None
         shortcut = None if self.shortcut is None else self.shortcut(x).contiguous(memory_format=torch.channels_last)
         dtype = computed(h)
         bias = None if last.bias is None else last.bias.to(dtype)  # pyright: ignore
-        return expansion.expand(h.to(dtype), last.weight.to(dtype), bias, g, shortcut, ENDS[type(self.end)])  # pyright: ignore
+        return ops.expand(h.to(dtype), last.weight.to(dtype), bias, g, shortcut, ENDS[type(self.end)])  # pyright: ignore
 
     def gate(self, p: Tensor) -> Tensor:
         """Weights (N, C, 1, 1) for channel means (N, C)."""
@@ -121,7 +118,7 @@ def fuses(h: Tensor, convolution: nn.Module, end: nn.Module) -> bool:
 
     By itself not in float32 where PyTorch's convolution may round to TF32: the kernel does not, which is slower.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() or ops._mode(h):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() or ops.mode(h):
         return False
     dtype = computed(h)
     plain = type(h) in (Tensor, nn.Parameter) and h.is_contiguous(memory_format=torch.channels_last)

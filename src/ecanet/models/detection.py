@@ -19,9 +19,9 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from ecanet.attention.base import Attention
+from ecanet.attention import Attention
 from ecanet.errors import ConfigError
-from ecanet.models import create_model
+from ecanet.models.factory import create_model
 from ecanet.models.resnet import ResNet
 from ecanet.models.slots import KernelSizes
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ecanet import ops
-from ecanet.attention.gates import ChannelAttention
-from ecanet.ops.calls import genuine, watched
+from ecanet.attention import ChannelAttention
+from ecanet.ops import genuine, watched
 
 Twins = tuple[Tensor, Tensor]
 """A block's output for the next block's branch, and the same for its shortcut; see `ops.residual_tail_twice`."""
@@ -47,7 +47,7 @@ def gives_twins(block: nn.Module) -> bool:
     kinds = type(block).__mro__
     twice = next((kind for kind in kinds if "twice" in vars(kind)), None)
     own = twice is not None and twice is next(kind for kind in kinds if "forward" in vars(kind))
-    return own and genuine(block, also="ecanet.fusion")
+    return own and genuine(block, also="ecanet.inference.fusion")
 
 
 def finish(

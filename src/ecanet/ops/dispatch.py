@@ -173,7 +173,7 @@ def choose(impl: Impl, x: Tensor, obstacle: str | None = None) -> Passes | None:
         raise ConfigError(f"unknown impl {impl!r}; choose 'auto', 'reference', 'lean' or 'fused'")
     if impl == "reference":
         return None
-    obstacle = obstacle or _mode(x)
+    obstacle = obstacle or mode(x)
     if impl == "auto":
         if obstacle or torch.compiler.is_compiling() or x.device.type == "meta":
             return None
@@ -182,13 +182,31 @@ def choose(impl: Impl, x: Tensor, obstacle: str | None = None) -> Passes | None:
         raise ConfigError(f"impl={impl!r} does not apply: {obstacle}; use impl='reference'")
     if impl == "lean":
         return cast(Passes, lean)
-    from ecanet.ops import fused  # Triton is optional and slow to import
+    from ecanet.ops.triton import launch as fused  # Triton is optional and slow to import
 
     fused.check(x)
     return cast(Passes, fused)
 
 
-def _mode(x: Tensor) -> str | None:
+def implementations() -> tuple[Passes, ...]:
+    """Return every implementation of the passes that can be imported: `lean`, and the Triton kernels."""
+    try:
+        from ecanet.ops.triton import launch
+    except ImportError:
+        return (cast(Passes, lean),)
+    return cast(Passes, lean), cast(Passes, launch)
+
+
+def expand(
+    h: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor | None, shortcut: Tensor | None, activation: Activation
+) -> Tensor:
+    """Run a last 1x1 convolution with gate, addition and activation in one Triton kernel: see `triton.expansion`."""
+    from ecanet.ops.triton import expansion  # Triton is optional and slow to import
+
+    return expansion.expand(h, weight, bias, g, shortcut, activation)
+
+
+def mode(x: Tensor) -> str | None:
     """What rules out our own backward passes here, if anything does."""
     if torch.compiler.is_exporting():
         return "an exported graph consists of PyTorch's operations"

@@ -125,7 +125,7 @@ def attempt(
 
 
 def _tails(device: torch.device, dtype: torch.dtype) -> str | None:
-    from ecanet.ops import fused
+    from ecanet.ops.triton import launch as fused
 
     for shape in SHAPES:
         for layout in FORMATS:
@@ -137,7 +137,7 @@ def _tails(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _expansion(device: torch.device, dtype: torch.dtype) -> str | None:
-    from ecanet.ops import expansion
+    from ecanet.ops.triton import expansion
 
     wrong = expansion.discrepancy(device, dtype)
     return None if wrong is None else f"{wrong[:-1]}, {dtype})"

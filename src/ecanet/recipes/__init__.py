@@ -1,197 +1,35 @@
-"""Named recipes: each a function that returns a frozen `Recipe`, and says what it costs and reaches.
+"""Recipes: everything that decides a run's result, as frozen values.
 
-`find` takes a recipe's name, or a data set's, which stands for the recipe that fits it.
+Read downward: `named` (`find`, and the recipes themselves), `config` (what a recipe consists of, and its checks).
 """
 
-from collections.abc import Callable
+from ecanet.recipes.config import (
+    DataConfig,
+    DetectorConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    ScheduleConfig,
+    from_dict,
+    parse_kernel_sizes,
+    suggestion,
+    to_dict,
+    with_settings,
+)
+from ecanet.recipes.named import RECIPES, find
 
-from ecanet.config import DataConfig, DetectorConfig, ModelConfig, OptimizerConfig, Recipe, ScheduleConfig, suggestion
-from ecanet.errors import ConfigError
-
-__all__ = ["RECIPES", "find"]
-
-
-def quickstart() -> Recipe:
-    """Digits in under a minute on two cores, to 97 % and more: the first thing to try, with no download."""
-    return Recipe(
-        name="quickstart",
-        data=DataConfig(name="digits", batch_size=64, crop_padding=1),
-        model=ModelConfig(name="resnet20"),
-        optimizer=OptimizerConfig(learning_rate=0.1, base_batch=64, nesterov=True, weight_decay=5e-4),
-        schedule=ScheduleConfig(name="cosine", warmup_epochs=2),
-        epochs=12,
-    )
-
-
-def fashion() -> Recipe:
-    """Fashion-MNIST, 60,000 real images, in three epochs: some minutes on two cores, to 91 % and more."""
-    return Recipe(
-        name="fashion",
-        data=DataConfig(name="fashion-mnist", batch_size=128, flip=True),
-        model=ModelConfig(name="resnet20"),
-        optimizer=OptimizerConfig(learning_rate=0.1, base_batch=128, nesterov=True, weight_decay=5e-4),
-        schedule=ScheduleConfig(name="cosine", warmup_epochs=0.5),
-        epochs=3,
-    )
-
-
-def cifar() -> Recipe:
-    """CIFAR-10 with ECA-ResNet-20 for 200 epochs: a GPU's quarter of an hour; plain ResNet-20 is published at 91.25 %.
-
-    The usual recipe for these networks (He et al., 2016) with a cosine schedule in place of its steps.
-    """
-    return Recipe(
-        name="cifar",
-        data=DataConfig(name="cifar10", batch_size=128, crop_padding=4, flip=True),
-        model=ModelConfig(name="resnet20"),
-        optimizer=OptimizerConfig(learning_rate=0.1, base_batch=128, nesterov=True, weight_decay=5e-4),
-        schedule=ScheduleConfig(name="cosine", warmup_epochs=5),
-        epochs=200,
-    )
-
-
-def imagenet() -> Recipe:
-    """The paper's recipe for ResNets: 100 epochs of ImageNet at 224, days on four GPUs of its time; 77.48 % for R50.
-
-    SGD, batch 256, learning rate 0.1 divided by 10 every 30 epochs, weight decay 1e-4 on everything, plain
-    cross-entropy, no warm-up (paper, section 4.1, and the authors' script).
-    """
-    return Recipe(
-        name="imagenet",
-        data=DataConfig(name="folder:imagenet", batch_size=256, image_size=224),
-        model=ModelConfig(name="resnet50"),
-        optimizer=OptimizerConfig(learning_rate=0.1, base_batch=256, momentum=0.9, weight_decay=1e-4),
-        schedule=ScheduleConfig(name="step", step_epochs=30, factor=0.1),
-        epochs=100,
-    )
-
-
-def imagenet_mobilenet() -> Recipe:
-    """The paper's recipe for MobileNetV2: 400 epochs of ImageNet at 224, batch 96; 72.56 % with ECA.
-
-    SGD, learning rate 0.045 times 0.98 every epoch, weight decay 4e-5 (paper, section 4.1, and the authors' script).
-    """
-    return Recipe(
-        name="imagenet_mobilenet",
-        data=DataConfig(name="folder:imagenet", batch_size=96, image_size=224),
-        model=ModelConfig(name="mobilenet_v2"),
-        optimizer=OptimizerConfig(learning_rate=0.045, base_batch=96, momentum=0.9, weight_decay=4e-5),
-        schedule=ScheduleConfig(name="exponential", factor=0.98),
-        epochs=400,
-    )
-
-
-def imagenet_a3() -> Recipe:
-    """100 epochs of ImageNet at 160 pixels after A3 (Wightman et al., 2021): half of `imagenet`'s arithmetic.
-
-    BCE, RandAugment 6, mixup 0.1, cutmix 1, cosine with five epochs of warm-up. A3 itself uses LAMB, which torch does
-    not have; AdamW stands in its place. So the published 78.1 % (plain ResNet-50, evaluated at 224) is a direction and
-    no promise: this variant has not been measured.
-    """
-    return Recipe(
-        name="imagenet_a3",
-        data=DataConfig(name="folder:imagenet", batch_size=256, image_size=160, random_augment=6, eval_crop=0.95),
-        model=ModelConfig(name="resnet50"),
-        optimizer=OptimizerConfig(
-            name="adamw", learning_rate=1e-3, base_batch=1024, weight_decay=0.05, decay_norms=False
-        ),
-        schedule=ScheduleConfig(name="cosine", warmup_epochs=5),
-        epochs=100,
-        loss="bce",
-        mixup=0.1,
-        cutmix=1.0,
-        precision="bf16-mixed",
-    )
-
-
-def coco_1x() -> Recipe:
-    """The paper's recipe for COCO: 12 epochs, short side 800; box AP 38.0, 39.0 and 37.3 with ECA-ResNet-50 there.
-
-    Days on four GPUs of its time. SGD, learning rate 0.01 for 8 images a step, divided by 10 after epochs 8 and 11,
-    weight decay 1e-4, warm-up over the first 500 steps or so; the backbone comes from a classification checkpoint
-    (``--set model.weights=PATH``, or torchvision with gates that change nothing at first, as here), stem and first
-    stage frozen. Annotations of COCO that are broken are skipped and named.
-    """
-    return Recipe(
-        name="coco_1x",
-        task="detection",
-        data=DataConfig(name="coco:coco", batch_size=8, image_size=800, flip=True, on_corrupt="skip"),
-        model=ModelConfig(name="faster_rcnn", weights="torchvision"),
-        detector=DetectorConfig(backbone="resnet50"),
-        optimizer=OptimizerConfig(learning_rate=0.01, base_batch=8, momentum=0.9, weight_decay=1e-4),
-        schedule=ScheduleConfig(name="step", milestones=(8, 11), factor=0.1, warmup_epochs=0.034),
-        epochs=12,
-    )
-
-
-def coco_2x() -> Recipe:
-    """`coco_1x` twice as long, 24 epochs with steps at 16 and 22, at short sides from 640 to 800; not in the paper."""
-    recipe = coco_1x()
-    return recipe.but(
-        name="coco_2x",
-        detector=recipe.detector.but(scales=(640, 672, 704, 736, 768)),
-        schedule=recipe.schedule.but(milestones=(16, 22)),
-        epochs=24,
-    )
-
-
-def scenes() -> Recipe:
-    """Digits strewn over canvases, found and cut out by a small Mask R-CNN from scratch; no download.
-
-    A quarter of an hour on one core, to box AP50 0.9 and mask AP50 0.85 (docs/detection.md); ``--model faster_rcnn``
-    and ``--model retinanet`` train the other detectors.
-    """
-    return Recipe(
-        name="scenes",
-        task="detection",
-        data=DataConfig(name="scenes", batch_size=16, image_size=128, workers=0),
-        model=ModelConfig(name="mask_rcnn"),
-        detector=DetectorConfig(backbone="resnet20", norm="train", frozen_stages=0, small=True),
-        optimizer=OptimizerConfig(name="adamw", learning_rate=3e-3, base_batch=16, weight_decay=0.01),
-        schedule=ScheduleConfig(name="cosine", warmup_epochs=0.3),
-        epochs=6,
-    )
-
-
-RECIPES: dict[str, Callable[[], Recipe]] = {
-    recipe.__name__: recipe
-    for recipe in (
-        quickstart,
-        fashion,
-        cifar,
-        imagenet,
-        imagenet_mobilenet,
-        imagenet_a3,
-        coco_1x,
-        coco_2x,
-        scenes,
-    )
-}
-
-RECIPE_FOR_DATA = {"digits": quickstart, "fashion-mnist": fashion, "cifar10": cifar, "cifar100": cifar}
-
-RECIPE_FOR_KIND = {"folder": imagenet, "coco": coco_1x, "scenes": scenes}
-
-
-def find(name: str) -> Recipe:
-    """The recipe called ``name``, or the one that fits the data called so.
-
-    >>> find("fashion-mnist") == find("fashion")
-    True
-    >>> find("folder:photos").data.name
-    'folder:photos'
-
-    Raises:
-        ConfigError: there is neither such a recipe nor such data.
-    """
-    if name in RECIPES:
-        return RECIPES[name]()
-    if name in RECIPE_FOR_DATA:
-        recipe = RECIPE_FOR_DATA[name]()
-        return recipe.but(data=recipe.data.but(name=name))
-    kind, colon, _ = name.partition(":")
-    if colon and kind in RECIPE_FOR_KIND:
-        recipe = RECIPE_FOR_KIND[kind]()
-        return recipe.but(data=recipe.data.but(name=name))
-    names = [*RECIPES, *RECIPE_FOR_DATA, "folder:PATH", "coco:PATH"]
-    raise ConfigError(f"no recipe or data called {name!r}; {suggestion(name, names)}")
+__all__ = [
+    "RECIPES",
+    "DataConfig",
+    "DetectorConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Recipe",
+    "ScheduleConfig",
+    "find",
+    "from_dict",
+    "parse_kernel_sizes",
+    "suggestion",
+    "to_dict",
+    "with_settings",
+]

@@ -8,7 +8,6 @@ nothing.
 """
 
 import copy
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -21,8 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ecanet.attention import ECANS, SEGC, Attention, ChannelAttention, SEVar2
 from ecanet.errors import ConfigError
-from ecanet.models import create_model
-from ecanet.models.resnet import LAYERS
+from ecanet.networks import find, image_size, is_ours
 
 PEERS = {
     "torchvision": {"SqueezeExcitation"},
@@ -191,60 +189,6 @@ def gate_operations(module: ChannelAttention) -> int:
     return total
 
 
-def build(name: str, *, attention: str = "eca", **options: Any) -> nn.Module:
-    """The network called ``name``: one of this library's with ``attention``, ``torchvision:NAME`` or ``timm:NAME``.
-
-    Only its shape is built, on the meta device: nothing is allocated and no weights are read.
-
-    Raises:
-        ConfigError: there is no network of this name.
-    """
-    library, _, inner = name.rpartition(":")
-    with torch.device("meta"):
-        match library:
-            case "":
-                return create_model(inner, attention=attention, **options)
-            case "torchvision" | "timm":
-                return _foreign(library, inner)
-            case _:
-                raise ConfigError(f"unknown library {library!r} in {name!r}; write NAME, torchvision:NAME or timm:NAME")
-
-
-def _foreign(library: str, name: str) -> nn.Module:
-    unknown = ConfigError(f"{library} has no classification model called {name!r}")
-    try:
-        if library == "timm":
-            from timm import create_model as create
-        else:
-            from torchvision import models
-
-            create = models.get_model
-            if name.lower() not in models.list_models(models):  # those in its submodules would fetch a backbone
-                raise unknown
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{library} is not installed: pip install {library}") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of weights' initialisation, and these have none
-            return create(name)
-    except (RuntimeError, ValueError) as error:
-        raise unknown from error
-
-
-def default_size(name: str, model: Any) -> tuple[int, int, int]:
-    """The image size a network is made for: torchvision's and timm's own, 32 px for small-image ResNets, or 224 px."""
-    library, _, inner = name.rpartition(":")
-    if library == "timm":
-        return tuple(model.default_cfg["input_size"])
-    side = 32 if inner in LAYERS and len(LAYERS[inner][1]) == 3 else 224
-    if library == "torchvision":
-        from torchvision.models import get_model_weights
-
-        newest = list(get_model_weights(inner))[-1]
-        side = newest.transforms.keywords["crop_size"]
-    return 3, side, side
-
-
 def table(
     models: Sequence[str], *, attentions: Sequence[str] | None = None, side: int | None = None, **options: Any
 ) -> list[dict[str, Any]]:
@@ -261,18 +205,19 @@ def table(
     Raises:
         ConfigError: a network, attention or option does not exist, or a network cannot take an image of ``side``.
     """
-    if (attentions or options) and all(":" in name for name in models):
+    if (attentions or options) and not any(is_ours(name) for name in models):
         raise ConfigError("attention and its options are for this library's networks; attach() puts it into others'")
     chosen_attentions = attentions or ("none", "eca")
     if options and set(chosen_attentions) == {"none"}:
         raise ConfigError(f"attention 'none' has no options, got {', '.join(options)}")
     rows = []
     for name in models:
-        foreign = ":" in name
-        for attention in ("",) if foreign else chosen_attentions:
+        ours = is_ours(name)
+        for attention in chosen_attentions if ours else ("",):
             chosen = {} if attention == "none" else options
-            model = build(name) if foreign else build(name, attention=attention, **chosen)
-            size = default_size(name, model)
+            with torch.device("meta"):  # shapes are enough
+                model = find(name, attention=attention, **chosen) if ours else find(name)
+            size = image_size(name, model)
             size = size if side is None else (size[0], side, side)
             cost = count(model, size)
             relu = name not in ("resnet18", "resnet34")

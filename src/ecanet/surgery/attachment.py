@@ -6,16 +6,16 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ecanet.attach import hooks
-from ecanet.attach.example import watch
-from ecanet.attach.folding import fold, unfold
-from ecanet.attach.hooks import Record
-from ecanet.attach.kernels import kernel_sizes_at
-from ecanet.attach.replace import replace_modules
-from ecanet.attach.report import AttachedSite, Report, change, describe
-from ecanet.attach.sites import Finder, Site, Where
 from ecanet.attention import ATTENTIONS, Attention, attention_key, check_attention, make_attention, options_of
 from ecanet.errors import AttachError, ConfigError
+from ecanet.surgery import hooks
+from ecanet.surgery.example import watch
+from ecanet.surgery.folding import fold, unfold
+from ecanet.surgery.hooks import Record
+from ecanet.surgery.kernels import kernel_sizes_at
+from ecanet.surgery.replace import replace_modules
+from ecanet.surgery.report import AttachedSite, Report, change, describe
+from ecanet.surgery.sites import Finder, Site, Where
 
 __all__ = ["AttachedSite", "Report", "attach", "attached", "detach", "fold"]
 

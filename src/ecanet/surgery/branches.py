@@ -5,7 +5,7 @@ through at most one convolution without an activation; and the branch has an act
 of RepVGG (no activation), HRNet (no common ancestor) and Res2Net (another slice) are none.
 """
 
-from ecanet.attach.watch import CONVOLUTIONS, NORMS, PRODUCTS, Call, Value
+from ecanet.surgery.watch import CONVOLUTIONS, NORMS, PRODUCTS, Call, Value
 
 _LINEAR = (
     "add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ __isub__ __rsub__ neg mean sum expand input detach "

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecanet.attach.watch import Trace, Watch, tensors_in
 from ecanet.errors import AttachError
+from ecanet.surgery.watch import Trace, Watch, tensors_in
 
 SIZES = (64, 96, 128, 224, 256, 299, 384, 512, 32)
 """Image sizes to try, cheapest first: many networks take any, some only theirs."""

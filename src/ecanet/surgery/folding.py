@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ecanet.attach import hooks
-from ecanet.attach.hooks import Record
 from ecanet.attention import ChannelAttention
 from ecanet.errors import AttachError
+from ecanet.surgery import hooks
+from ecanet.surgery.hooks import Record
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from ecanet.attach.sites import Site
 from ecanet.errors import ConfigError
+from ecanet.surgery.sites import Site
 
 OFFICIAL: dict[tuple[int, ...], tuple[int, ...]] = {
     (2, 2, 2, 2): (3, 5, 7, 7),

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecanet.attach.hooks import Record
-from ecanet.attach.kernels import kernel_sizes_at
-from ecanet.attach.sites import Site, Where, matches
-from ecanet.attach.watch import Trace
 from ecanet.attention import ECA, Attention, make_attention
 from ecanet.errors import AttachError, ConfigError
+from ecanet.surgery.hooks import Record
+from ecanet.surgery.kernels import kernel_sizes_at
+from ecanet.surgery.sites import Site, Where, matches
+from ecanet.surgery.watch import Trace
 
 KINDS = {
     "se": re.compile(

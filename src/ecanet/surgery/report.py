@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ecanet.attach.hooks import Record, is_folded
 from ecanet.attention import ChannelAttention
+from ecanet.surgery.hooks import Record, is_folded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

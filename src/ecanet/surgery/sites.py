@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ecanet.attach.branches import branch_of, only_scales, step_back
-from ecanet.attach.watch import CONVOLUTIONS, NORMS, Addition, Call, Trace, Value
 from ecanet.errors import AttachError
+from ecanet.surgery.branches import branch_of, only_scales, step_back
+from ecanet.surgery.watch import CONVOLUTIONS, NORMS, Addition, Call, Trace, Value
 
 Where = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 

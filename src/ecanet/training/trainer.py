@@ -21,12 +21,13 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ecanet import data, tasks
-from ecanet.config import Recipe, from_dict, to_dict
+from ecanet import data
 from ecanet.errors import ConfigError
-from ecanet.models.checkpoints import read_file
-from ecanet.progress import Display, History, quiet_lightning
+from ecanet.models import read_file
+from ecanet.recipes import Recipe, from_dict, to_dict
 from ecanet.report import Report, environment, write_file
+from ecanet.training import tasks
+from ecanet.training.progress import Display, History, quiet_lightning
 
 __all__ = ["read_recipe", "run"]
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ecanet.errors import ConfigError
-from ecanet.ops.fused import ACTIVATIONS
 from ecanet.ops.reference import Activation
+from ecanet.ops.triton.launch import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

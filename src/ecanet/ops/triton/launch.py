@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ecanet.errors import ConfigError
-from ecanet.ops import kernels
 from ecanet.ops.passes import Form
 from ecanet.ops.reference import Activation, widened
+from ecanet.ops.triton import kernels
 
 TILE = 2048
 """Elements a program holds at once: 16 in each thread of four warps."""

@@ -4,10 +4,9 @@ import io
 import json
 from typing import Any
 
-from ecanet import figures
-from ecanet.ablate import Ablation, Estimate, Line
-from ecanet.config import to_dict
-from ecanet.report import environment, page, write_file
+from ecanet.recipes import to_dict
+from ecanet.report import environment, figures, page, write_file
+from ecanet.studies.ablate.grid import Ablation, Estimate, Line
 
 HEADS = ("variant", "also", "parameters", "MACs", "top-1 (%)", "to none, paired", "beyond noise", "seconds")
 

@@ -9,11 +9,10 @@ from torch import nn
 
 from ecanet import data
 from ecanet.attention import ECA, ECANS, SEGC, Attention, SEVar2, SEVar3
-from ecanet.config import ModelConfig, Recipe, suggestion
-from ecanet.cost import Cost, count
 from ecanet.errors import ConfigError
-from ecanet.models import create_model
-from ecanet.models.resnet import LAYERS
+from ecanet.models import LAYERS, create_model
+from ecanet.recipes import ModelConfig, Recipe, suggestion
+from ecanet.studies.cost import Cost, count
 
 LARGER = {
     "resnet8": "resnet14",

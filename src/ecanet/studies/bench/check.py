@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecanet import bench_layers, ops
-from ecanet.bench_layers import Block
-from ecanet.bench_networks import eval_step, forget, random_images, train_step
+from ecanet import ops
 from ecanet.errors import ConfigError
 from ecanet.inference import optimize
-from ecanet.models.checkpoints import load_state_dict, renamed
+from ecanet.models import load_state_dict, renamed
+from ecanet.studies.bench import layers as bench_layers
+from ecanet.studies.bench.layers import Block
+from ecanet.studies.bench.networks import eval_step, forget, random_images, train_step
 
 Check = dict[str, Any]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ecanet import ops
-from ecanet.attention.gates import ECA
+from ecanet.attention import ECA
 
 PAIRS = (
     ("tail ecanet", "tail plain"),

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ecanet import traffic
-from ecanet.ops import lean
+from ecanet.ops import implementations, lean
+from ecanet.studies.bench import traffic
 
 Step = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
@@ -157,7 +157,7 @@ def moved(step: Step, smallest: int = 4096) -> float:
 def _whole_passes(count: traffic.Traffic, smallest: int) -> Iterator[None]:
     """Count each pass of the kernels and, on a CPU, of `lean` as one operation."""
     names = ("moments", "apply", "reduce", "grads")
-    passes = {(kind, name): getattr(kind, name) for kind in (lean, *_kernels()) for name in names}
+    passes = {(kind, name): getattr(kind, name) for kind in implementations() for name in names}
 
     def counting(kind: Any, name: str) -> Callable[..., Any]:
         def counted(*args: Any) -> Any:
@@ -178,15 +178,6 @@ def _whole_passes(count: traffic.Traffic, smallest: int) -> Iterator[None]:
     finally:
         for (kind, name), function in passes.items():
             setattr(kind, name, function)
-
-
-def _kernels() -> tuple[Any, ...]:
-    """The kernels' passes, where Triton is installed."""
-    try:
-        from ecanet.ops import fused
-    except ImportError:
-        return ()
-    return (fused,)
 
 
 def _read(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:

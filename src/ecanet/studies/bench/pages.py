@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ecanet.errors import ConfigError
-from ecanet.measure import ratio
 from ecanet.report import write_file
+from ecanet.studies.bench.measure import ratio
 
 __all__ = ["check_out", "plot", "show", "write"]
 

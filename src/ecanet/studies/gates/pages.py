@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ecanet import data, figures, inspect, trained
-from ecanet.config import ModelConfig, suggestion, to_dict
-from ecanet.data.images import fitted
-from ecanet.data.pictures import read_image
-from ecanet.data.sources import check_classes
+from ecanet import data
+from ecanet.data import check_classes, fitted, read_image
 from ecanet.errors import ConfigError
-from ecanet.inspect import GateRecord
-from ecanet.report import environment, page, write_file
-from ecanet.tasks import Classification, Task
+from ecanet.recipes import ModelConfig, suggestion, to_dict
+from ecanet.report import environment, figures, page, write_file
+from ecanet.studies.gates import records as inspect
+from ecanet.studies.gates.records import GateRecord
+from ecanet.training import Classification, Task, restore
 
 POSTER = ("hammerhead shark", "ambulance", "medicine chest", "butternut squash")
 """The classes that the authors' poster shows."""
@@ -64,7 +63,7 @@ def run(
         ConfigError: a class does not exist, or the network has no channel gates.
         CheckpointError, DataError: as `trained.evaluate` raises them.
     """
-    task = trained.restore(checkpoint, model=model, data_name=data_name, data_dir=data_dir)
+    task = restore(checkpoint, model=model, data_name=data_name, data_dir=data_dir)
     if image is not None and Path(image).resolve() == (Path(folder) / "image.png").resolve():
         raise ConfigError(f"{image} would be written over; choose another --out")
     if not isinstance(task, Classification):

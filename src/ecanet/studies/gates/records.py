@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ecanet.attention import CBAM, ECA, ChannelAttention
-from ecanet.attention.others import highest
+from ecanet.attention import CBAM, ECA, ChannelAttention, highest
 from ecanet.errors import ConfigError
 from ecanet.ops import reference
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from ecanet.attention import ECA, ChannelAttention
-from ecanet.models.detection import create_detector
-from ecanet.paper_rows import Network
+from ecanet.models import create_detector
+from ecanet.studies.paper.rows import Network
 
 __all__ = ["WHY", "DetectorCost", "detector_cost", "operations"]
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ecanet.paper import Measured
-from ecanet.paper_rows import FIGURE_4, FOOTNOTES, TABLE_3, Table
 from ecanet.report import environment, write_file
+from ecanet.studies.paper.rows import FIGURE_4, FOOTNOTES, TABLE_3, Table
+from ecanet.studies.paper.tables import Measured
 
 
 def write(tables: Sequence[Measured], folder: Path) -> None:

@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ecanet.config import ModelConfig
 from ecanet.errors import CheckpointError
-from ecanet.models.checkpoints import read_file
-from ecanet.paper_rows import Network, Table
+from ecanet.models import read_file
+from ecanet.recipes import ModelConfig
+from ecanet.studies.paper.rows import Network, Table
 
 __all__ = ["checkpoint_of", "command", "misfit", "scores"]
 
@@ -76,7 +76,7 @@ def scores(network: Network, checkpoint: Path, data: str | Path, *, masks: bool 
         CheckpointError: the weights are another network's, or a detector's without the run that says how it is built.
         DataError: data that is missing or broken, or that has other classes than the network.
     """
-    from ecanet.trained import evaluate
+    from ecanet.training import evaluate
 
     model = ModelConfig(
         name=network.detector or network.name,

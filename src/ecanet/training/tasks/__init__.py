@@ -2,6 +2,8 @@
 
 A task has ``monitor``, the name of the metric by which the best checkpoint is chosen (higher is better), and
 ``evidence()``, plain data for the report.
+
+Read downward: `outcome` (what a detector found, and its score).
 """
 
 import json
@@ -17,12 +19,11 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from torchvision.transforms import v2
 
-from ecanet import models, tasks_detection
-from ecanet.config import Recipe, ScheduleConfig, suggestion, to_dict
-from ecanet.data import boxes
-from ecanet.data.images import mixed
-from ecanet.data.sources import Look, check_classes
+from ecanet import models
+from ecanet.data import Look, boxes, check_classes, mixed
 from ecanet.errors import ConfigError, DataError
+from ecanet.recipes import Recipe, ScheduleConfig, suggestion, to_dict
+from ecanet.training.tasks import outcome as tasks_detection
 
 __all__ = ["TASKS", "Classification", "Detection", "Task", "build", "learning_rate_factor"]
 

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from ecanet.config import Recipe
-from ecanet.data import boxes
-from ecanet.data.annotations import Annotations, encode
-from ecanet.data.sources import Look
+from ecanet.data import Annotations, Look, boxes, encode
 from ecanet.errors import ConfigError
-from ecanet.models.detection import create_detector
+from ecanet.models import create_detector
+from ecanet.recipes import Recipe
 
 __all__ = ["METRICS", "Outcome", "average_precision", "detector"]
 

@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ecanet.data.annotations import encode, thin
-from ecanet.data.pictures import read_image
+from ecanet.data import encode, read_image, thin
 from ecanet.errors import ConfigError, DataError
-from ecanet.figures import drawn, png
-from ecanet.report import write_file
-from ecanet.tasks import Detection, Task
+from ecanet.report import figures, write_file
+from ecanet.training.tasks import Detection, Task
 
 __all__ = ["detect"]
 
@@ -48,7 +46,7 @@ def detect(
             found = task([image.to(device).float() / 255])[0]
         sure = found["scores"] >= threshold
         found = {name: value[sure].cpu() for name, value in found.items()}
-        write_file(picture, png(drawn(image, found, task.look.class_names)))
+        write_file(picture, figures.png(figures.drawn(image, found, task.look.class_names)))
         answer = {"path": str(path), "picture": str(picture), "objects": _objects(found, task.look.class_names)}
         write_file(picture.with_suffix(".json"), json.dumps(answer, indent=2))
         yield answer

@@ -10,15 +10,14 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ecanet import data, recipes, tasks
-from ecanet.config import ModelConfig, Recipe, from_dict, with_settings
-from ecanet.data.images import fitted
-from ecanet.data.pictures import read_image
-from ecanet.data.sources import IMAGE_SUFFIXES, Look, check_classes
+from ecanet import data, recipes
+from ecanet.data import IMAGE_SUFFIXES, Look, check_classes, fitted, read_image
 from ecanet.errors import CheckpointError, ConfigError, DataError
-from ecanet.models.checkpoints import load_checkpoint, read_file
-from ecanet.progress import quiet_lightning
+from ecanet.models import load_checkpoint, read_file
+from ecanet.recipes import ModelConfig, Recipe, from_dict, with_settings
 from ecanet.report import write_file
+from ecanet.training import tasks
+from ecanet.training.progress import quiet_lightning
 
 __all__ = ["Prediction", "evaluate", "image_files", "predict", "restore"]
 

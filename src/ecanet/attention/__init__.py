@@ -1,0 +1,55 @@
+"""Attention modules, and the one table of their names.
+
+Read downward: `names` (the table that ``attention=`` looks names up in), `long_range` (non-local, A2,
+attention-augmented convolution), `others` (CBAM, GC, GSoP), `gates` (squeeze, gate, scale: ECA, SE and their variants),
+`base` (what every attention module is). To understand ECA, begin with `gates`.
+"""
+
+from ecanet.attention.base import Attention
+from ecanet.attention.gates import (
+    ECA,
+    ECANS,
+    SE,
+    SEGC,
+    ChannelAttention,
+    SEVar1,
+    SEVar2,
+    SEVar3,
+    adaptive_kernel_size,
+)
+from ecanet.attention.long_range import AugmentedConv2d, DoubleAttention, NonLocal
+from ecanet.attention.names import (
+    ATTENTIONS,
+    attention_key,
+    check_attention,
+    list_attentions,
+    make_attention,
+    options_of,
+)
+from ecanet.attention.others import CBAM, GlobalContext, GSoP, highest
+
+__all__ = [
+    "ATTENTIONS",
+    "CBAM",
+    "ECA",
+    "ECANS",
+    "SE",
+    "SEGC",
+    "Attention",
+    "AugmentedConv2d",
+    "ChannelAttention",
+    "DoubleAttention",
+    "GSoP",
+    "GlobalContext",
+    "NonLocal",
+    "SEVar1",
+    "SEVar2",
+    "SEVar3",
+    "adaptive_kernel_size",
+    "attention_key",
+    "check_attention",
+    "highest",
+    "list_attentions",
+    "make_attention",
+    "options_of",
+]
