@@ -62,7 +62,7 @@ def main() -> None:
         )
         report = finished(folder, recipe)
         if report is None and arguments.missing == "train":
-            report = train.run(recipe, folder=folder, resume=(folder / "recipe.json").exists(), quiet=True)
+            report = training.run(recipe, folder=folder, resume=(folder / "recipe.json").exists(), quiet=True)
         if report is not None:
             rows.append({"model": model, "attention": attention, "seed": seed, **figures(report)})
             print(line(rows[-1]), flush=True)
@@ -75,7 +75,7 @@ def folder_of(model: str, attention: str, seed: int) -> Path:
 
 def picture(run: Path, file: Path, columns: int = 3, rows: int = 2) -> None:
     """What the detector of ``run`` finds on the first held-out scenes, side by side."""
-    task = trained.restore(str(run))
+    task = training.restore(str(run))
     held_out = boxes(task.recipe.data, train=False).held_out.annotations.pictures[: columns * rows]
     with tempfile.TemporaryDirectory() as folder:
         found = detect(task, [scene.path for scene in held_out], folder)

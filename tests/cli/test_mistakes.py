@@ -14,7 +14,7 @@ LINES = {
     "cost timm:resnet50 --attention eca": "for this library's networks",
     "cost timm:resnet50 --set reduction=4": "for this library's networks",
     "cost resnet50 --attention none --set reduction=4": "attention 'none' has no options, got reduction",
-    "cost torchvision:fasterrcnn_resnet50_fpn": "no classification model called",
+    "cost torchvision:fasterrcnn_resnet50_fpn": "cannot be counted on an image",
     "ablate digits --threads 0": "--threads",
     "ablate digits --out taken": "--out taken: taken is a file",
     "paper 2 --out taken": "--out taken: taken is a file",

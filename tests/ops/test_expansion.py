@@ -17,12 +17,12 @@ from ecanet.inference.block import parts_of
 from ecanet.inference.optimization import InferenceBlock
 from ecanet.models.resnet import BOTTLENECK, ResNet
 from ecanet.models.slots import Slot
-from ecanet.ops import proof
+from ecanet.ops import dispatch, proof
 from ecanet.studies.bench import traffic
 
 pytest.importorskip("triton")
 
-from test_ops_fused import fenced
+from test_fused import fenced
 
 from ecanet.ops.triton import expansion
 
@@ -290,7 +290,8 @@ def test_where_it_stays_out(ran):
 @pytest.fixture
 def gpu(monkeypatch):
     """The CPU counts as a GPU on which nothing has run, where convolutions do not round to TF32."""
-    monkeypatch.setattr(ops, "accelerated", lambda x: True)
+    for room in (ops, dispatch):
+        monkeypatch.setattr(room, "accelerated", lambda x: True)
     monkeypatch.setattr(proof, "_passed", {})
     monkeypatch.setattr(expansion, "TRIED", dict([next(iter(expansion.TRIED.items()))]))
     monkeypatch.setattr(inference, "rounds_to_tf32", lambda: False)
@@ -344,7 +345,7 @@ def test_a_wrong_kernel_is_found_and_told_once(bug, gpu, monkeypatch):
 @torch.no_grad()
 def test_without_triton(gpu, monkeypatch):
     block, x = optimized("torchvision")
-    monkeypatch.setitem(sys.modules, "ecanet.ops.expansion", None)
-    monkeypatch.delattr(ops, "expansion")
+    monkeypatch.setitem(sys.modules, "ecanet.ops.triton.expansion", None)
+    monkeypatch.delattr(ops.triton, "expansion")
     with pytest.warns(UserWarning, match="Triton cannot be imported"):
         block(x)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ecanet
 from ecanet import ops
-from ecanet.ops import proof
+from ecanet.ops import dispatch, proof
 
 pytest.importorskip("triton")
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def gpu(monkeypatch):
     """The CPU counts as a GPU on which nothing has run, and the proof is short."""
-    monkeypatch.setattr(ops, "accelerated", lambda x: True)
+    monkeypatch.setattr(dispatch, "accelerated", lambda x: True)
     monkeypatch.setattr(proof, "_passed", {})
     monkeypatch.setattr(proof, "SHAPES", ((2, 9, 5, 3),))
 
@@ -31,14 +31,14 @@ def gpu(monkeypatch):
 @pytest.fixture
 def ran(monkeypatch):
     """Names of the passes that `ops` chose, one after the other."""
-    names, choose = [], ops.choose
+    names, choose = [], dispatch.choose
 
     def chosen(*args):
         passes = choose(*args)
-        names.append("reference" if passes is None else passes.__name__.removeprefix("ecanet.ops."))
+        names.append("reference" if passes is None else passes.__name__.rpartition(".")[2])
         return passes
 
-    monkeypatch.setattr(ops, "choose", chosen)
+    monkeypatch.setattr(dispatch, "choose", chosen)
     return names
 
 
@@ -75,18 +75,18 @@ def test_automatic_is_fused_after_one_proof_for_each_dtype(gpu, ran, monkeypatch
             tail(dtype=torch.float16)
         tail(dtype=torch.float64)
     assert len(asked) == 2
-    assert ran == ["fused", "fused", "fused", "lean", "lean"]
+    assert ran == ["launch", "launch", "launch", "lean", "lean"]
 
 
 def test_the_whole_network_is_fused(gpu, ran):
     model = ecanet.create_model("resnet8", attention="eca", num_classes=3)
     model(torch.randn(2, 3, 8, 8)).sum().backward()
-    assert ran == ["fused"] * 7  # the stem, and an inner pair and a tail of three blocks
+    assert ran == ["launch"] * 7  # the stem, and an inner pair and a tail of three blocks
     ran.clear()
     attached = ecanet.attach(Block(), "eca", where="norm")
     ran.clear()
     attached(torch.randn(2, 3, 8, 8))
-    assert ran == ["fused"]
+    assert ran == ["launch"]
 
 
 WRONG = {
@@ -118,7 +118,7 @@ def test_a_wrong_kernel_is_found_and_told_once(bug, gpu, ran, monkeypatch):
         tail()
         tail("fused")  # an explicit choice stands
         assert not ops.fuses(torch.randn(2, 3, 4, 4))
-    assert ran == ["lean", "lean", "lean", "fused"]
+    assert ran == ["lean", "lean", "lean", "launch"]
 
 
 def test_kernels_that_do_not_run(gpu, ran, monkeypatch):
@@ -134,12 +134,12 @@ def test_kernels_that_do_not_run(gpu, ran, monkeypatch):
         tail()
     with pytest.raises(RuntimeError, match="PTX"):
         tail("fused")
-    assert ran == ["lean", "fused"]
+    assert ran == ["lean", "launch"]
 
 
 def test_without_triton(gpu, ran, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ecanet.ops.fused", None)
-    monkeypatch.delattr(ops, "fused", raising=False)
+    monkeypatch.setitem(sys.modules, "ecanet.ops.triton.launch", None)
+    monkeypatch.delattr(ecanet.ops.triton, "launch", raising=False)
     with pytest.warns(UserWarning, match="Triton cannot be imported"):
         tail()
     with pytest.raises(ImportError):
@@ -161,7 +161,7 @@ def test_the_first_use_under_whatever_a_forward_runs_in(gpu, ran, monkeypatch):
         y = checkpoint(lambda z: ops.squeeze_scale(z, torch.sigmoid), x.requires_grad_(), use_reentrant=False)
         y.sum().backward()
         assert torch.equal(torch.get_rng_state(), state)
-    assert ran == ["fused"] * 5
+    assert ran == ["launch"] * 5
 
 
 def test_a_capture_is_not_disturbed(gpu, ran, monkeypatch):
@@ -170,7 +170,7 @@ def test_a_capture_is_not_disturbed(gpu, ran, monkeypatch):
         tail()
     monkeypatch.setattr(proof, "capturing", lambda device: False)
     tail()
-    assert ran == ["lean", "fused"]
+    assert ran == ["lean", "launch"]
 
 
 def test_who_must_see_operations_gets_them(gpu, ran, monkeypatch):

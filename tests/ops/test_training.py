@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional as F
 
 import ecanet
-from ecanet import ops
 from ecanet.data.sources import FASHION_FOLDER, SMALL_SETS
+from ecanet.ops import dispatch
 
 STEPS, RATE = 20, 0.01
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -33,7 +33,7 @@ def forced(impl):
     """Networks ask `ops` for "auto": give them ``impl``, and see that it is what ran."""
     if impl == "fused":
         pytest.importorskip("triton")
-    choose, ran = ops.choose, []
+    choose, ran = dispatch.choose, []
 
     def chosen(asked, x, obstacle=None):
         assert asked == "auto"
@@ -41,9 +41,9 @@ def forced(impl):
         return ran[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "choose", chosen)
+        patch.setattr(dispatch, "choose", chosen)
         yield
-    expected = {"reference": None, "auto": "ecanet.ops.lean", "fused": "ecanet.ops.fused"}[impl]
+    expected = {"reference": None, "auto": "ecanet.ops.lean", "fused": "ecanet.ops.triton.launch"}[impl]
     assert {getattr(passes, "__name__", None) for passes in ran} == {expected}
 
 

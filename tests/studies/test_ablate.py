@@ -14,7 +14,7 @@ import pytest
 from ecanet import recipes
 from ecanet.attention import ECA, ECANS, SE, SEGC, SEVar1, SEVar2, SEVar3
 from ecanet.errors import ConfigError
-from ecanet.studies import ablate
+from ecanet.studies.ablate import grid as ablate
 from ecanet.studies.ablate import pages as ablate_pages
 from ecanet.studies.ablate import rows as ablate_rows
 from ecanet.studies.ablate.rows import form_of, plan
@@ -216,7 +216,7 @@ def test_wherever_a_cell_was_cut_off(left, tmp_path):
 
 def test_seeds_are_counted_and_not_set(tmp_path):
     from ecanet import recipes
-    from ecanet.studies import ablate
+    from ecanet.studies.ablate import grid as ablate
 
     with pytest.raises(ConfigError, match="leave out seed=7"):
         ablate.run(recipes.find("digits").but(seed=7), folder=tmp_path)

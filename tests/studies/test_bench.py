@@ -11,12 +11,13 @@ from torch import nn
 from ecanet import ops
 from ecanet.errors import ConfigError
 from ecanet.ops import lean
-from ecanet.studies import bench
+from ecanet.studies import bench as front_door
 from ecanet.studies.bench import check as bench_check
 from ecanet.studies.bench import layers as bench_layers
 from ecanet.studies.bench import measure
 from ecanet.studies.bench import networks as bench_networks
 from ecanet.studies.bench import pages as bench_pages
+from ecanet.studies.bench import timing as bench
 from ecanet.studies.bench.measure import Budget
 
 TINY = {"model": "resnet18", "image_size": 64, "batch_sizes": (2,), "quick": True}
@@ -289,7 +290,7 @@ def test_commit_of_this_source_only(monkeypatch, tmp_path):
 
 def test_the_command(ecanet, monkeypatch, result, tmp_path):
     asked = {}
-    monkeypatch.setattr(bench, "run", lambda **options: asked.update(options) or result)
+    monkeypatch.setattr(front_door, "run", lambda **options: asked.update(options) or result)
     code, out, err = ecanet("bench", "--quick", "--batch-size", "2,4", "--out", "new/result.json")
     assert (code, err) == (0, "")
     del asked["say"]
@@ -311,7 +312,7 @@ def test_the_command(ecanet, monkeypatch, result, tmp_path):
 def test_compiling_is_asked_for_and_its_time_is_said(ecanet, monkeypatch, result):
     asked = {}
     with_time = result | {"compile_seconds": {"a": 30.2, "b": 31.0}}
-    monkeypatch.setattr(bench, "run", lambda **options: asked.update(options) or with_time)
+    monkeypatch.setattr(front_door, "run", lambda **options: asked.update(options) or with_time)
     code, out, _ = ecanet("bench", "--quick", "--compile")
     assert (code, asked["compiled"], asked["batch_sizes"]) == (0, True, None)
     assert "compiling took 61 s" in out.splitlines()

@@ -8,8 +8,8 @@ import torch
 
 import ecanet
 from ecanet.errors import ConfigError, DataError
-from ecanet.studies import paper
 from ecanet.studies.paper import pages as paper_pages
+from ecanet.studies.paper import tables as paper
 from ecanet.studies.paper.rows import FOOTNOTES, TABLES, Network
 
 
@@ -85,8 +85,7 @@ def test_a_wrong_module_is_found_out():
 @pytest.mark.parametrize("name", ["2", "3", "poster", "figure4"])
 def test_every_command_describes_its_rows_network(name, monkeypatch):
     """Each command, parsed by the command line itself, comes to a recipe whose network is the row's."""
-    from ecanet import cli
-    from ecanet.training import trainer as train
+    from ecanet import cli, training
 
     recipes = []
 
@@ -97,7 +96,7 @@ def test_every_command_describes_its_rows_network(name, monkeypatch):
         recipes.append((recipe, kwargs["folder"]))
         raise RanError
 
-    monkeypatch.setattr(train, "run", record)
+    monkeypatch.setattr(training, "run", record)
     for row in TABLES[name].rows:
         line = paper.command(row.network)
         assert line is not None
@@ -119,7 +118,7 @@ def test_every_command_describes_its_rows_network(name, monkeypatch):
 
 
 def test_accuracy_is_evaluated_where_there_are_data_and_weights(tmp_path, monkeypatch):
-    from ecanet.training import trained
+    from ecanet import training
 
     asked = []
 
@@ -127,7 +126,7 @@ def test_accuracy_is_evaluated_where_there_are_data_and_weights(tmp_path, monkey
         asked.append((checkpoint.name, model.attention, data_name))
         return {"top1": 77.476, "top5": 93.62}
 
-    monkeypatch.setattr(trained, "evaluate", evaluate)
+    monkeypatch.setattr(training, "evaluate", evaluate)
     for name in ("resnet50-eca.pth.tar", "resnet50-eca-3333.pth"):
         (tmp_path / name).touch()
     measured = paper.run("3", measure=["accuracy"], data=tmp_path, weights=tmp_path)[0]

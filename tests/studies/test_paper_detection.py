@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from ecanet import training
 from ecanet.data.scenes import SceneConfig, scenes
 from ecanet.errors import CheckpointError, DataError
 from ecanet.recipes.config import with_settings
-from ecanet.studies import paper
 from ecanet.studies.paper import pages as paper_pages
 from ecanet.studies.paper import runs as paper_runs
+from ecanet.studies.paper import tables as paper
 from ecanet.studies.paper.detection import detector_cost, operations
 from ecanet.studies.paper.rows import TABLES, Network, Row, Table
-from ecanet.training import trained
 
 DETECTORS = ("faster_rcnn", "mask_rcnn", "retinanet")
 STAGES = ((256, 200 * 320), (512, 100 * 160), (1024, 50 * 80), (2048, 25 * 40))
@@ -78,8 +78,7 @@ def test_rules_of_the_counter():
 @pytest.mark.parametrize("name", ["5", "6"])
 def test_every_command_describes_its_rows_network(name, monkeypatch):
     """Each line, parsed by the command line itself; a backbone's line writes what its detector's line reads."""
-    from ecanet import cli
-    from ecanet.training import trainer as train
+    from ecanet import cli, training
 
     ran = []
 
@@ -90,7 +89,7 @@ def test_every_command_describes_its_rows_network(name, monkeypatch):
         ran.append((recipe, kwargs["folder"]))
         raise RanError
 
-    monkeypatch.setattr(train, "run", record)
+    monkeypatch.setattr(training, "run", record)
     for row in TABLES[name].rows:
         network = row.network
         assert network is not None
@@ -197,7 +196,7 @@ def test_columns_of_both_tables(tmp_path, coco, monkeypatch):
         asked.append((checkpoint.name, model.name, model.attention, data_name))
         return metrics
 
-    monkeypatch.setattr(trained, "evaluate", evaluate)
+    monkeypatch.setattr(training, "evaluate", evaluate)
     boxes, masks = (paper._measured(table, ["accuracy"], coco, tmp_path, "cpu").cells[0] for table in tables(network))
     assert asked == [(f"{network.key}.ckpt", "mask_rcnn", "eca", f"coco:{coco}")] * 2
     assert [str(cell) for cell in boxes.values()] == [

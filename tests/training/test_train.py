@@ -429,7 +429,7 @@ def test_weights_from_elsewhere(tmp_path):
         trained.evaluate(tmp_path / "plain.pth")
     model = ModelConfig(name="resnet20")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ecanet.recipes.RECIPE_FOR_DATA", {"tiny": lambda: TINY})
+        patch.setattr("ecanet.recipes.named.RECIPE_FOR_DATA", {"tiny": lambda: TINY})
         found = trained.evaluate(tmp_path / "plain.pth", model=model, data_name="tiny")
         images, labels = load_tiny(None, False)
         with torch.inference_mode():

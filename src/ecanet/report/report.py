@@ -177,7 +177,7 @@ def page(
     """One self-contained page of HTML; a section is a heading, a note and HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    loader = PackageLoader("ecanet")
+    loader = PackageLoader("ecanet.report")
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html")
     return template.render(
         title=title, subtitle=subtitle, tiles=tiles, sections=sections, recipe=recipe, environment=environment
