@@ -14,7 +14,7 @@ from ecanet import data
 from ecanet.data import sources
 from ecanet.data.images import fitted, mirrored, shifted
 from ecanet.data.pictures import read_image
-from ecanet.data.sources import FASHION_FOLDER, SMALL_SETS, Look, load_fashion_mnist, read_idx
+from ecanet.data.sources import FASHION_FOLDER, SMALL_SETS, DataSpec, load_fashion_mnist, read_idx
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes.config import DataConfig
 from ecanet.report.figures import png
@@ -64,19 +64,19 @@ def test_digits_are_split_once_and_for_all():
     # 17 grey levels, told apart after scaling to bytes
     original = torch.tensor(everything.images[held_out[3]])
     assert torch.equal((module.held_out.images[3, 0].double() * 16 / 255).round(), original)
-    normalized = module.look.normalize(module.train.images)
+    normalized = module.spec.normalize(module.train.images)
     assert normalized.mean().abs() < 0.02
     assert (normalized.std() - 1).abs() < 0.02
 
 
 def test_pixels_undo_normalize():
     for small in SMALL_SETS.values():
-        images = torch.arange(256, dtype=torch.uint8).expand(2, small.look.channels, 3, 256)
-        assert torch.equal(small.look.pixels(small.look.normalize(images)), images)
+        images = torch.arange(256, dtype=torch.uint8).expand(2, small.spec.channels, 3, 256)
+        assert torch.equal(small.spec.pixels(small.spec.normalize(images)), images)
 
 
 def test_names_of_classes_are_all_different():
-    assert {name: len(set(s.look.class_names)) for name, s in SMALL_SETS.items()} == {
+    assert {name: len(set(s.spec.class_names)) for name, s in SMALL_SETS.items()} == {
         "digits": 10, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100
     }  # fmt: skip
 
@@ -84,7 +84,7 @@ def test_names_of_classes_are_all_different():
 def test_another_image_size():
     module = data.build(DataConfig(name="digits", image_size=12))
     assert module.train.images.shape == (1437, 1, 12, 12)
-    assert module.look.size == 12
+    assert module.spec.size == 12
 
 
 def test_unknown_data():
@@ -172,9 +172,9 @@ def test_the_real_fashion_mnist():
         assert images.shape == (count, 1, 28, 28)
         assert labels.bincount().tolist() == [count // 10] * 10
         if train:
-            look = SMALL_SETS["fashion-mnist"].look
-            assert (images.float() / 255).mean().item() == pytest.approx(look.mean[0], abs=5e-4)
-            assert (images.float() / 255).std().item() == pytest.approx(look.std[0], abs=5e-4)
+            spec = SMALL_SETS["fashion-mnist"].spec
+            assert (images.float() / 255).mean().item() == pytest.approx(spec.mean[0], abs=5e-4)
+            assert (images.float() / 255).std().item() == pytest.approx(spec.std[0], abs=5e-4)
 
 
 # augmentation
@@ -208,7 +208,7 @@ def test_mirrored_flips_half():
 def test_only_training_is_augmented():
     module = data.build(DataConfig(name="digits", crop_padding=2, flip=True, random_augment=9))
     batch = (module.held_out.images[:50], module.held_out.labels[:50])
-    plain = module.look.normalize(batch[0])
+    plain = module.spec.normalize(batch[0])
     module.trainer = SimpleNamespace(training=False)
     assert torch.equal(module.on_after_batch_transfer(batch, 0)[0], plain)
     module.trainer.training = True
@@ -224,17 +224,17 @@ def test_each_augmentation_does_something(option):
     module.trainer = SimpleNamespace(training=True)
     torch.manual_seed(0)
     images = module.train.images[:50]
-    assert not torch.equal(module.look.pixels(module.on_after_batch_transfer((images, images), 0)[0]), images)
+    assert not torch.equal(module.spec.pixels(module.on_after_batch_transfer((images, images), 0)[0]), images)
 
 
 def test_evaluation_takes_the_middle():
-    look = Look(class_names=("a",), channels=1, size=8, mean=(0.0,), std=(1.0,), crop=0.5)
+    spec = DataSpec(class_names=("a",), channels=1, size=8, mean=(0.0,), std=(1.0,), crop=0.5)
     # a ramp from left to right stays one under resizing; its middle half is left of 3/4 and right of 1/4
     ramp = torch.arange(32, dtype=torch.uint8).expand(1, 32, 32) * 8
-    result = fitted(look)(ramp)
+    result = fitted(spec)(ramp)
     assert result.shape == (1, 8, 8)
     assert result[0, 0].tolist() == pytest.approx([8 * (8 + 2 * at + 0.5) for at in range(8)], abs=4)
-    assert fitted(look)(some_images(1, 20, 60)).shape == (1, 8, 8)
+    assert fitted(spec)(some_images(1, 20, 60)).shape == (1, 8, 8)
 
 
 # order
@@ -310,11 +310,11 @@ def test_processes_evaluate_each_image_once():
 
 def test_a_folder_of_photographs(photos):
     module = data.build(folder_config(photos))
-    assert module.look.class_names == ("cat", "dog")
+    assert module.spec.class_names == ("cat", "dog")
     assert (len(module.train), len(module.held_out)) == (12, 4)
     [(images, labels)] = batches(module, module.val_dataloader())
     assert labels.tolist() == [0, 0, 1, 1]
-    assert torch.equal(images[2], fitted(module.look)(read_image(photos / "val/dog/0.png", 3)))
+    assert torch.equal(images[2], fitted(module.spec)(read_image(photos / "val/dog/0.png", 3)))
     for images, labels in batches(module, module.train_dataloader()):
         assert images.shape == (4, 3, 16, 16)
         assert images.dtype == torch.uint8

@@ -51,7 +51,7 @@ def batches(size, count):
     """Fashion-MNIST's first images, or scikit-learn's digits where its files are not installed."""
     small = SMALL_SETS["fashion-mnist" if (FASHION_FOLDER / "t10k-images-idx3-ubyte.gz").is_file() else "digits"]
     images, labels = small.load(None, False)
-    images = F.interpolate(small.look.normalize(images[: STEPS * count]), (size, size), mode="area")
+    images = F.interpolate(small.spec.normalize(images[: STEPS * count]), (size, size), mode="area")
     at = torch.arange(STEPS * count) % len(images)  # there are fewer digits than wanted
     grain = torch.randn((len(at), 1, size, size), generator=torch.Generator().manual_seed(0))
     return list(zip((images[at] + 0.1 * grain).split(count), labels[at].split(count), strict=True))

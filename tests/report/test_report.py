@@ -31,7 +31,7 @@ def report(tmp_path):
         parameters=12345,
         folder=tmp_path,
         environment=environment(),
-        evidence={
+        artifacts={
             "class_names": NAMES,
             "confusion": MATRIX,
             "examples": [

@@ -134,15 +134,15 @@ def coco(tmp_path_factory):
 
 def save_run(path, **settings):
     """The checkpoint of a run of a small Mask R-CNN that has learnt nothing."""
-    from ecanet.data.sources import Look
+    from ecanet.data.sources import DataSpec
     from ecanet.recipes import find
     from ecanet.recipes.config import to_dict
     from ecanet.training.tasks import build
 
     recipe = with_settings(find("scenes"), {"detector.backbone": "resnet20", **settings})
-    look = Look(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
-    state = build(recipe, look).state_dict()
-    torch.save({"state_dict": state, "ecanet": {"recipe": to_dict(recipe), "look": asdict(look)}}, path)
+    spec = DataSpec(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
+    state = build(recipe, spec).state_dict()
+    torch.save({"state_dict": state, "ecanet": {"recipe": to_dict(recipe), "spec": asdict(spec)}}, path)
 
 
 def test_ap_is_that_of_the_checkpoint_in_the_folder(tmp_path, coco, monkeypatch):

@@ -421,7 +421,11 @@ def main() -> int:
         machine = (
             f"a {torch.get_num_threads()}-thread {platform.machine()} CPU, torch {torch.__version__.split('+')[0]}"
         )
-        results = {"command": "OMP_NUM_THREADS=1 python tests/surgery/attach_sweep.py", "machine": machine, "rows": rows}
+        results = {
+            "command": "OMP_NUM_THREADS=1 python tests/surgery/attach_sweep.py",
+            "machine": machine,
+            "rows": rows,
+        }
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         TABLE.write_text(table(results))

@@ -319,13 +319,13 @@ def test_nothing_found_is_scored_by_kind(some):
 
 
 def test_detect_draws_and_lists_what_is_found(monkeypatch, tmp_path, some):
-    from ecanet.data.sources import Look
+    from ecanet.data.sources import DataSpec
     from ecanet.training.detections import detect
     from ecanet.training.tasks import build
 
     recipe = tiny(monkeypatch, tmp_path)
-    look = Look(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
-    task = build(recipe, look)
+    spec = DataSpec(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
+    task = build(recipe, spec)
     found = perfect(some)
     # what the network says is known, so what is written can be
     monkeypatch.setattr(task.model, "forward", lambda images, targets=None: [dict(found[0])])
@@ -350,12 +350,12 @@ def test_detect_draws_and_lists_what_is_found(monkeypatch, tmp_path, some):
 def test_detect_never_writes_over_what_it_looks_at(monkeypatch, tmp_path, some):
     import shutil
 
-    from ecanet.data.sources import Look
+    from ecanet.data.sources import DataSpec
     from ecanet.training.detections import detect
     from ecanet.training.tasks import build
 
-    look = Look(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
-    task = build(tiny(monkeypatch, tmp_path), look)
+    spec = DataSpec(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
+    task = build(tiny(monkeypatch, tmp_path), spec)
     photo = shutil.copy(some.annotations.pictures[0].path, tmp_path / "photo.png")
     with pytest.raises(ConfigError, match=r"photo\.png would be written over; choose another --out"):
         next(detect(task, [photo], tmp_path))
@@ -384,12 +384,12 @@ def test_a_picture_is_enlarged_within_bounds():
     ],
 )
 def test_settings_of_the_other_task_are_refused(monkeypatch, tmp_path, settings, complaint):
-    from ecanet.data.sources import Look
+    from ecanet.data.sources import DataSpec
     from ecanet.training.tasks import build
 
-    look = Look(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
+    spec = DataSpec(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
     with pytest.raises(ConfigError, match=complaint):
-        build(tiny(monkeypatch, tmp_path, **settings), look)
+        build(tiny(monkeypatch, tmp_path, **settings), spec)
 
 
 def test_unreadable_images_neither_train_nor_count(monkeypatch, tmp_path, capsys):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecanet.data.sources import SMALL_SETS, Look, SmallSet
+from ecanet.data.sources import SMALL_SETS, DataSpec, SmallSet
 from ecanet.errors import CheckpointError, ConfigError, DataError
 from ecanet.models import create_model
 from ecanet.recipes.config import DataConfig, ModelConfig, OptimizerConfig, Recipe, ScheduleConfig, to_dict
@@ -39,8 +39,8 @@ def load_tiny(root: str | None, training: bool) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    look = Look(class_names=("dark", "grey", "light"), channels=1, size=8, mean=(0.4,), std=(0.3,))
-    monkeypatch.setitem(SMALL_SETS, "tiny", SmallSet(load=load_tiny, look=look))
+    spec = DataSpec(class_names=("dark", "grey", "light"), channels=1, size=8, mean=(0.4,), std=(0.3,))
+    monkeypatch.setitem(SMALL_SETS, "tiny", SmallSet(load=load_tiny, spec=spec))
 
 
 TINY = Recipe(
@@ -71,7 +71,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def task_of(recipe: Recipe) -> Classification:
     torch.manual_seed(0)
-    task = build(recipe, SMALL_SETS["tiny"].look)
+    task = build(recipe, SMALL_SETS["tiny"].spec)
     assert isinstance(task, Classification)
     return task
 
@@ -102,15 +102,15 @@ def test_top1_and_the_confusion_matrix_are_counted_right(tmp_path):
     task = trained.restore(report.last_checkpoint)
     images, labels = load_tiny(None, False)
     with torch.inference_mode():
-        logits = task(task.look.normalize(images))
+        logits = task(task.spec.normalize(images))
     matrix = [[0] * 3 for _ in range(3)]
     for label, logit in zip(labels.tolist(), logits.tolist(), strict=True):
         matrix[label][logit.index(max(logit))] += 1
-    assert report.evidence["confusion"] == matrix
+    assert report.artifacts["confusion"] == matrix
     assert report.metrics["top1"] == pytest.approx(100 * sum(matrix[i][i] for i in range(3)) / 20)
     assert report.metrics["top5"] == 100
     assert report.metrics["val_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
-    for example in report.evidence["examples"]:
+    for example in report.artifacts["examples"]:
         at = next(i for i, image in enumerate(images) if torch.equal(image, example["image"]))
         assert (example["label"], example["prediction"]) == (int(labels[at]), int(logits[at].argmax()))
 
@@ -325,7 +325,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, changes, worker
     timed = ("images_per_second", "seconds")
     for a, b in zip(resumed.history, whole.history, strict=True):
         assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
-    assert resumed.evidence["confusion"] == whole.evidence["confusion"]
+    assert resumed.artifacts["confusion"] == whole.artifacts["confusion"]
 
 
 def test_a_finished_run_resumed_reports_the_same(tmp_path):
@@ -333,7 +333,7 @@ def test_a_finished_run_resumed_reports_the_same(tmp_path):
     before = weights(report)
     again = run(TINY.but(epochs=2, ema_decay=0.5), tmp_path / "run", resume=True)
     assert again.history == report.history
-    assert again.evidence["confusion"] == report.evidence["confusion"]
+    assert again.artifacts["confusion"] == report.artifacts["confusion"]
     assert equal(weights(again), before)
 
 
@@ -433,7 +433,7 @@ def test_weights_from_elsewhere(tmp_path):
         found = trained.evaluate(tmp_path / "plain.pth", model=model, data_name="tiny")
         images, labels = load_tiny(None, False)
         with torch.inference_mode():
-            logits = network.eval()(SMALL_SETS["tiny"].look.normalize(images))
+            logits = network.eval()(SMALL_SETS["tiny"].spec.normalize(images))
         assert found["val_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
         with pytest.raises(CheckpointError, match="not the weights of resnet56 with eca for 3 classes"):
             trained.evaluate(tmp_path / "plain.pth", model=ModelConfig(name="resnet56"), data_name="tiny")

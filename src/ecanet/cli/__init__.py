@@ -174,7 +174,7 @@ def predict(
         rows = [{"path": p.path, "classes": [{"name": n, "probability": q} for n, q in p.classes]} for p in found]
         print(json.dumps(rows, indent=2))
         return
-    table = Table("image", f"likeliest of {len(task.look.class_names)} classes")
+    table = Table("image", f"likeliest of {len(task.spec.class_names)} classes")
     for p in found:
         table.add_row(p.path, "  ".join(f"{name} {probability:.1%}" for name, probability in p.classes))
     console.print(table)

@@ -8,20 +8,20 @@ image file).
 from ecanet.data import boxes
 from ecanet.data.annotations import Annotations, encode, thin
 from ecanet.data.builder import build
-from ecanet.data.images import fitted, mixed
+from ecanet.data.images import derive_seed, fitted
 from ecanet.data.pictures import read_image
-from ecanet.data.sources import IMAGE_SUFFIXES, Look, check_classes
+from ecanet.data.sources import IMAGE_SUFFIXES, DataSpec, check_classes
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "Annotations",
-    "Look",
+    "DataSpec",
     "boxes",
     "build",
     "check_classes",
     "encode",
     "fitted",
-    "mixed",
+    "derive_seed",
     "read_image",
     "thin",
 ]

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ecanet.data.annotations import Annotations, Picture, clipped, decode, read_annotations
-from ecanet.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageData, mixed
+from ecanet.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageData, derive_seed
 from ecanet.data.pictures import read_image
 from ecanet.data.scenes import SPRITES, SceneConfig, scenes
-from ecanet.data.sources import Look, Unreadable
+from ecanet.data.sources import DataSpec, Unreadable
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import DataConfig, suggestion
 
@@ -59,14 +59,14 @@ def boxes(config: DataConfig, *, seed: int = 0, train: bool = True, masks: bool 
     training = _part(config, folder, "train2017", masks) if train else None
     if training and training.class_names != held_out.class_names:
         raise DataError(f"{folder}: train2017 and val2017 have different categories")
-    look = Look(
+    spec = DataSpec(
         class_names=held_out.class_names,
         channels=3,
         size=config.image_size or 800,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )
-    return BoxData(config, look, Boxes(training) if training else None, Boxes(held_out), seed=seed)
+    return BoxData(config, spec, Boxes(training) if training else None, Boxes(held_out), seed=seed)
 
 
 def _part(config: DataConfig, folder: Path, split: str, masks: bool) -> Annotations:
@@ -160,7 +160,7 @@ class Batches(Sampler[list[tuple[int, bool]]]):
         return max(1, len(self.wide) // (self.batch_size * self.world))
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        random = torch.Generator().manual_seed(mixed(self.seed, self.epoch))
+        random = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
         order = torch.randperm(len(self.wide), generator=random)
         mirror = (torch.rand(len(self.wide), generator=random) < 0.5) & self.flip
         waiting: dict[bool, list[tuple[int, bool]]] = {True: [], False: []}
@@ -180,7 +180,7 @@ class Batches(Sampler[list[tuple[int, bool]]]):
 
 
 class BoxData(ImageData):
-    """Training and held-out images with targets; ``look`` says what they look like to a network."""
+    """Training and held-out images with targets; ``spec`` says the form in which a network gets them."""
 
     train: Boxes | None
     held_out: Boxes

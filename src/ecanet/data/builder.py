@@ -18,7 +18,7 @@ def build(config: DataConfig, *, seed: int = 0, train: bool = True, masks: bool 
 
     >>> from ecanet.recipes import DataConfig
     >>> digits = build(DataConfig(name="digits"))
-    >>> len(digits.train), len(digits.held_out), digits.look.size
+    >>> len(digits.train), len(digits.held_out), digits.spec.size
     (1437, 360, 8)
 
     Raises:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
 
 from ecanet.data.pictures import HOW_TO_SKIP
-from ecanet.data.sources import SMALL_SETS, Folder, Look, Memory, Unreadable, class_folders
+from ecanet.data.sources import SMALL_SETS, DataSpec, Folder, Memory, Unreadable, class_folders
 from ecanet.errors import DataError
 from ecanet.recipes import DataConfig
 
@@ -47,12 +47,12 @@ def images(config: DataConfig, *, seed: int = 0, train: bool = True) -> "ImageDa
 
 
 class ImageData(L.LightningDataModule):
-    """Training and held-out images; ``look`` says what they look like to a network."""
+    """Training and held-out images; ``spec`` says the form in which a network gets them."""
 
     def __init__(
         self,
         config: DataConfig,
-        look: Look,
+        spec: DataSpec,
         train: Dataset[Any] | None,
         held_out: Dataset[Any],
         *,
@@ -60,7 +60,7 @@ class ImageData(L.LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        self.config, self.look, self.augment, self.seed = config, look, augment, seed
+        self.config, self.spec, self.augment, self.seed = config, spec, augment, seed
         self.train, self.held_out = train, held_out
         self.skipped: set[str] = set()
         self.first_epoch = 0
@@ -106,7 +106,7 @@ class ImageData(L.LightningDataModule):
                 print(f"skipped: {problem.message}", file=sys.stderr, flush=True)
         if pictures is None:
             # a batch of none, which a step passes over
-            pictures = torch.empty(0, self.look.channels, self.look.size, self.look.size, dtype=torch.uint8)
+            pictures = torch.empty(0, self.spec.channels, self.spec.size, self.spec.size, dtype=torch.uint8)
             labels = torch.empty(0, dtype=torch.int64)
         return pictures, labels
 
@@ -115,7 +115,7 @@ class ImageData(L.LightningDataModule):
         pictures, labels = batch
         if self.augment is not None and self.trainer is not None and self.trainer.training:
             pictures = self.augment(pictures)
-        return self.look.normalize(pictures), labels
+        return self.spec.normalize(pictures), labels
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -154,11 +154,11 @@ class _Shuffled(DistributedSampler[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         # mixed, and not added: the next seed's order is not the next epoch's
-        self.seed = mixed(self.of_run, epoch)
-        self.randomness.manual_seed(mixed(self.of_run, epoch, self.rank))
+        self.seed = derive_seed(self.of_run, epoch)
+        self.randomness.manual_seed(derive_seed(self.of_run, epoch, self.rank))
 
 
-def mixed(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """One seed of 32 bits, which is what torch looks at on a CPU, for several ``numbers``."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
@@ -179,7 +179,7 @@ def _in_memory(config: DataConfig, seed: int, train: bool) -> ImageData:
     small = SMALL_SETS[config.name]
     if config.eval_crop != DataConfig().eval_crop:
         raise DataError("data.eval_crop is for photographs; small images are evaluated whole")
-    size = config.image_size or small.look.size
+    size = config.image_size or small.spec.size
 
     def part(train: bool) -> Memory:
         pictures, labels = small.load(config.root, train)
@@ -194,8 +194,8 @@ def _in_memory(config: DataConfig, seed: int, train: bool) -> ImageData:
         change = v2.RandAugment(magnitude=config.random_augment)
         changes.append(lambda pictures: torch.stack([change(picture) for picture in pictures]))
     augment = v2.Compose(changes) if changes else None
-    look = replace(small.look, size=size)
-    return ImageData(config, look, part(True) if train else None, part(False), augment=augment, seed=seed)
+    spec = replace(small.spec, size=size)
+    return ImageData(config, spec, part(True) if train else None, part(False), augment=augment, seed=seed)
 
 
 def _from_folder(config: DataConfig, seed: int, train: bool) -> ImageData:
@@ -212,20 +212,22 @@ def _from_folder(config: DataConfig, seed: int, train: bool) -> ImageData:
     if train and (strange := sorted(set(class_folders(folder / "val")) - set(names))):
         raise DataError(f"{folder / 'val' / strange[0]}: a class that train/ does not have")
     size = config.image_size or 224
-    look = Look(class_names=names, channels=3, size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD, crop=config.eval_crop)
+    spec = DataSpec(
+        class_names=names, channels=3, size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD, crop=config.eval_crop
+    )
     changes: list[v2.Transform] = [v2.RandomResizedCrop(size, antialias=True)]
     if config.flip is not False:
         changes.append(v2.RandomHorizontalFlip())
     if config.random_augment:
         changes.append(v2.RandAugment(magnitude=config.random_augment))
-    training = Folder(folder / "train", names, look.channels, v2.Compose(changes)) if train else None
-    held_out = Folder(folder / "val", names, look.channels, fitted(look))
-    return ImageData(config, look, training, held_out, seed=seed)
+    training = Folder(folder / "train", names, spec.channels, v2.Compose(changes)) if train else None
+    held_out = Folder(folder / "val", names, spec.channels, fitted(spec))
+    return ImageData(config, spec, training, held_out, seed=seed)
 
 
-def fitted(look: Look) -> Change:
-    """What evaluation does: the short side becomes ``look.size / look.crop``, then the middle square is taken."""
-    return v2.Compose([v2.Resize(round(look.size / look.crop), antialias=True), v2.CenterCrop(look.size)])
+def fitted(spec: DataSpec) -> Change:
+    """What evaluation does: the short side becomes ``spec.size / spec.crop``, then the middle square is taken."""
+    return v2.Compose([v2.Resize(round(spec.size / spec.crop), antialias=True), v2.CenterCrop(spec.size)])
 
 
 def shifted(pictures: Tensor, padding: int) -> Tensor:

@@ -132,7 +132,7 @@ def _written(
                     "segmentation": run_lengths,
                 }
             )
-    names = SMALL_SETS[config.sprites].look.class_names
+    names = SMALL_SETS[config.sprites].spec.class_names
     categories = [{"id": n + 1, "name": name, "supercategory": config.sprites} for n, name in enumerate(names)]
     return {"info": asdict(config), "images": images, "annotations": annotations, "categories": categories}
 

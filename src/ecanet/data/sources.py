@@ -19,7 +19,7 @@ from ecanet.errors import DataError
 __all__ = [
     "SMALL_SETS",
     "Folder",
-    "Look",
+    "DataSpec",
     "Memory",
     "SmallSet",
     "Unreadable",
@@ -33,7 +33,7 @@ FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Look:
+class DataSpec:
     """What a set of images looks like to a network: square, ``size`` pixels, normalised by ``mean`` and ``std``."""
 
     class_names: tuple[str, ...]
@@ -58,8 +58,8 @@ class Look:
 # sources held in memory
 
 
-def check_classes(name: str, there: Look, known: Look) -> None:
-    """Raise DataError unless the data called ``name``, which look like ``there``, are of the ``known`` kind."""
+def check_classes(name: str, there: DataSpec, known: DataSpec) -> None:
+    """Raise DataError unless the data called ``name``, described by ``there``, have the classes of ``known``."""
     pairs = zip_longest(there.class_names, known.class_names, fillvalue="nothing")
     differ = next((f"{mine} for {theirs}" for mine, theirs in pairs if mine != theirs), None)
     if differ is not None:
@@ -76,7 +76,7 @@ class SmallSet:
     """A set that fits in memory: ``load(root, train)`` gives uint8 images (N, C, H, W) and labels (N,)."""
 
     load: Callable[[str | None, bool], tuple[Tensor, Tensor]]
-    look: Look
+    spec: DataSpec
 
 
 class Memory(Dataset[Any]):
@@ -195,8 +195,8 @@ def _download(name: str, root: str | None, train: bool, remedy: str) -> Any:
         raise DataError(f"{name} is not in {folder} and cannot be downloaded ({why}); {remedy}") from None
 
 
-def _look(names: str, channels: int, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Look:
-    return Look(class_names=tuple(names.split(",")), channels=channels, size=size, mean=mean, std=std)
+def _look(names: str, channels: int, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> DataSpec:
+    return DataSpec(class_names=tuple(names.split(",")), channels=channels, size=size, mean=mean, std=std)
 
 
 FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
@@ -211,13 +211,13 @@ CIFAR100 = (
     "trout,tulip,turtle,wardrobe,whale,willow_tree,wolf,woman,worm"
 )
 SMALL_SETS: dict[str, SmallSet] = {
-    "digits": SmallSet(load=load_digits, look=_look("0,1,2,3,4,5,6,7,8,9", 1, 8, (0.3053,), (0.3760,))),
-    "fashion-mnist": SmallSet(load=load_fashion_mnist, look=_look(FASHION, 1, 28, (0.2860,), (0.3530,))),
+    "digits": SmallSet(load=load_digits, spec=_look("0,1,2,3,4,5,6,7,8,9", 1, 8, (0.3053,), (0.3760,))),
+    "fashion-mnist": SmallSet(load=load_fashion_mnist, spec=_look(FASHION, 1, 28, (0.2860,), (0.3530,))),
     "cifar10": SmallSet(
-        load=load_cifar(10), look=_look(CIFAR10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+        load=load_cifar(10), spec=_look(CIFAR10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
     ),
     "cifar100": SmallSet(
-        load=load_cifar(100), look=_look(CIFAR100, 3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+        load=load_cifar(100), spec=_look(CIFAR100, 3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
     ),
 }
 

@@ -1,6 +1,6 @@
 """What a run found, as numbers in JSON and as one self-contained page.
 
-``Report.evidence`` is what the task kept beside its numbers; `SECTIONS` says how each kind of it is drawn.
+``Report.artifacts`` is what the task kept beside its numbers; `SECTIONS` says how each kind of it is drawn.
 """
 
 import json
@@ -44,7 +44,7 @@ class Report:
     parameters: int
     folder: Path
     environment: dict[str, Any] = field(default_factory=dict)
-    evidence: dict[str, Any] = field(default_factory=dict)
+    artifacts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def best_checkpoint(self) -> Path:
@@ -57,7 +57,7 @@ class Report:
         return self.folder / "checkpoints" / "last.ckpt"
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the evidence and the folder, as plain values."""
+        """All but the artifacts and the folder, as plain values."""
         return {
             "recipe": to_dict(self.recipe),
             "metrics": self.metrics,
@@ -87,8 +87,8 @@ class Report:
         """Write metrics.json, environment.json and report.html into the run's folder; returns the page's path."""
         write_file(self.folder / "metrics.json", json.dumps(self.to_dict(), indent=2))
         write_file(self.folder / "environment.json", json.dumps(self.environment, indent=2))
-        for at, example in enumerate(self.evidence.get("examples", [])):
-            label = re.sub(r"\W+", "-", self.evidence["class_names"][example["label"]])
+        for at, example in enumerate(self.artifacts.get("examples", [])):
+            label = re.sub(r"\W+", "-", self.artifacts["class_names"][example["label"]])
             write_file(self.folder / "examples" / f"{at:02d}-{label}.png", figures.png(example["image"]))
         path = self.folder / "report.html"
         write_file(path, self.to_html())
@@ -117,44 +117,44 @@ def _curves(report: Report) -> Section:
 
 
 def _confusion(report: Report) -> Section | None:
-    if not (matrix := report.evidence.get("confusion")):
+    if not (matrix := report.artifacts.get("confusion")):
         return None
     note = "Rows are what the images are, columns what the network said; the darker, the larger the share of the row."
-    return "Confusion", note, figures.confusion(matrix, report.evidence["class_names"])
+    return "Confusion", note, figures.confusion(matrix, report.artifacts["class_names"])
 
 
 def _by_class(report: Report) -> Section | None:
-    if not (matrix := report.evidence.get("confusion")):
+    if not (matrix := report.artifacts.get("confusion")):
         return None
-    return "Accuracy by class", "", figures.accuracy_by_class(matrix, report.evidence["class_names"])
+    return "Accuracy by class", "", figures.accuracy_by_class(matrix, report.artifacts["class_names"])
 
 
 def _examples(report: Report) -> Section | None:
-    if not (found := report.evidence.get("examples")):
+    if not (found := report.artifacts.get("examples")):
         return None
     note = "The first held-out images that the network got right, and the first that it did not."
-    return "Examples", note, figures.examples(found, report.evidence["class_names"])
+    return "Examples", note, figures.examples(found, report.artifacts["class_names"])
 
 
 def _precision_recall(report: Report) -> Section | None:
-    if not (found := report.evidence.get("precision_recall")):
+    if not (found := report.artifacts.get("precision_recall")):
         return None
     note = "An object counts as found where half of the area agrees; mean over the classes."
     return "Precision by recall", note, figures.precision_recall(found)
 
 
 def _detections(report: Report) -> Section | None:
-    if not (found := report.evidence.get("detections")):
+    if not (found := report.artifacts.get("detections")):
         return None
     note = "The first held-out images on which all is right, and the first on which something is not (truth in white)."
-    return "Detections", note, figures.detections(found, report.evidence["class_names"])
+    return "Detections", note, figures.detections(found, report.artifacts["class_names"])
 
 
 def _is_loss(name: str) -> bool:
     return name.endswith("loss")
 
 
-# each looks for its evidence, and gives a heading, a note and HTML, or None where there is nothing to draw
+# each looks for its artifacts, and gives a heading, a note and HTML, or None where there is nothing to draw
 SECTIONS: list[Callable[[Report], Section | None]] = [
     _curves,
     _by_class,

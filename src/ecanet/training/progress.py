@@ -58,7 +58,7 @@ class History(L.Callback):
         self.rate = float(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """There is evidence for the report."""
+        """There is artifacts for the report."""
         self.evaluated = True
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

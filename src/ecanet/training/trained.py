@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ecanet import data, recipes
-from ecanet.data import IMAGE_SUFFIXES, Look, check_classes, fitted, read_image
+from ecanet.data import IMAGE_SUFFIXES, DataSpec, check_classes, fitted, read_image
 from ecanet.errors import CheckpointError, ConfigError, DataError
 from ecanet.models import load_checkpoint, read_file
 from ecanet.recipes import ModelConfig, Recipe, from_dict, with_settings
@@ -44,14 +44,14 @@ def evaluate(
         ConfigError: weights from elsewhere, and it was not said what they are for.
         DataError: data that is missing or broken, or that has other classes than the network.
     """
-    path, recipe, look = _described(checkpoint, model, data_name, data_dir)
+    path, recipe, spec = _described(checkpoint, model, data_name, data_dir)
     if on_corrupt is not None:
         recipe = with_settings(recipe, {"data.on_corrupt": on_corrupt})
     with quiet_lightning():
         images = data.build(recipe.data, seed=recipe.seed, train=False, masks=recipe.learns_masks)
-        if look is not None:
-            check_classes(recipe.data.name, images.look, look)
-        task = _loaded(path, recipe, images.look)
+        if spec is not None:
+            check_classes(recipe.data.name, images.spec, spec)
+        task = _loaded(path, recipe, images.spec)
         trainer = L.Trainer(
             accelerator=accelerator,
             devices=1,
@@ -81,10 +81,10 @@ def restore(
 
     ``model``, ``data_name`` and ``data_dir`` are as for `evaluate`; so are the errors.
     """
-    path, recipe, look = _described(checkpoint, model, data_name, data_dir)
-    if look is None:
-        look = data.build(recipe.data, train=False).look
-    return _loaded(path, recipe, look).eval()
+    path, recipe, spec = _described(checkpoint, model, data_name, data_dir)
+    if spec is None:
+        spec = data.build(recipe.data, train=False).spec
+    return _loaded(path, recipe, spec).eval()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,21 +105,21 @@ def predict(
     """
     if not isinstance(task, tasks.Classification):
         raise ConfigError(f"{task.recipe.model.name} is a detector; ecanet detect shows what it finds")
-    look, fit = task.look, fitted(task.look)
+    spec, fit = task.spec, fitted(task.spec)
     task = task.to(device).eval()
     for start in range(0, len(paths), 64):
         some = paths[start : start + 64]
-        pictures = [_readable(path, look) for path in some]
+        pictures = [_readable(path, spec) for path in some]
         good = [fit(picture) for picture in pictures if isinstance(picture, Tensor)]
         with torch.inference_mode():
-            logits = task(look.normalize(torch.stack(good)).to(device)) if good else torch.empty(0, 1)
+            logits = task(spec.normalize(torch.stack(good)).to(device)) if good else torch.empty(0, 1)
         shares = iter(logits.float().softmax(1))
         for path, picture in zip(some, pictures, strict=True):
             if isinstance(picture, DataError):
                 yield picture
                 continue
-            likely = next(shares).topk(min(top, len(look.class_names)))
-            names = [look.class_names[at] for at in likely.indices.tolist()]
+            likely = next(shares).topk(min(top, len(spec.class_names)))
+            names = [spec.class_names[at] for at in likely.indices.tolist()]
             yield Prediction(path=str(path), classes=tuple(zip(names, likely.values.tolist(), strict=True)))
 
 
@@ -142,7 +142,7 @@ def image_files(path: str | Path) -> list[Path]:
 
 def _described(
     checkpoint: str | Path, model: ModelConfig | None, data_name: str | None, data_dir: str | None
-) -> tuple[Path, Recipe, Look | None]:
+) -> tuple[Path, Recipe, DataSpec | None]:
     """The checkpoint's file, what to build for it, and what its run's data looked like, if it is a run's."""
     path = Path(checkpoint)
     if path.is_dir():
@@ -150,31 +150,31 @@ def _described(
     content = read_file(path)
     own: Any = content.get("ecanet") if isinstance(content, dict) else None
     if own:
-        recipe, look = from_dict(Recipe, own["recipe"]), Look(**own["look"])
+        recipe, spec = from_dict(Recipe, own["recipe"]), DataSpec(**own["spec"])
     elif model is None or data_name is None:
         raise ConfigError(f"{path} does not say what network it is for; say so with --model and --data")
     else:
-        recipe, look = recipes.find(data_name), None
+        recipe, spec = recipes.find(data_name), None
     root = recipe.data.root if data_name in (None, recipe.data.name) else None  # where other data lie, it does not say
     chosen = recipe.data.but(name=data_name or recipe.data.name, root=data_dir or root)
     # the weights are in the checkpoint: no others are to be looked for
-    return path, recipe.but(model=(model or recipe.model).but(weights=None), data=chosen, compile=False), look
+    return path, recipe.but(model=(model or recipe.model).but(weights=None), data=chosen, compile=False), spec
 
 
-def _loaded(path: Path, recipe: Recipe, look: Look) -> tasks.Task:
-    task = tasks.build(recipe, look)
+def _loaded(path: Path, recipe: Recipe, spec: DataSpec) -> tasks.Task:
+    task = tasks.build(recipe, spec)
     report = load_checkpoint(task.model, path)
     gates = tuple(f"{name}." for name in report.neutral)
     if lost := [n for n in (*report.mismatched, *report.missing, *report.unexpected) if not n.startswith(gates)]:
         raise CheckpointError(
             f"{path}: not the weights of {recipe.model.name} with {recipe.model.attention} for "
-            f"{len(look.class_names)} classes: {len(lost)} tensors differ, first {lost[0]!r}"
+            f"{len(spec.class_names)} classes: {len(lost)} tensors differ, first {lost[0]!r}"
         )
     return task
 
 
-def _readable(path: str | Path, look: Look) -> Tensor | DataError:
+def _readable(path: str | Path, spec: DataSpec) -> Tensor | DataError:
     try:
-        return read_image(path, look.channels)
+        return read_image(path, spec.channels)
     except DataError as error:
         return error

@@ -60,7 +60,7 @@ def run(
     with quiet_lightning():
         images = data.build(recipe.data, seed=recipe.seed, masks=recipe.learns_masks)
         torch.manual_seed(recipe.seed)
-        task = tasks.build(recipe, images.look)
+        task = tasks.build(recipe, images.spec)
         history = History(place / "metrics.csv")
         display = Display(history, quiet=quiet)
         trainer = _trainer(recipe, task, place, [history, display], accelerator, devices)
@@ -76,7 +76,7 @@ def run(
         last = place / "checkpoints" / "last.ckpt"
         _fit(trainer, task, images, last if resume and last.is_file() else None, place)
         if not history.evaluated:
-            # resumed after the last epoch: the figures are in the checkpoint, the evidence is not
+            # resumed after the last epoch: the figures are in the checkpoint, the artifacts is not
             trainer.validate(task, images, verbose=False)
         report = _report(recipe, task, history, place)
         if trainer.is_global_zero:
@@ -223,5 +223,5 @@ def _report(recipe: Recipe, task: tasks.Task, history: History, place: Path) -> 
         parameters=sum(p.numel() for p in task.model.parameters()),
         folder=place,
         environment=environment(),
-        evidence=task.evidence(),
+        artifacts=task.artifacts(),
     )

@@ -63,8 +63,8 @@ def plan(recipe: Recipe, names: Iterable[str], say: Callable[[str], None] = prin
     Raises:
         ConfigError: there is no variant of this name, or the network has none.
     """
-    look = data.build(recipe.data, train=False).look
-    size = (look.channels, look.size, look.size)
+    spec = data.build(recipe.data, train=False).spec
+    size = (spec.channels, spec.size, spec.size)
     merged: dict[str, Variant] = {}
     chosen = [name.strip() for name in names]
     for name in chosen:
@@ -78,8 +78,8 @@ def plan(recipe: Recipe, names: Iterable[str], say: Callable[[str], None] = prin
                 model.name,
                 attention=model.attention,
                 kernel_sizes=model.kernel_sizes,
-                num_classes=len(look.class_names),
-                in_channels=look.channels,
+                num_classes=len(spec.class_names),
+                in_channels=spec.channels,
                 **model.options,
             )
         form = form_of(network)

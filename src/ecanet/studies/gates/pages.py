@@ -69,10 +69,10 @@ def run(
     if not isinstance(task, Classification):
         raise ConfigError(f"{task.recipe.model.name} is a detector; inspect shows the gates of classifiers")
     inspect.gates(task.model)
-    names = task.look.class_names
+    names = task.spec.class_names
     shown = [_class(name, names) for name in classes or [n for n in POSTER if n in names] or names[:4]]
     images = data.build(task.recipe.data, seed=task.recipe.seed, train=False)
-    check_classes(task.recipe.data.name, images.look, task.look)
+    check_classes(task.recipe.data.name, images.spec, task.spec)
     records = inspect.record(task.model, _batches(images), len(names))
     effects, answer = ([], "") if image is None else explain(task, records, image)
     found = Inspection(task=task, records=records, classes=shown, effects=effects, answer=answer)
@@ -93,8 +93,8 @@ def _batches(images: Any) -> Iterator[tuple[Tensor, Tensor]]:
 
 def explain(task: Task, records: Sequence[GateRecord], path: str | Path) -> tuple[list[Effect], str]:
     """What each gate did to the image file ``path``, and what the network says of it."""
-    look = task.look
-    images = look.normalize(fitted(look)(read_image(path, look.channels))[None])
+    spec = task.spec
+    images = spec.normalize(fitted(spec)(read_image(path, spec.channels))[None])
     with torch.inference_mode():
         logits = task.model(images).double()[0]
     best = int(logits.argmax())
@@ -109,7 +109,7 @@ def explain(task: Task, records: Sequence[GateRecord], path: str | Path) -> tupl
         )
         for one in records
     ]
-    return effects, f"{Path(path).name}: {look.class_names[best]}, {float(logits.softmax(0)[best]):.1%}"
+    return effects, f"{Path(path).name}: {spec.class_names[best]}, {float(logits.softmax(0)[best]):.1%}"
 
 
 def log_odds(logits: Tensor, at: int) -> float:
@@ -143,7 +143,7 @@ def write(found: Inspection, folder: Path) -> None:
 
 def to_json(found: Inspection) -> str:
     """Every gate's numbers: means, spread, alarms, kernel, and what it did to the image."""
-    names = found.task.look.class_names
+    names = found.task.spec.class_names
     effects = {effect.name: effect for effect in found.effects}
     rows = [
         {
@@ -171,7 +171,7 @@ def _plain(effect: Effect) -> dict[str, Any]:
 
 def by_class(found: Inspection) -> Any:
     """Mean weight of each channel for the chosen classes, one panel a gate, as on the poster."""
-    names = found.task.look.class_names
+    names = found.task.spec.class_names
     figure, panels = _panels(found.records)
     for one, axes in zip(found.records, panels, strict=True):
         for k in found.classes:
@@ -246,7 +246,7 @@ def kernels(records: Sequence[GateRecord]) -> Any:
 
 def html(found: Inspection, drawn: dict[str, Any]) -> str:
     """One page that needs nothing else."""
-    recipe, look = found.task.recipe, found.task.look
+    recipe, spec = found.task.recipe, found.task.spec
     alarms = [f"<li>{one.name}: {alarm}</li>" for one in found.records for alarm in one.alarms()]
     effect = "Number: the likeliest class's log-odds minus what they are with that gate held at its mean over the data."
     notes = {
@@ -260,7 +260,7 @@ def html(found: Inspection, drawn: dict[str, Any]) -> str:
     return page(
         title=f"The gates of {recipe.model.name} with {recipe.model.attention}",
         subtitle=f"on {recipe.data.name}, {int(found.records[0].counts.sum()):,} held-out images of "
-        f"{len(look.class_names)} classes",
+        f"{len(spec.class_names)} classes",
         tiles=[(str(len(found.records)), "gates"), (str(len(alarms)), "alarms")],
         sections=sections,
         recipe=json.dumps(to_dict(recipe), indent=2),

@@ -78,7 +78,7 @@ def gates(model: nn.Module) -> dict[str, ChannelAttention | CBAM]:
     """
     found = {name: m for name, m in model.named_modules() if isinstance(m, ChannelAttention | CBAM)}
     if not found:
-        raise ConfigError("this network has no channel gates to look at")
+        raise ConfigError("this network has no channel gates to inspect")
     return found
 
 
@@ -184,7 +184,7 @@ class _Sums:
         """What the sums come to."""
         n = int(self.counts.sum())
         if not n:
-            raise ConfigError("there are no images to look at")
+            raise ConfigError("there are no images to inspect")
         mean = self.totals.sum(0) / n
         variance = (self.squares / n - mean.square()).clamp(min=0)
         return GateRecord(

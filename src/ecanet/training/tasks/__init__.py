@@ -1,7 +1,7 @@
 """What a network learns: loss, metrics, optimiser and schedule, as LightningModules.
 
 A task has ``monitor``, the name of the metric by which the best checkpoint is chosen (higher is better), and
-``evidence()``, plain data for the report.
+``artifacts()``, plain data for the report.
 
 Read downward: `outcome` (what a detector found, and its score).
 """
@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from torchvision.transforms import v2
 
 from ecanet import models
-from ecanet.data import Look, boxes, check_classes, mixed
+from ecanet.data import DataSpec, boxes, check_classes, derive_seed
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import Recipe, ScheduleConfig, suggestion, to_dict
 from ecanet.training.tasks import outcome as tasks_detection
@@ -33,15 +33,15 @@ EXAMPLES = 12
 NOTHING_READ = "not one held-out image could be read, so there is nothing to evaluate on"
 
 
-def build(recipe: Recipe, look: Any) -> "Task":
-    """The task that ``recipe`` names, with a new network for data of this ``look`` (``ecanet.data.build(…).look``).
+def build(recipe: Recipe, spec: Any) -> "Task":
+    """The task that ``recipe`` names, with a new network for data of this ``spec`` (``ecanet.data.build(…).spec``).
 
     Raises:
         ConfigError: no such task or network, or settings that do not fit them.
     """
     if recipe.task not in TASKS:
         raise ConfigError(f"unknown task {recipe.task!r}; {suggestion(recipe.task, list(TASKS))}")
-    return TASKS[recipe.task](recipe, look)
+    return TASKS[recipe.task](recipe, spec)
 
 
 class Task(L.LightningModule):
@@ -49,9 +49,9 @@ class Task(L.LightningModule):
 
     monitor: ClassVar[str]
 
-    def __init__(self, recipe: Recipe, look: Look, model: nn.Module):
+    def __init__(self, recipe: Recipe, spec: DataSpec, model: nn.Module):
         super().__init__()
-        self.recipe, self.look = recipe, look
+        self.recipe, self.spec = recipe, spec
         self.model = model.to(memory_format=torch.channels_last) if recipe.channels_last else model
         if recipe.compile:
             # in place: the names of the parameters stay as they are; a detector's other parts are no single graph
@@ -63,7 +63,7 @@ class Task(L.LightningModule):
             return None
         return torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad]).sum() * 0
 
-    def evidence(self) -> dict[str, Any]:
+    def artifacts(self) -> dict[str, Any]:
         """Plain data that the report draws; `ecanet.report` says which names it knows."""
         return {}
 
@@ -77,15 +77,15 @@ class Task(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Random numbers depend on seed, epoch and process alone, so an interrupted run repeats none."""
-        torch.manual_seed(mixed(self.recipe.seed, self.current_epoch, self.global_rank))
+        torch.manual_seed(derive_seed(self.recipe.seed, self.current_epoch, self.global_rank))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep with the weights what is needed to use them, as plain values."""
-        checkpoint["ecanet"] = {"recipe": to_dict(self.recipe), "look": asdict(self.look)}
+        checkpoint["ecanet"] = {"recipe": to_dict(self.recipe), "spec": asdict(self.spec)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A run goes on with the classes that it began with."""
-        check_classes(self.recipe.data.name, self.look, Look(**checkpoint["ecanet"]["look"]))
+        check_classes(self.recipe.data.name, self.spec, DataSpec(**checkpoint["ecanet"]["spec"]))
 
     @property
     def effective_batch(self) -> int:
@@ -138,20 +138,20 @@ class Classification(Task):
 
     monitor = "top1"
 
-    def __init__(self, recipe: Recipe, look: Look):
+    def __init__(self, recipe: Recipe, spec: DataSpec):
         if boxes.knows(recipe.data.name):
             raise ConfigError(f"{recipe.data.name} has boxes and no classes of images: set task=detection")
-        classes, config = len(look.class_names), recipe.model
+        classes, config = len(spec.class_names), recipe.model
         model = models.create_model(
             config.name,
             attention=config.attention,
             kernel_sizes=config.kernel_sizes,
             num_classes=classes,
-            in_channels=look.channels,
+            in_channels=spec.channels,
             weights=config.weights,
             **config.options,
         )
-        super().__init__(recipe, look, model)
+        super().__init__(recipe, spec, model)
         mixes: list[v2.Transform] = [v2.MixUp(alpha=recipe.mixup, num_classes=classes)] if recipe.mixup else []
         mixes += [v2.CutMix(alpha=recipe.cutmix, num_classes=classes)] if recipe.cutmix else []
         self.mix = v2.RandomChoice(mixes) if mixes else None
@@ -213,9 +213,9 @@ class Classification(Task):
             self.confused = self.confusion.compute().tolist()
             self.confusion.reset()
 
-    def evidence(self) -> dict[str, Any]:
+    def artifacts(self) -> dict[str, Any]:
         """Class names, the confusion matrix (rows are the truth), and examples, right and wrong."""
-        return {"class_names": list(self.look.class_names), "confusion": self.confused, "examples": self.examples}
+        return {"class_names": list(self.spec.class_names), "confusion": self.confused, "examples": self.examples}
 
     def _keep_examples(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
         """The first few images that are told rightly, and the first few that are not."""
@@ -227,7 +227,7 @@ class Classification(Task):
             for at in ((predictions == labels) == right).nonzero().flatten().tolist()[: EXAMPLES - kept]:
                 self.examples.append(
                     {
-                        "image": self.look.pixels(images[at]).cpu(),
+                        "image": self.spec.pixels(images[at]).cpu(),
                         "label": int(labels[at]),
                         "prediction": int(predictions[at]),
                         "probability": float(logits[at].softmax(0)[predictions[at]]),
@@ -267,8 +267,8 @@ class Detection(Task):
 
     monitor = "AP"
 
-    def __init__(self, recipe: Recipe, look: Look):
-        super().__init__(recipe, look, tasks_detection.detector(recipe, look))
+    def __init__(self, recipe: Recipe, spec: DataSpec):
+        super().__init__(recipe, spec, tasks_detection.detector(recipe, spec))
         self.outcome: tasks_detection.Outcome | None = None
 
     def forward(self, x: list[Tensor], targets: Any = None) -> Any:
@@ -310,10 +310,10 @@ class Detection(Task):
             raise DataError(NOTHING_READ)
         self.log_dict(self.outcome.score(), batch_size=1)
 
-    def evidence(self) -> dict[str, Any]:
+    def artifacts(self) -> dict[str, Any]:
         """Class names, precision by recall, and examples, right and wrong."""
-        found = self.outcome.evidence() if self.outcome else {}
-        return {"class_names": list(self.look.class_names), **found}
+        found = self.outcome.artifacts() if self.outcome else {}
+        return {"class_names": list(self.spec.class_names), **found}
 
     def files(self) -> dict[str, str]:
         """What was found on the held-out images as COCO's result files, ``bbox.json`` and ``segm.json``."""

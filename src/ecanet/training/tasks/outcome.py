@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from ecanet.data import Annotations, Look, boxes, encode
+from ecanet.data import Annotations, DataSpec, boxes, encode
 from ecanet.errors import ConfigError
 from ecanet.models import create_detector
 from ecanet.recipes import Recipe
@@ -23,8 +23,8 @@ SURE = 0.5
 """Objects with at least this score are shown, and counted in right and wrong examples."""
 
 
-def detector(recipe: Recipe, look: Look) -> nn.Module:
-    """The network of a detection ``recipe`` for data of this ``look``.
+def detector(recipe: Recipe, spec: DataSpec) -> nn.Module:
+    """The network of a detection ``recipe`` for data of this ``spec``.
 
     Raises:
         ConfigError: no such detector or backbone, or settings that do not fit them.
@@ -36,7 +36,7 @@ def detector(recipe: Recipe, look: Look) -> nn.Module:
     return create_detector(
         model.name,
         settings.backbone,
-        num_classes=len(look.class_names),
+        num_classes=len(spec.class_names),
         attention=model.attention,
         kernel_sizes=model.kernel_sizes,
         weights=model.weights,
@@ -44,10 +44,10 @@ def detector(recipe: Recipe, look: Look) -> nn.Module:
         frozen_stages=settings.frozen_stages,
         freeze_attention=settings.freeze_attention,
         small=settings.small,
-        short_side=look.size,
+        short_side=spec.size,
         scales=settings.scales,
-        mean=look.mean,
-        std=look.std,
+        mean=spec.mean,
+        std=spec.std,
         **model.options,
     )
 
@@ -92,7 +92,7 @@ class Outcome:
             self.curves["masks" if kind == "segm" else "boxes"] = curve
         return figures
 
-    def evidence(self) -> dict[str, Any]:
+    def artifacts(self) -> dict[str, Any]:
         """What the report draws."""
         return {"precision_recall": self.curves, "detections": self.examples}
 
