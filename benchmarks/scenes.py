@@ -16,14 +16,12 @@ from pathlib import Path
 import torch
 import torchvision
 
-from ecanet import recipes
+from ecanet import recipes, training
 from ecanet.data.boxes import boxes
 from ecanet.data.pictures import read_image
 from ecanet.errors import DataError
 from ecanet.recipes.config import Recipe, to_dict
 from ecanet.report import Report, write_file
-from ecanet.training import trained
-from ecanet.training import trainer as train
 from ecanet.training.detections import detect
 
 RUNS = [

@@ -1,8 +1,8 @@
 """The commands: each one turns its options into one call, and prints what comes back.
 
-Read downward: `compare` (cost, paper, ablate, inspect), `bench`, `detect`, `options` (what commands share). What is heavy is
-imported inside the commands, so that ``--help`` is quick. A mistake is an `EcanetError`, which ``ecanet.__main__`` prints as
-one line.
+Read downward: `compare` (cost, paper, ablate, inspect), `bench`, `detect`, `options` (what commands share). What is
+heavy is imported inside the commands, so that ``--help`` is quick. A mistake is an `EcanetError`, which
+``ecanet.__main__`` prints as one line.
 """
 
 import json

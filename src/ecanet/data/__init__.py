@@ -1,8 +1,8 @@
 """Data for runs.
 
-Read downward: `builder` (`build` finds the loader for a name), `boxes` (detection), `scenes` (generated detection scenes),
-`annotations` (COCO files), `images` (classification), `sources` (data sets in memory and in folders), `pictures` (reads one
-image file).
+Read downward: `builder` (`build` finds the loader for a name), `boxes` (detection), `scenes` (generated detection
+scenes), `annotations` (COCO files), `images` (classification), `sources` (data sets in memory and in folders),
+`pictures` (reads one image file).
 """
 
 from ecanet.data import boxes
@@ -19,9 +19,9 @@ __all__ = [
     "boxes",
     "build",
     "check_classes",
+    "derive_seed",
     "encode",
     "fitted",
-    "derive_seed",
     "read_image",
     "thin",
 ]

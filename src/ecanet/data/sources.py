@@ -18,8 +18,8 @@ from ecanet.errors import DataError
 
 __all__ = [
     "SMALL_SETS",
-    "Folder",
     "DataSpec",
+    "Folder",
     "Memory",
     "SmallSet",
     "Unreadable",

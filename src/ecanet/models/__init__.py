@@ -1,8 +1,8 @@
 """Networks with an attention slot in every block.
 
-Read downward: `detection` (detectors over these networks), `factory` (`create_model`), `checkpoints` (reads other people's
-files), `mobilenet`, `resnet` (the networks), `tail` (the end of a residual block), `placement` (attentions that stand
-elsewhere), `slots` (which attention a block holds).
+Read downward: `detection` (detectors over these networks), `factory` (`create_model`), `checkpoints` (reads other
+people's files), `mobilenet`, `resnet` (the networks), `tail` (the end of a residual block), `placement` (attentions
+that stand elsewhere), `slots` (which attention a block holds).
 """
 
 from typing import TYPE_CHECKING

@@ -1,9 +1,9 @@
 """The operations of channel attention: one specification, several implementations.
 
-Read downward: `dispatch` (chooses the implementation), `proof` (checks the kernels on a device before networks use them),
-`triton` (the passes as kernels for a GPU), `lean` (the passes in PyTorch), `tail` (the algebra between the passes),
-`nodes` (the autograd functions around it), `passes` (what an implementation of the passes must offer), `reference` (the
-specification, in plain PyTorch), `calls` (must a module be called, or may its parts be used?).
+Read downward: `dispatch` (chooses the implementation), `proof` (checks the kernels on a device before networks use
+them), `triton` (the passes as kernels for a GPU), `lean` (the passes in PyTorch), `tail` (the algebra between the
+passes), `nodes` (the autograd functions around it), `passes` (what an implementation of the passes must offer),
+`reference` (the specification, in plain PyTorch), `calls` (must a module be called, or may its parts be used?).
 """
 
 from ecanet.ops import lean, proof, reference

@@ -1,8 +1,8 @@
 """Attention in a network that somebody else wrote: `ecanet.attach`, `detach`, `fold`.
 
-Read downward: `attachment` (the functions), `replace` (exchanges existing modules),
-`kernels` (kernel sizes), `folding`, `report`, `example` (runs the network once), `sites` (finds the ends of its residual
-branches), `branches` (which operand of an addition is one), `watch` (records a run), `hooks` (how a gate acts).
+Read downward: `attachment` (the functions), `replace` (exchanges existing modules), `kernels` (kernel sizes),
+`folding`, `report`, `example` (runs the network once), `sites` (finds the ends of its residual branches), `branches`
+(which operand of an addition is one), `watch` (records a run), `hooks` (how a gate acts).
 """
 
 from ecanet.surgery.attachment import AttachedSite, Report, attach, attached, detach, fold

@@ -1,7 +1,7 @@
 """A run: recipe, data, network, task, trainer, report.
 
-Read downward: `trainer` (`run`), `detections` (`detect`), `trained` (`restore`, `evaluate`, `predict`), `progress` (what is
-shown meanwhile), `tasks` (what is learned and how it is scored).
+Read downward: `trainer` (`run`), `detections` (`detect`), `trained` (`restore`, `evaluate`, `predict`), `progress`
+(what is shown meanwhile), `tasks` (what is learned and how it is scored).
 """
 
 from ecanet.training.detections import detect
