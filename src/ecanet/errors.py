@@ -1,4 +1,4 @@
-"""What a user can do wrong, one class each; the command line prints these as one line and exits with 2.
+"""Errors that a user's input can cause; the command line prints each as one line and exits with 2.
 
 EcanetError (a ValueError)
 ├── ConfigError        a setting, option or name that does not exist or does not fit
@@ -6,6 +6,10 @@ EcanetError (a ValueError)
 ├── CheckpointError    a weights file that is missing, broken, unsafe or for another network
 └── AttachError        nowhere to attach, or a promise that cannot be kept
 """
+
+from numbers import Integral
+
+__all__ = ["AttachError", "CheckpointError", "ConfigError", "DataError", "EcanetError", "check_positive_int"]
 
 
 class EcanetError(ValueError):
@@ -26,3 +30,15 @@ class CheckpointError(EcanetError):
 
 class AttachError(EcanetError):
     """Nowhere to attach, or a promise that cannot be kept at a site."""
+
+
+def check_positive_int(name: str, value: object) -> int:
+    """Return ``value`` as an int; NumPy's integers are accepted.
+
+    Raises:
+        ConfigError: ``value`` is not an integer of at least 1; the message calls it ``name``.
+    """
+    # True and False are integers to Python, and never meant as a count.
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+    return int(value)

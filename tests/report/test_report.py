@@ -119,7 +119,7 @@ def test_png_is_the_image():
 
     for channels in (1, 3):
         image = torch.randint(0, 256, (channels, 5, 7), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        read = torch.from_numpy(np.array(Image.open(io.BytesIO(figures.png(image)))))
+        read = torch.from_numpy(np.array(Image.open(io.BytesIO(figures.to_png(image)))))
         assert torch.equal(read if channels == 1 else read.permute(2, 0, 1), image.squeeze(0))
 
 

@@ -189,7 +189,7 @@ def test_settings_reach_the_cells_and_folders_are_not_mixed(tmp_path):
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ConfigError, match="no variant 'eca-k33'; did you mean 'eca-k3'"):
         ablate.run(RECIPE, folder=tmp_path, variants=["eca-k33"], seeds=1)
-    with pytest.raises(ConfigError, match="seeds must be at least 1"):
+    with pytest.raises(ConfigError, match="seeds must be a positive integer"):
         ablate.run(RECIPE, folder=tmp_path, seeds=0)
     with pytest.raises(ConfigError, match="cannot run on 'slurm'"):
         ablate.run(RECIPE, folder=tmp_path, variants=[], seeds=1, on="slurm", say=lambda line: None)

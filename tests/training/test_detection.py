@@ -369,11 +369,11 @@ def test_detect_never_writes_over_what_it_looks_at(monkeypatch, tmp_path, some):
 
 
 def test_a_picture_is_enlarged_within_bounds():
-    from ecanet.report.figures import drawn
+    from ecanet.report.figures import draw_detections
 
     nothing = {"boxes": torch.empty(0, 4)}
-    assert drawn(torch.zeros(3, 100, 200, dtype=torch.uint8), nothing, []).shape == (3, 400, 800)
-    assert drawn(torch.zeros(3, 1, 1333, dtype=torch.uint8), nothing, []).shape == (3, 1, 1333)
+    assert draw_detections(torch.zeros(3, 100, 200, dtype=torch.uint8), nothing, []).shape == (3, 400, 800)
+    assert draw_detections(torch.zeros(3, 1, 1333, dtype=torch.uint8), nothing, []).shape == (3, 1, 1333)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, check_positive_int
 
 
 class Attention(nn.Module):
@@ -41,7 +41,7 @@ class Gated(Attention):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.channels = check_count(channels)
+        self.channels = check_positive_int("channels", channels)
         self.set_gain(1.0)
 
     def last(self) -> Iterable[Tensor]:
@@ -81,10 +81,3 @@ def zero(parameters: Iterable[Tensor]) -> None:
     """Set every one of ``parameters`` to zero."""
     for parameter in parameters:
         parameter.zero_()
-
-
-def check_count(channels: int) -> int:
-    """``channels`` itself; ConfigError unless it is a positive integer."""
-    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        raise ConfigError(f"channels must be a positive integer, got {channels!r}")
-    return channels

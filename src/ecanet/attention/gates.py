@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecanet import ops
-from ecanet.attention.base import Gated, check_count
-from ecanet.errors import AttachError, ConfigError
+from ecanet.attention.base import Gated
+from ecanet.errors import AttachError, ConfigError, check_positive_int
 
 
 def adaptive_kernel_size(channels: int, gamma: float = 2, b: float = 1) -> int:
@@ -26,7 +26,7 @@ def adaptive_kernel_size(channels: int, gamma: float = 2, b: float = 1) -> int:
     Raises:
         ConfigError: ``channels`` is not a positive integer, or ``gamma`` is 0.
     """
-    check_count(channels)
+    channels = check_positive_int("channels", channels)
     for what, value in (("gamma", gamma), ("b", b)):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{what} must be a number, got {value!r}")
@@ -154,9 +154,7 @@ class SE(ChannelAttention):
 
     def __init__(self, channels: int, reduction: int = 16, *, bias: bool = False):
         super().__init__(channels)
-        if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 1:
-            raise ConfigError(f"reduction must be at least 1, got {reduction!r}")
-        hidden = max(1, channels // reduction)
+        hidden = max(1, channels // check_positive_int("reduction", reduction))
         self.fc1 = nn.Linear(channels, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, channels, bias=bias)
 
@@ -224,11 +222,9 @@ class SEGC(ChannelAttention):
 
     def __init__(self, channels: int, groups: int = 16, *, width: int | None = None):
         super().__init__(channels)
-        parts = groups if width is None else width
-        if parts < 1 or channels % parts:
-            raise ConfigError(
-                f"{'groups' if width is None else 'width'} must divide the {channels} channels, got {parts}"
-            )
+        name, given = ("groups", groups) if width is None else ("width", width)
+        if channels % check_positive_int(name, given):
+            raise ConfigError(f"{name} must divide the {channels} channels, got {given}")
         groups, width = (groups, channels // groups) if width is None else (channels // width, width)
         bound = 1 / math.sqrt(width)
         self.weight = nn.Parameter(torch.empty(groups, width, width).uniform_(-bound, bound))  # G out in
@@ -251,8 +247,7 @@ def _linear(layer: nn.Linear, p: Tensor) -> Tensor:
 def _check_kernel(kernel_size: int | None, channels: int, gamma: float, b: float) -> int:
     if kernel_size is None:
         return adaptive_kernel_size(channels, gamma, b)
-    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1:
-        raise ConfigError(f"kernel_size must be a positive odd integer, got {kernel_size!r}")
+    kernel_size = check_positive_int("kernel_size", kernel_size)
     if kernel_size % 2 == 0:
         raise ConfigError(f"kernel_size must be odd, got {kernel_size}; try {kernel_size + 1}")
     return kernel_size

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecanet.attention.base import Attention, check_count, zero
+from ecanet.attention.base import Attention, zero
 from ecanet.attention.others import check_input, masked, positions
-from ecanet.errors import AttachError, ConfigError
+from ecanet.errors import AttachError, ConfigError, check_positive_int
 
 
 class NonLocal(Attention):
@@ -29,7 +29,7 @@ class NonLocal(Attention):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.channels = check_count(channels)
+        self.channels = check_positive_int("channels", channels)
         hidden = max(1, channels // 2)
         self.theta = nn.Conv1d(channels, hidden, 1, bias=False)
         self.phi = nn.Conv1d(channels, hidden, 1, bias=False)
@@ -69,7 +69,7 @@ class DoubleAttention(Attention):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.channels = check_count(channels)
+        self.channels = check_positive_int("channels", channels)
         hidden = max(1, channels // 2)
         self.features = nn.Conv1d(channels, hidden, 1, bias=False)
         self.gather = nn.Conv1d(channels, hidden, 1, bias=False)
@@ -112,10 +112,11 @@ class AugmentedConv2d(Attention):
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, heads: int = 8):
         super().__init__()
-        self.in_channels, self.channels = check_count(in_channels), check_count(out_channels)
+        self.in_channels = check_positive_int("in_channels", in_channels)
+        self.channels = check_positive_int("out_channels", out_channels)
         self.stride, self.heads = stride, heads
-        if not 1 <= heads < out_channels:
-            raise ConfigError(f"heads must be at least 1 and fewer than the {out_channels} channels, got {heads}")
+        if check_positive_int("heads", heads) >= out_channels:
+            raise ConfigError(f"heads must be fewer than the {out_channels} channels, got {heads}")
         depth = max(20, round(0.2 * out_channels / heads))  # of a key of one head
         values = heads * max(1, round(0.1 * out_channels / heads))
         self.conv = nn.Conv2d(in_channels, out_channels - values, 3, stride, padding=1, bias=False)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecanet import ops
-from ecanet.attention.base import Attention, Gated, check_count, zero
-from ecanet.errors import ConfigError
+from ecanet.attention.base import Attention, Gated, zero
+from ecanet.errors import ConfigError, check_positive_int
 
 
 class CBAM(Gated):
@@ -76,7 +76,7 @@ class GlobalContext(Attention):
 
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
-        self.channels = check_count(channels)
+        self.channels = check_positive_int("channels", channels)
         hidden = hidden_width(channels, reduction, least=2)
         self.key = nn.Conv1d(channels, 1, 1, bias=False)
         self.fc1 = nn.Linear(channels, hidden)
@@ -116,7 +116,7 @@ class GSoP(Gated):
 
     def __init__(self, channels: int, width: int | None = None):
         super().__init__(channels)
-        d = check_count(max(1, min(128, channels // 2)) if width is None else width)
+        d = max(1, min(128, channels // 2)) if width is None else check_positive_int("width", width)
         self.reduce = nn.Conv1d(channels, d, 1, bias=False)
         self.norm = nn.BatchNorm1d(d)
         self.row_norm = nn.BatchNorm1d(d)
@@ -185,9 +185,7 @@ def check_input(module: Attention, x: Tensor, mask: Tensor | None, ranks: tuple[
 
 def hidden_width(channels: int, reduction: int, *, least: int) -> int:
     """``channels // reduction``, at least 1; ConfigError where that is under ``least``."""
-    if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 1:
-        raise ConfigError(f"reduction must be at least 1, got {reduction!r}")
-    hidden = max(1, channels // reduction)
+    hidden = max(1, channels // check_positive_int("reduction", reduction))
     if hidden < least:
         raise ConfigError(
             f"reduction {reduction} leaves {hidden} of {channels} channels, but {least} are needed; "

@@ -20,7 +20,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from ecanet.attention import Attention
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, check_positive_int
 from ecanet.models.factory import create_model
 from ecanet.models.resnet import ResNet
 from ecanet.models.slots import KernelSizes
@@ -105,8 +105,7 @@ def create_detector(
         raise ConfigError(f"unknown detector {name!r}; choose one of {', '.join(DETECTORS)}")
     if norm not in ("eval", "frozen", "train"):
         raise ConfigError(f"norm must be 'eval', 'frozen' or 'train', got {norm!r}")
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ConfigError(f"num_classes must be a positive integer, got {num_classes!r}")
+    num_classes = check_positive_int("num_classes", num_classes)
     gates: dict[str, Any] = {"attention": attention, "kernel_sizes": kernel_sizes, **options}
     network = create_model(backbone, weights=weights, **gates)
     sides = (*scales, short_side)

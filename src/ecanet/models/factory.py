@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from ecanet.attention import check_attention
-from ecanet.errors import CheckpointError, ConfigError
+from ecanet.errors import CheckpointError, ConfigError, check_positive_int
 from ecanet.models import mobilenet, placement, resnet
 from ecanet.models.checkpoints import LoadReport, load_checkpoint, load_state_dict
 from ecanet.models.slots import KernelSizes, slot
@@ -53,10 +53,10 @@ def create_model(
     check_attention(attention, options, beside=("kernel_sizes", "num_classes", "in_channels", "weights"))
     if not (weights is None or isinstance(weights, str | Path)):
         raise ConfigError(f"weights must be None, 'torchvision' or a checkpoint's path, got {weights!r}")
-    for what, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{what} must be a positive integer, got {value!r}")
-    shape = {"num_classes": num_classes, "in_channels": in_channels}
+    shape = {
+        "num_classes": check_positive_int("num_classes", num_classes),
+        "in_channels": check_positive_int("in_channels", in_channels),
+    }
     if name in resnet.LAYERS:
         kind, layers = resnet.LAYERS[name]
         gates = slot(attention, kernel_sizes, len(layers), resnet.official_rule(name), options)

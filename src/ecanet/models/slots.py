@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from torch import nn
 
 from ecanet.attention import attention_key, make_attention, options_of
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, check_positive_int
 
 KernelSizes = str | int | Sequence[int]
 KernelRule = Callable[[int, int], int | None]
@@ -65,9 +66,10 @@ def kernel_rule(kernel_sizes: KernelSizes, stages: int, official: KernelRule | N
         return lambda channels, stage: None
     if kernel_sizes == "official" and official is not None:
         return official
-    if isinstance(kernel_sizes, str) or not isinstance(kernel_sizes, int | Sequence):
+    if isinstance(kernel_sizes, str) or not isinstance(kernel_sizes, Integral | Sequence):
         raise ConfigError(f"kernel_sizes must be 'official', 'adaptive' or integers, got {kernel_sizes!r}")
-    sizes = [kernel_sizes] * stages if isinstance(kernel_sizes, int) else list(kernel_sizes)
+    given = kernel_sizes if isinstance(kernel_sizes, Sequence) else [kernel_sizes] * stages
+    sizes = [check_positive_int("each of kernel_sizes", size) for size in given]
     if len(sizes) != stages:
         raise ConfigError(f"kernel_sizes needs one integer per stage ({stages}), got {len(sizes)}: {sizes}")
     return lambda channels, stage: sizes[stage]

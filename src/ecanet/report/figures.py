@@ -16,11 +16,11 @@ __all__ = [
     "confusion",
     "curves",
     "detections",
-    "drawn",
+    "draw_detections",
     "examples",
-    "png",
     "precision_recall",
-    "svg",
+    "to_png",
+    "to_svg",
 ]
 
 # matrices up to this many classes show their numbers
@@ -54,7 +54,7 @@ def curves(history: Sequence[Mapping[str, float]]) -> str:
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend(frameon=False)
-    return svg(figure)
+    return to_svg(figure)
 
 
 def confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
@@ -74,7 +74,7 @@ def confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> st
             if count:
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
-    return svg(figure)
+    return to_svg(figure)
 
 
 def accuracy_by_class(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
@@ -105,9 +105,8 @@ def examples(found: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> 
         label, prediction = (str(class_names[example[what]]) for what in ("label", "prediction"))
         said = html.escape(f"{prediction} {example['probability']:.0%}")
         truth = "" if right else f"<br>is {html.escape(label)}"
-        data = base64.b64encode(png(example["image"])).decode()
         cards.append(
-            f"<figure class={'right' if right else 'wrong'}><img src='data:image/png;base64,{data}' alt=''>"
+            f"<figure class={'right' if right else 'wrong'}>{_to_img(example['image'])}"
             f"<figcaption>{said}{truth}</figcaption></figure>"
         )
     return f"<div class=grid>{''.join(cards)}</div>"
@@ -122,7 +121,7 @@ def precision_recall(found: Mapping[str, Sequence[float]]) -> str:
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    return svg(figure)
+    return to_svg(figure)
 
 
 def detections(found: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> str:
@@ -131,17 +130,16 @@ def detections(found: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -
     for example in found:
         truth = example["truth"]
         missed = None if example["right"] else truth["boxes"]
-        picture = drawn(example["image"], example["found"], class_names, missed)
+        picture = draw_detections(example["image"], example["found"], class_names, missed)
         names = ", ".join(str(class_names[label - 1]) for label in truth["labels"].tolist()) or "nothing"
-        data = base64.b64encode(png(picture)).decode()
         cards.append(
-            f"<figure class={'right' if example['right'] else 'wrong'}><img src='data:image/png;base64,{data}' alt=''>"
+            f"<figure class={'right' if example['right'] else 'wrong'}>{_to_img(picture)}"
             f"<figcaption>is {html.escape(names)}</figcaption></figure>"
         )
     return f"<div class=grid>{''.join(cards)}</div>"
 
 
-def drawn(
+def draw_detections(
     image: Tensor, found: Mapping[str, Tensor], class_names: Sequence[str], truth: Tensor | None = None
 ) -> Tensor:
     """``image``, uint8 (3, H, W), with the boxes and masks ``found`` on it, each in a colour of its own.
@@ -187,24 +185,32 @@ def _labelled(image: Tensor, boxes: Sequence[Sequence[float]], names: Sequence[s
     return pil_to_tensor(picture)
 
 
-def png(image: Tensor) -> bytes:
-    """A uint8 image (1 or 3, H, W) as a PNG file."""
-    from torchvision.transforms.v2.functional import to_pil_image
-
-    buffer = io.BytesIO()
-    to_pil_image(image).save(buffer, "png")
-    return buffer.getvalue()
-
-
 def _positions(n: int) -> list[tuple[int, int]]:
     return [(row, column) for row in range(n) for column in range(n)]
 
 
-def svg(figure: Figure) -> str:
-    """``figure`` as an element of HTML."""
+def to_png(picture: Figure | Tensor, *, dpi: int = 120) -> bytes:
+    """Return a figure, or a uint8 image (1 or 3, H, W), as a PNG file; ``dpi`` is the resolution of a figure."""
+    buffer = io.BytesIO()
+    if isinstance(picture, Figure):
+        picture.savefig(buffer, format="png", dpi=dpi)
+    else:
+        from torchvision.transforms.v2.functional import to_pil_image
+
+        to_pil_image(picture).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def to_svg(figure: Figure) -> str:
+    """Return a figure as an SVG element for an HTML page."""
     buffer = io.StringIO()
-    # the same picture for the same numbers: no date, no random names
+    # No date and no random identifiers: equal numbers must give equal files.
     with rc_context({"svg.hashsalt": "ecanet"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def _to_img(image: Tensor) -> str:
+    """Return a uint8 image as an HTML element that holds its own data."""
+    return f"<img src='data:image/png;base64,{base64.b64encode(to_png(image)).decode()}' alt=''>"

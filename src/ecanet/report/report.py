@@ -89,7 +89,7 @@ class Report:
         write_file(self.folder / "environment.json", json.dumps(self.environment, indent=2))
         for at, example in enumerate(self.artifacts.get("examples", [])):
             label = re.sub(r"\W+", "-", self.artifacts["class_names"][example["label"]])
-            write_file(self.folder / "examples" / f"{at:02d}-{label}.png", figures.png(example["image"]))
+            write_file(self.folder / "examples" / f"{at:02d}-{label}.png", figures.to_png(example["image"]))
         path = self.folder / "report.html"
         write_file(path, self.to_html())
         return path

@@ -46,7 +46,7 @@ def detect(
             found = task([image.to(device).float() / 255])[0]
         sure = found["scores"] >= threshold
         found = {name: value[sure].cpu() for name, value in found.items()}
-        write_file(picture, figures.png(figures.drawn(image, found, task.spec.class_names)))
+        write_file(picture, figures.to_png(figures.draw_detections(image, found, task.spec.class_names)))
         answer = {"path": str(path), "picture": str(picture), "objects": _objects(found, task.spec.class_names)}
         write_file(picture.with_suffix(".json"), json.dumps(answer, indent=2))
         yield answer

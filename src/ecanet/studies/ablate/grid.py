@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ecanet.errors import ConfigError, EcanetError
+from ecanet.errors import ConfigError, EcanetError, check_positive_int
 from ecanet.recipes import Recipe, from_dict, to_dict
 from ecanet.report import write_file
 from ecanet.studies.ablate.rows import VARIANTS, Variant, plan
@@ -80,8 +80,7 @@ def run(
         ConfigError: a variant does not exist, or ``folder`` holds an ablation of another recipe.
         DataError: data that is missing or broken.
     """
-    if seeds < 1:
-        raise ConfigError(f"seeds must be at least 1, got {seeds}")
+    seeds = check_positive_int("seeds", seeds)
     if recipe.seed:
         raise ConfigError(f"an ablation's seeds are 0, 1, …: leave out seed={recipe.seed} and say how many (seeds)")
     folder = Path(folder)

@@ -1,6 +1,5 @@
 """An ablation written down: Markdown, JSON, a picture and one self-contained page."""
 
-import io
 import json
 from typing import Any
 
@@ -13,11 +12,10 @@ HEADS = ("variant", "also", "parameters", "MACs", "top-1 (%)", "to none, paired"
 
 def write(ablation: Ablation) -> None:
     """Write ablation.md, ablation.json, ablation.png and ablation.html into the ablation's folder."""
-    figure, buffer = picture(ablation), io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure = picture(ablation)
     write_file(ablation.folder / "ablation.md", markdown(ablation))
     write_file(ablation.folder / "ablation.json", to_json(ablation))
-    write_file(ablation.folder / "ablation.png", buffer.getvalue())
+    write_file(ablation.folder / "ablation.png", figures.to_png(figure))
     write_file(ablation.folder / "ablation.html", html(ablation, figure))
 
 
@@ -137,7 +135,7 @@ def html(ablation: Ablation, figure: Any) -> str:
         tiles=[(str(len(ablation.lines)), "networks"), (str(len(ablation.lines) * len(ablation.seeds)), "runs")],
         sections=[
             ("Table", reading(ablation), f"<table><tr>{head}</tr>{body}</table>"),
-            ("Picture", "", figures.svg(figure)),
+            ("Picture", "", figures.to_svg(figure)),
             ("Each run", "Top-1 in percent.", f"<table><tr><th></th>{seeds}</tr>{by_seed}</table>"),
         ],
         recipe=json.dumps(to_dict(recipe), indent=2),

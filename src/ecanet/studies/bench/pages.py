@@ -1,6 +1,5 @@
 """What the benchmark found: tables on a terminal, a JSON file, and a plot beside it."""
 
-import io
 import json
 import tempfile
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ecanet.errors import ConfigError
-from ecanet.report import write_file
+from ecanet.report import figures, write_file
 from ecanet.studies.bench.measure import ratio
 
 __all__ = ["check_out", "plot", "show", "write"]
@@ -167,9 +166,7 @@ def plot(result: dict[str, Any]) -> bytes:
             draw_networks(axes, chosen(result["networks"], batch_size=size, phase=phase), f"{phase}, batch {size}")
         draw_layers(layers, chosen(result["layers"], batch_size=size), f"end of a block, batch {size}")
     figure.suptitle(f"{headline(result)}. Bars are medians, lines quartiles.")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+    return figures.to_png(figure)
 
 
 def draw_networks(axes: Any, rows: Sequence[dict[str, Any]], title: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, check_positive_int
 from ecanet.report import environment
 from ecanet.studies.bench import check as bench_check
 from ecanet.studies.bench import layers as bench_layers
@@ -105,10 +105,7 @@ def check_options(device: str, batch_sizes: Sequence[int]) -> tuple[int, ...]:
         raise ConfigError(f"unknown device {device!r}; choose cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' is not available on this machine; use cpu")
-    for size in batch_sizes:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ConfigError(f"a batch size must be a positive integer, got {size!r}")
-    return tuple(dict.fromkeys(batch_sizes))
+    return tuple(dict.fromkeys(check_positive_int("a batch size", size) for size in batch_sizes))
 
 
 def count(

@@ -1,6 +1,5 @@
 """A trained network's gates, drawn: by layer and class as on the authors' poster, and for one image."""
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -134,9 +133,7 @@ def write(found: Inspection, folder: Path) -> None:
     if (folder / "inspect.json").exists():
         (folder / "image.png").unlink(missing_ok=True)  # drawn before, of another image perhaps
     for name, figure in drawn.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-        write_file(folder / f"{name}.png", buffer.getvalue())
+        write_file(folder / f"{name}.png", figures.to_png(figure, dpi=110))
     write_file(folder / "inspect.json", to_json(found))
     write_file(folder / "inspect.html", html(found, drawn))
 
@@ -256,7 +253,7 @@ def html(found: Inspection, drawn: dict[str, Any]) -> str:
         "kernels": ("Learned kernels", "ECA's weights for each channel's neighbours; 0 is the channel itself."),
     }
     sections = [("Alarms", "", f"<ul>{''.join(alarms)}</ul>" if alarms else "<p>None.</p>")]
-    sections += [(*notes[name], figures.svg(drawn[name])) for name in notes if name in drawn]
+    sections += [(*notes[name], figures.to_svg(drawn[name])) for name in notes if name in drawn]
     return page(
         title=f"The gates of {recipe.model.name} with {recipe.model.attention}",
         subtitle=f"on {recipe.data.name}, {int(found.records[0].counts.sum()):,} held-out images of "

@@ -1,12 +1,10 @@
 """The paper's tables as measured here, written down: Markdown, JSON, and pictures like its Figures 1 and 4."""
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ecanet.report import environment, write_file
+from ecanet.report import environment, figures, write_file
 from ecanet.studies.paper.rows import FIGURE_4, FOOTNOTES, TABLE_3, Table
 from ecanet.studies.paper.tables import Measured
 
@@ -105,7 +103,7 @@ def figure_1() -> bytes:
     for handle in legend.legend_handles:
         handle.set_sizes([40])  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
     axes.margins(0.12)
-    return _png(figure)
+    return figures.to_png(figure)
 
 
 def figure_4() -> bytes:
@@ -124,10 +122,4 @@ def figure_4() -> bytes:
         axes.axhline(top1["SENet"], color=color, linestyle=":", linewidth=1, label=name.replace("ECA-Net", "SENet"))
     axes.set_xticks([3, 5, 7, 9])
     figure.legend(fontsize=8, ncols=2, loc="outside lower center")
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return figures.to_png(figure)
