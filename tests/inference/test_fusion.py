@@ -131,11 +131,11 @@ def test_automatic_fused_runs_the_whole_network_in_kernels(network, monkeypatch)
     shapes = []
     original = fused.apply
     monkeypatch.setattr(fused, "apply", lambda z, *rest: shapes.append(z.shape) or original(z, *rest))
-    with ops.automatic("fused"):
+    with ops.prefer_impl("fused"):
         actual = step(model.train(), images)
     convolutions = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and "downsample" not in n]
     assert len(shapes) == 2 * (len(convolutions) - (network != "own"))  # torchvision's stem is not a block's
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-12, atol=2e-12 * b.abs().max().clamp(min=1).item())
-    with pytest.raises(ConfigError, match="'lean' or 'fused', got 'fast'"), ops.automatic("fast"):
+    with pytest.raises(ConfigError, match="'lean' or 'fused', got 'fast'"), ops.prefer_impl("fast"):
         pass

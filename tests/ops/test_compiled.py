@@ -72,6 +72,6 @@ def test_automatic_compiles_to_the_reference():
     recorder = AotEagerAndRecordGraphs()
     torch._dynamo.reset()
     x = torch.randn(2, 9, 5, 3)
-    with ops.automatic("fused"):
+    with ops.prefer_impl("fused"):
         torch.compile(lambda x: ops.squeeze_scale(x, torch.sigmoid), backend=recorder, fullgraph=True)(x)
     assert not any("ecanet" in str(node.target) for node in recorder.fw_graphs[0].graph.nodes)

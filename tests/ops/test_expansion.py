@@ -236,7 +236,7 @@ def ran(monkeypatch):
 def test_a_block_is_what_it_is_without(name, ran):
     block, x = optimized(name)
     expected = block(x)
-    with ops.automatic("fused"):
+    with ops.prefer_impl("fused"):
         actual = block(x)
     assert len(ran) == BLOCKS[name][2]
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -248,7 +248,7 @@ def test_autocast(ran):
     block, x = optimized("eca")
     with torch.autocast("cpu", torch.bfloat16):
         expected = block(x)
-        with ops.automatic("fused"):
+        with ops.prefer_impl("fused"):
             actual = block(x)
     (h, weight, bias, gate, shortcut, _), = ran  # fmt: skip
     assert h.dtype == weight.dtype == actual.dtype == expected.dtype == torch.bfloat16
@@ -264,7 +264,7 @@ def test_autocast(ran):
 def test_where_it_stays_out(ran):
     """Gradients, other layouts and dtypes, who listens or must see operations, and who asks for the lean passes."""
     block, x = optimized("eca")
-    with ops.automatic("fused"):
+    with ops.prefer_impl("fused"):
         block(x)
         with torch.no_grad():
             block.double()(x.double())
@@ -279,7 +279,7 @@ def test_where_it_stays_out(ran):
             assert len(heard) == 1
             block.branch[:-1].to(memory_format=torch.contiguous_format)
             block(x.contiguous())
-    with torch.no_grad(), ops.automatic("lean"):
+    with torch.no_grad(), ops.prefer_impl("lean"):
         block(x)
     assert len(ran) == 1
 
@@ -291,7 +291,7 @@ def test_where_it_stays_out(ran):
 def gpu(monkeypatch):
     """The CPU counts as a GPU on which nothing has run, where convolutions do not round to TF32."""
     for room in (ops, dispatch):
-        monkeypatch.setattr(room, "accelerated", lambda x: True)
+        monkeypatch.setattr(room, "runs_on_gpu", lambda x: True)
     monkeypatch.setattr(proof, "_passed", {})
     monkeypatch.setattr(expansion, "TRIED", dict([next(iter(expansion.TRIED.items()))]))
     monkeypatch.setattr(inference, "rounds_to_tf32", lambda: False)
@@ -299,20 +299,20 @@ def gpu(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_kernel_passes(dtype, gpu):
-    assert proof.expansion_failure(CPU, dtype) is None
+    assert proof.find_expansion_failure(CPU, dtype) is None
 
 
 @torch.no_grad()
 def test_used_after_one_proof(gpu, ran, monkeypatch):
-    asked, failure = [], proof.expansion_failure
-    monkeypatch.setattr(proof, "expansion_failure", lambda *args: asked.append(args) or failure(*args))
+    proofs, failure = [], proof.find_expansion_failure
+    monkeypatch.setattr(proof, "find_expansion_failure", lambda *args: proofs.append(args) or failure(*args))
     block, x = optimized("torchvision")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         block(x)
         tried = len(ran)
         block(x)
-    assert asked == [(CPU, torch.float32)]
+    assert proofs == [(CPU, torch.float32)]
     assert len(ran) == tried + 1
     monkeypatch.setattr(inference, "rounds_to_tf32", lambda: True)
     block(x)  # tensor cores do it there, and not here
@@ -332,7 +332,7 @@ WRONG = {
 @torch.no_grad()
 def test_a_wrong_kernel_is_found_and_told_once(bug, gpu, monkeypatch):
     block, x = optimized("torchvision")
-    with ops.automatic("lean"):
+    with ops.prefer_impl("lean"):
         expected = block(x)
     monkeypatch.setattr(expansion, "_expansion", WRONG[bug](expansion._expansion))
     with pytest.warns(UserWarning, match=r"expansion kernels are not used on cpu: y is off by .*convolution and"):

@@ -46,20 +46,20 @@ def case(shape, last, dtype, seed=0):
     return [layout(x, last) for x in tensors], norm, ECA(shape[1])
 
 
-def results(impl, tensors, norm, gate, shortcut, activation, wide, twice=False):
-    """y, dz, dshortcut, dparameters and running statistics; ``twice`` with a gradient on each of two ways."""
+def results(impl, tensors, norm, gate, shortcut, activation, wide, pair=False):
+    """y, dz, dshortcut, dparameters and running statistics; ``pair`` with a gradient on each of two ways."""
     norm, gate = (copy.deepcopy(m).double() if wide else copy.deepcopy(m) for m in (norm, gate))
     side = copy.deepcopy(norm).train(norm.training) if shortcut == "normed" else None
     z, s, dy = (x.double() if wide else x if impl == "reference" else fenced(x) for x in tensors)
     z, s = z.detach().requires_grad_(), s.detach().requires_grad_()
     addend = None if shortcut is None else s
-    ways = ops.residual_tail_twice if twice else ops.residual_tail
-    y = ways(z, norm, gate.weigh, addend, side, activation, impl=impl)
+    function = ops.residual_tail_pair if pair else ops.residual_tail
+    y = function(z, norm, gate.weigh, addend, side, activation, impl=impl)
     leaves = [z, *norm.parameters(), *gate.parameters()]
     leaves += [] if shortcut is None else [s]
     leaves += [] if side is None else list(side.parameters())
-    gradients = torch.autograd.grad(y, leaves, (dy, dy.flip(1)) if twice else dy)
-    y = y[1] if twice else y
+    gradients = torch.autograd.grad(y, leaves, (dy, dy.flip(1)) if pair else dy)
+    y = y[1] if pair else y
     return [y.detach(), *gradients, norm.running_mean, norm.running_var]
 
 
@@ -91,16 +91,16 @@ def test_tail_within_budget(shape, last, dtype, impl):
             assert_within_budget(f"{shortcut} {activation} result {number}", a, b, c, roundings=4 * math.isqrt(summed))
 
 
-@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("pair", [False, True], ids=["one output", "two outputs"])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("impl", ["lean", "fused"])
-def test_float64_is_the_reference(impl, last, twice):
+def test_float64_is_the_reference(impl, last, pair):
     """In float64 nothing but the order of sums differs."""
     tensors, norm, gate = case((3, 17, 9, 11), last, torch.float64)
     norm, gate = norm.double(), gate.double()
     for shortcut, activation in [("plain", "relu"), (None, "relu"), ("normed", "relu6"), ("plain", None)]:
-        actual = results(impl, tensors, norm, gate, shortcut, activation, True, twice)
-        expected = results("reference", tensors, norm, gate, shortcut, activation, True, twice)
+        actual = results(impl, tensors, norm, gate, shortcut, activation, True, pair)
+        expected = results("reference", tensors, norm, gate, shortcut, activation, True, pair)
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -211,13 +211,13 @@ def test_each_way_alone_and_none(impl):
     z, s, dy = tensors
     z.requires_grad_()
     s.requires_grad_()
-    ways = ops.residual_tail_twice(z, norm, gate.weigh, s, impl=impl)
+    ways = ops.residual_tail_pair(z, norm, gate.weigh, s, impl=impl)
     assert torch.equal(*ways)
     expected = torch.autograd.grad(ops.residual_tail(z, norm, gate.weigh, s, impl=impl), [z, s], dy)
     for way in ways:
         found = torch.autograd.grad(way, [z, s], dy, retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    one, both = ops.residual_tail_twice(z, norm, gate.weigh, None, impl=impl)  # no shortcut: nothing to fold
+    one, both = ops.residual_tail_pair(z, norm, gate.weigh, None, impl=impl)  # no shortcut: nothing to fold
     assert one is both
 
 
@@ -228,7 +228,7 @@ def test_passes_over_memory_with_the_fold():
     z.requires_grad_()
     s.requires_grad_()
     one = z.numel() * z.element_size()
-    ways = ops.residual_tail_twice(z, norm, gate.weigh, s, impl="fused")
+    ways = ops.residual_tail_pair(z, norm, gate.weigh, s, impl="fused")
     with traffic.interpreted() as backward:
         torch.autograd.grad(ways, [z, s], (dy, dy))
     assert backward.moved / one == 4 + 1 / 16 + 3  # two gradients, bits, z, t; t, z, dz
@@ -287,8 +287,8 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(torch.ops.ecanet.moments, (z, 2), test_utils=checks)
     torch.library.opcheck(torch.ops.ecanet.apply, (z, s, a, a, mu, None, None, "relu"), test_utils=checks)
     _, bits = fused._apply(z, s, a, a, mu, None, None, "relu")
-    for more in (None, s):
-        arguments = (dy, more, bits, z, None, a, a, mu, None, "relu")
+    for second_dy in (None, s):
+        arguments = (dy, second_dy, bits, z, None, a, a, mu, None, "relu")
         torch.library.opcheck(torch.ops.ecanet.reduce, arguments, test_utils=checks)
     torch.library.opcheck(torch.ops.ecanet.grads, (dy, z, a, a, mu, a, a, a, None), test_utils=checks)
 

@@ -118,28 +118,28 @@ def test_a_checkpoint_is_computed_again_by_the_same_path(impl):
     norm, gate = nn.BatchNorm2d(8), ECA(8)
     z.requires_grad_()
     expected = torch.autograd.grad(ops.residual_tail(z, norm, gate.weigh, s, impl=impl), z, dy)
-    with ops.automatic(impl):
+    with ops.prefer_impl(impl):
         y = checkpoint(lambda z: ops.residual_tail(z, norm, gate.weigh, s), z, use_reentrant=False)
         found = torch.autograd.grad(y, z, dy)
     assert torch.equal(*found, *expected)
-    assert ops.asked() is None
+    assert ops.requested_impl() is None
 
 
 def test_the_choice_holds_in_other_threads():
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(1) as pool, ops.automatic("fused"):
-        assert pool.submit(ops.fuses, torch.ones(1)).result()
+    with ThreadPoolExecutor(1) as pool, ops.prefer_impl("fused"):
+        assert pool.submit(ops.uses_kernels, torch.ones(1)).result()
 
 
 def test_choices_that_end_in_another_order_leave_nothing_behind():
-    first, second = ops.automatic("lean"), ops.automatic("fused")
+    first, second = ops.prefer_impl("lean"), ops.prefer_impl("fused")
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert ops.asked() == "fused"
+    assert ops.requested_impl() == "fused"
     second.__exit__(None, None, None)
-    assert ops.asked() is None
+    assert ops.requested_impl() is None
 
 
 def test_the_output_has_the_branchs_layout_in_evaluation():

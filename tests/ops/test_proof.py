@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def gpu(monkeypatch):
     """The CPU counts as a GPU on which nothing has run, and the proof is short."""
-    monkeypatch.setattr(dispatch, "accelerated", lambda x: True)
+    monkeypatch.setattr(dispatch, "runs_on_gpu", lambda x: True)
     monkeypatch.setattr(proof, "_passed", {})
     monkeypatch.setattr(proof, "SHAPES", ((2, 9, 5, 3),))
 
@@ -61,20 +61,20 @@ def tail(impl="auto", dtype=torch.float32):
 def test_the_kernels_pass(dtype, monkeypatch):
     if dtype != torch.float32:  # the interpreter takes its time
         monkeypatch.setattr(proof, "SHAPES", proof.SHAPES[1:])
-    assert proof.failure(CPU, dtype) is None
+    assert proof.find_failure(CPU, dtype) is None
 
 
 def test_automatic_is_fused_after_one_proof_for_each_dtype(gpu, ran, monkeypatch):
-    asked, failure = [], proof.failure
-    monkeypatch.setattr(proof, "failure", lambda *args: asked.append(args) or failure(*args))
+    tried, failure = [], proof.find_failure
+    monkeypatch.setattr(proof, "find_failure", lambda *args: tried.append(args) or failure(*args))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tail(), tail(), tail(dtype=torch.bfloat16)
-        assert asked == [(CPU, torch.float32), (CPU, torch.bfloat16)]
-        with ops.automatic("lean"):
+        assert tried == [(CPU, torch.float32), (CPU, torch.bfloat16)]
+        with ops.prefer_impl("lean"):
             tail(dtype=torch.float16)
         tail(dtype=torch.float64)
-    assert len(asked) == 2
+    assert len(tried) == 2
     assert ran == ["launch", "launch", "launch", "lean", "lean"]
 
 
@@ -117,7 +117,7 @@ def test_a_wrong_kernel_is_found_and_told_once(bug, gpu, ran, monkeypatch):
         assert torch.equal(y, tail("lean"))
         tail()
         tail("fused")  # an explicit choice stands
-        assert not ops.fuses(torch.randn(2, 3, 4, 4))
+        assert not ops.uses_kernels(torch.randn(2, 3, 4, 4))
     assert ran == ["lean", "lean", "lean", "launch"]
 
 
@@ -175,7 +175,7 @@ def test_a_capture_is_not_disturbed(gpu, ran, monkeypatch):
 
 def test_who_must_see_operations_gets_them(gpu, ran, monkeypatch):
     """Tracing, compilation, tensor subclasses: nothing is tried there."""
-    monkeypatch.setattr(proof, "failure", lambda *args: pytest.fail("tried"))
+    monkeypatch.setattr(proof, "find_failure", lambda *args: pytest.fail("tried"))
 
     class Other(torch.Tensor):
         pass

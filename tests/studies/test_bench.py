@@ -95,7 +95,7 @@ def test_a_ratio_is_of_times_in_the_same_round():
 
 
 def two_ways(b):
-    ways = ops.residual_tail_twice(b.z, b.norm, b.gate.weigh, b.shortcut)
+    ways = ops.residual_tail_pair(b.z, b.norm, b.gate.weigh, b.shortcut)
     torch.autograd.grad(ways, [b.z, b.shortcut], (b.dy, b.shortcut.detach()))
 
 
@@ -103,7 +103,7 @@ def test_kernels_are_counted_by_their_tensors():
     """Ten and, twice, a bit for each element, as the interpreter counts load by load."""
     pytest.importorskip("triton")
     b = bench_layers.block((4, 16, 24, 24), "cpu", torch.float32)
-    with ops.automatic("fused"):
+    with ops.prefer_impl("fused"):
         assert measure.moved(bench_layers.steps(b)["tail ecanet"]) == pytest.approx((10 + 2 / 32) * b.z.nbytes / 1e6)
         assert measure.moved(bench_layers.steps(b)["gate ecanet"]) == pytest.approx(7 * b.z.nbytes / 1e6)
 

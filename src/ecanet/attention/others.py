@@ -177,7 +177,7 @@ def highest(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def check_input(module: Attention, x: Tensor, mask: Tensor | None, ranks: tuple[int, ...] = (2, 3, 4, 5)) -> None:
     """Raise ConfigError unless ``x`` has ``module``'s channels and one of ``ranks``, and ``mask`` fits it."""
-    ops.check(x, mask)
+    ops.check_input(x, mask)
     module.check_channels(x)
     if x.dim() not in ranks:
         raise ConfigError(f"{type(module).__name__} takes (N, C, H, W), got shape {tuple(x.shape)}")

@@ -91,7 +91,7 @@ class FusedBlock(nn.Module):
         z, norm = getattr(block, f"conv{last}")(x), getattr(block, f"bn{last}")
         gate = None if attention is None else partial(weights, attention)
         addend, side_norm = shortcut(block.downsample, twin)
-        return ops.residual_tail_twice(z, norm, gate, addend, side_norm, wanted=wanted)
+        return ops.residual_tail_pair(z, norm, gate, addend, side_norm, second_output=wanted)
 
     def __reduce__(self) -> Any:
         return made, (type(self).__mro__[2],), self.__dict__

@@ -22,7 +22,7 @@ def optimize(model: nn.Module) -> nn.Module:
     weights are channels-last. A gate takes its channel means from the tensor before a last 1x1 convolution where that
     has fewer channels, because ``mean(W h + b) = W mean(h) + b``: in a bottleneck attention then reads a quarter of
     what it scales. On a GPU, without gradients, the kernel of that convolution applies gate, addition and activation
-    (`ops.expansion`), once it has shown there that it is right; `ops.automatic` decides otherwise.
+    (`ops.expansion`), once it has shown there that it is right; `ops.prefer_impl` decides otherwise.
 
     Takes every network of `create_model` and `create_detector`, torchvision's ResNets and MobileNetV2 and timm's
     ResNets, with or without attention, built in or attached. Attention of another form than squeeze, gate, scale is
@@ -105,7 +105,7 @@ class InferenceBlock(nn.Module):
     def gate(self, p: Tensor) -> Tensor:
         """Weights (N, C, 1, 1) for channel means (N, C)."""
         assert self.attention is not None
-        with reference.without_autocast(p):
+        with reference.disable_autocast(p):
             return weights(self.attention, p)[..., None, None]
 
 
@@ -114,11 +114,16 @@ ENDS: dict[type, ops.Activation] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Ident
 
 
 def fuses(h: Tensor, convolution: nn.Module, end: nn.Module) -> bool:
-    """Whether that kernel takes ``convolution`` of ``h`` and ``end``: see `ops.automatic` for who decides.
+    """Whether that kernel takes ``convolution`` of ``h`` and ``end``: see `ops.prefer_impl` for who decides.
 
     By itself not in float32 where PyTorch's convolution may round to TF32: the kernel does not, which is slower.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() or ops.mode(h):
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or ops.find_mode_obstacle(h)
+    ):
         return False
     dtype = computed(h)
     plain = type(h) in (Tensor, nn.Parameter) and h.is_contiguous(memory_format=torch.channels_last)
@@ -127,11 +132,11 @@ def fuses(h: Tensor, convolution: nn.Module, end: nn.Module) -> bool:
     fits = {dtype, h.dtype, weight.dtype} <= set(proof.DTYPES) and (cast or weight.dtype == h.dtype)
     if not plain or not fits or watched(convolution) or watched(end):
         return False
-    if ops.asked() is not None:
-        return ops.asked() == "fused"
-    if not ops.accelerated(h) or (dtype == torch.float32 and rounds_to_tf32()):
+    if ops.requested_impl() is not None:
+        return ops.requested_impl() == "fused"
+    if not ops.runs_on_gpu(h) or (dtype == torch.float32 and rounds_to_tf32()):
         return False
-    return proof.passed(h.device, dtype, "expansion")
+    return proof.is_proven(h.device, dtype, "expansion")
 
 
 def rounds_to_tf32() -> bool:
@@ -158,7 +163,7 @@ def finished(y: Tensor, g: Tensor | None, shortcut: Tensor | None) -> Tensor:
 def squeezed(convolution: nn.Module, h: Tensor) -> Tensor:
     """Channel means of a 1x1 convolution's output, from the means of its input."""
     weight, bias = convolution.weight.flatten(1), convolution.bias  # pyright: ignore
-    with reference.without_autocast(h):
+    with reference.disable_autocast(h):
         p = reference.squeeze(h)
         return F.linear(p, weight.to(p.dtype), None if bias is None else bias.to(p.dtype))  # pyright: ignore
 
@@ -186,7 +191,7 @@ def folded(convolution: nn.Module, norm: nn.Module) -> nn.Module:
 
 def foldable(convolution: nn.Module, norm: nn.Module) -> bool:
     """Whether ``norm`` is a batch norm with statistics of its own, and ``convolution`` a plain one."""
-    known = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or ops.frozen(norm)
+    known = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or ops.is_frozen_norm(norm)
     return type(convolution) is nn.Conv2d and known and norm.running_mean is not None
 
 

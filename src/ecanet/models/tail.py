@@ -10,7 +10,7 @@ from ecanet.attention import ChannelAttention
 from ecanet.ops import genuine, watched
 
 Twins = tuple[Tensor, Tensor]
-"""A block's output for the next block's branch, and the same for its shortcut; see `ops.residual_tail_twice`."""
+"""A block's output for the next block's branch, and the same for its shortcut; see `ops.residual_tail_pair`."""
 
 
 class Stage(nn.Sequential):
@@ -76,7 +76,7 @@ def finish(
     else:
         x = downsample(x)
     if plain:
-        return ops.residual_tail_twice(z, norm, gate, x, side_norm, wanted=twice)
+        return ops.residual_tail_pair(z, norm, gate, x, side_norm, second_output=twice)
     y = activation(ops.residual_tail(z, norm, gate, x, side_norm, None))
     return y, y
 
@@ -93,6 +93,6 @@ def plain_relu(activation: nn.Module) -> bool:
 
 def activated(z: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
     """``activation(norm(z))`` inside a block or in the stem: in one kernel where ops fuses."""
-    if ops.fuses(z) and plain_relu(activation):
+    if ops.uses_kernels(z) and plain_relu(activation):
         return ops.residual_tail(z, norm)
     return activation(norm(z))

@@ -4,7 +4,7 @@
 fewest, in Triton kernels (CUDA). ``"auto"`` is fused on a GPU where the kernels have shown that they are right, with a
 warning where they have not (`proof`); lean elsewhere; and the reference where neither applies: under export,
 forward-mode differentiation and `torch.func`, with a mask, and under `torch.compile`, which fuses the reference itself.
-For whole networks `automatic` decides. An explicit choice is never replaced by another: it raises where it does not
+For whole networks `prefer_impl` decides. An explicit choice is never replaced by another: it raises where it does not
 apply.
 """
 
@@ -22,7 +22,7 @@ from ecanet.ops.calls import genuine, watched
 from ecanet.ops.passes import Passes
 from ecanet.ops.reference import Activation, Gate
 
-__all__ = ["Activation", "Gate", "Impl", "automatic", "residual_tail", "residual_tail_twice", "squeeze_scale"]
+__all__ = ["Activation", "Gate", "Impl", "prefer_impl", "residual_tail", "residual_tail_pair", "squeeze_scale"]
 
 Impl = Literal["auto", "reference", "lean", "fused"]
 
@@ -30,12 +30,12 @@ KNOWN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Batch norms, exactly: a subclass may do more in its forward."""
 
 _requests: list[tuple[object, Literal["lean", "fused"]]] = []
-"""What the open `automatic` blocks ask for; the last one counts. Not by thread: checkpoints are computed again in
+"""What the open `prefer_impl` blocks ask for; the last one counts. Not by thread: checkpoints are computed again in
 autograd's."""
 
 
 @contextmanager
-def automatic(impl: Literal["lean", "fused"]) -> Iterator[None]:
+def prefer_impl(impl: Literal["lean", "fused"]) -> Iterator[None]:
     """Inside, ``impl="auto"``, which is what networks ask for, means ``impl`` wherever it applies.
 
     Without it that is "fused" on a GPU where `proof` passed, and "lean" elsewhere. With "fused" this library's ResNets
@@ -44,7 +44,7 @@ def automatic(impl: Literal["lean", "fused"]) -> Iterator[None]:
     >>> import ecanet
     >>> from ecanet import ops
     >>> model = ecanet.create_model("resnet8")
-    >>> with ops.automatic("lean"):
+    >>> with ops.prefer_impl("lean"):
     ...     tuple(model(torch.randn(2, 3, 32, 32)).shape)
     (2, 1000)
 
@@ -54,7 +54,7 @@ def automatic(impl: Literal["lean", "fused"]) -> Iterator[None]:
         ConfigError: ``impl`` is neither.
     """
     if impl not in ("lean", "fused"):
-        raise ConfigError(f"automatic() takes 'lean' or 'fused', got {impl!r}")
+        raise ConfigError(f"prefer_impl() takes 'lean' or 'fused', got {impl!r}")
     request = object(), impl
     _requests.append(request)
     try:
@@ -63,22 +63,22 @@ def automatic(impl: Literal["lean", "fused"]) -> Iterator[None]:
         _requests.remove(request)
 
 
-def asked() -> Literal["lean", "fused"] | None:
-    """What `automatic` asks for now."""
+def requested_impl() -> Literal["lean", "fused"] | None:
+    """What `prefer_impl` asks for now."""
     return _requests[-1][1] if _requests else None
 
 
-def fuses(x: Tensor) -> bool:
+def uses_kernels(x: Tensor) -> bool:
     """Whether ``impl="auto"`` means "fused" for ``x``."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return False
     if _requests:
-        return asked() == "fused"
+        return requested_impl() == "fused"
     plain = type(x) in (Tensor, nn.Parameter)  # a subclass, fake tensors too, may want to see operations
-    return plain and x.dtype in proof.DTYPES and accelerated(x) and proof.passed(x.device, x.dtype)
+    return plain and x.dtype in proof.DTYPES and runs_on_gpu(x) and proof.is_proven(x.device, x.dtype)
 
 
-def accelerated(x: Tensor) -> bool:
+def runs_on_gpu(x: Tensor) -> bool:
     """Whether ``x`` lies where the kernels are meant to run."""
     return x.is_cuda
 
@@ -90,11 +90,11 @@ def squeeze_scale(x: Tensor, gate: Gate, *, mask: Tensor | None = None, impl: Im
         ConfigError: ``impl`` is unknown or does not apply, ``x`` is not a float tensor of 2 to 5 axes, or ``mask``
             does not fit it.
     """
-    check(x, mask)
+    check_input(x, mask)
     passes = choose(impl, x, "a mask needs it" if mask is not None else None)
     if passes is None:
         return reference.squeeze_scale(x, gate, mask)
-    return tail.squeeze_scale(dense(x), gate, passes)
+    return tail.squeeze_scale(make_dense(x), gate, passes)
 
 
 def residual_tail(
@@ -115,10 +115,10 @@ def residual_tail(
     Raises:
         ConfigError: ``impl`` is unknown or does not apply, or shapes do not fit.
     """
-    return residual_tail_twice(z, norm, gate, shortcut, shortcut_norm, activation, impl=impl, wanted=False)[0]
+    return residual_tail_pair(z, norm, gate, shortcut, shortcut_norm, activation, impl=impl, second_output=False)[0]
 
 
-def residual_tail_twice(
+def residual_tail_pair(
     z: Tensor,
     norm: nn.Module,
     gate: Gate | None = None,
@@ -127,18 +127,18 @@ def residual_tail_twice(
     activation: Activation = "relu",
     *,
     impl: Impl = "auto",
-    wanted: bool = True,
+    second_output: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`residual_tail`'s output two times, for the next block's branch and for its shortcut.
 
     The two are one tensor with an edge to the backward each, so that their gradients are added inside its first pass
     over memory. Each has only its own way's gradient: give them to nobody who might ask for the whole of it. Where the
-    reference runs, without a shortcut, or with ``wanted`` false, they are the same object.
+    reference runs, without a shortcut, or with ``second_output`` false, they are the same object.
 
     Raises:
         ConfigError: as `residual_tail`.
     """
-    check(z, None)
+    check_input(z, None)
     if shortcut is not None and shortcut.shape != z.shape:
         raise ConfigError(f"the shortcut has shape {tuple(shortcut.shape)}, the branch {tuple(z.shape)}")
     if activation not in ("relu", "relu6", None):
@@ -148,19 +148,19 @@ def residual_tail_twice(
         obstacle = f"a {z.dtype} branch and a {shortcut.dtype} shortcut need it"
     passes = choose(impl, z, obstacle)
     if passes is not None:
-        z = dense(z)
-        shortcut = None if shortcut is None else dense(shortcut, z)
+        z = make_dense(z)
+        shortcut = None if shortcut is None else make_dense(shortcut, z)
     if impl == "auto" and passes is lean:
         # measured: without a gate PyTorch's own batch norm needs no help, and with frozen statistics only the gate does
         if gate is None:
             passes = None
-        elif not tail.uses_batch_statistics(norm) and z.dtype == reference.widened(z.dtype):
+        elif not tail.uses_batch_statistics(norm) and z.dtype == reference.accumulation_dtype(z.dtype):
             y = lean.evaluated_tail(z, norm, gate, shortcut, shortcut_norm, activation)
             return y, y
     if passes is None:
         y = reference.residual_tail(z, norm, gate, shortcut, shortcut_norm, activation)
         return y, y
-    return tail.residual_tail(z, norm, gate, shortcut, shortcut_norm, activation, passes, wanted)
+    return tail.residual_tail(z, norm, gate, shortcut, shortcut_norm, activation, passes, second_output)
 
 
 def choose(impl: Impl, x: Tensor, obstacle: str | None = None) -> Passes | None:
@@ -173,11 +173,11 @@ def choose(impl: Impl, x: Tensor, obstacle: str | None = None) -> Passes | None:
         raise ConfigError(f"unknown impl {impl!r}; choose 'auto', 'reference', 'lean' or 'fused'")
     if impl == "reference":
         return None
-    obstacle = obstacle or mode(x)
+    obstacle = obstacle or find_mode_obstacle(x)
     if impl == "auto":
         if obstacle or torch.compiler.is_compiling() or x.device.type == "meta":
             return None
-        impl = "fused" if fuses(x) else "lean"
+        impl = "fused" if uses_kernels(x) else "lean"
     if obstacle:
         raise ConfigError(f"impl={impl!r} does not apply: {obstacle}; use impl='reference'")
     if impl == "lean":
@@ -188,7 +188,7 @@ def choose(impl: Impl, x: Tensor, obstacle: str | None = None) -> Passes | None:
     return cast(Passes, fused)
 
 
-def implementations() -> tuple[Passes, ...]:
+def list_implementations() -> tuple[Passes, ...]:
     """Return every implementation of the passes that can be imported: `lean`, and the Triton kernels."""
     try:
         from ecanet.ops.triton import launch
@@ -206,7 +206,7 @@ def expand(
     return expansion.expand(h, weight, bias, g, shortcut, activation)
 
 
-def mode(x: Tensor) -> str | None:
+def find_mode_obstacle(x: Tensor) -> str | None:
     """What rules out our own backward passes here, if anything does."""
     if torch.compiler.is_exporting():
         return "an exported graph consists of PyTorch's operations"
@@ -223,19 +223,19 @@ def mode(x: Tensor) -> str | None:
 
 def _obstacle(norm: nn.Module) -> str | None:
     """Why the norm must be called as a module, if it must: it is no batch norm, or something listens to it."""
-    if type(norm) not in KNOWN_NORMS and not frozen(norm):
+    if type(norm) not in KNOWN_NORMS and not is_frozen_norm(norm):
         return f"{type(norm).__name__} is not a batch norm it knows"
     if watched(norm) or not genuine(norm):
         return "the norm has hooks or another forward"
     return None
 
 
-def frozen(norm: nn.Module) -> bool:
+def is_frozen_norm(norm: nn.Module) -> bool:
     """Whether ``norm`` is torchvision's frozen batch norm, which need not be installed. Others have its name, too."""
     return type(norm).__name__ == "FrozenBatchNorm2d" and type(norm).__module__ == "torchvision.ops.misc"
 
 
-def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
+def make_dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     """``x`` contiguous or channels-last (as ``like`` is, where given); itself if it is already."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if like is not None:
@@ -246,7 +246,7 @@ def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     return x.contiguous()
 
 
-def check(x: Tensor, mask: Tensor | None) -> None:
+def check_input(x: Tensor, mask: Tensor | None) -> None:
     """Raise ConfigError unless ``x`` is (N, C[, L | H, W | D, H, W]) and ``mask`` is its boolean (N[, ...])."""
     if not 2 <= x.dim() <= 5:
         raise ConfigError(f"expected (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), got shape {tuple(x.shape)}")

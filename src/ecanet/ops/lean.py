@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ecanet.ops.passes import Form
-from ecanet.ops.reference import Activation, Gate, squeeze, widened, without_autocast
+from ecanet.ops.reference import Activation, Gate, accumulation_dtype, disable_autocast, squeeze
 
 CACHED = 2**21
 """Elements of a group: 8 MB in float32. Smaller groups stay in nearer caches, but each operation wakes all threads."""
@@ -18,13 +18,13 @@ CACHED = 2**21
 WHOLE = 2**18
 """Elements of a sample from which one native operation for each sample is better than a few for a group of them."""
 
-recomputes = False
+recomputes_sign = False
 
 
 def moments(z: Tensor, order: int) -> tuple[Tensor, Tensor]:
     """Mean of each plane, and variances that are right on average over the samples."""
     x = planes(z)
-    m, v = x.new_zeros((2, *x.shape[:2]), dtype=widened(z.dtype)).unbind()
+    m, v = x.new_zeros((2, *x.shape[:2]), dtype=accumulation_dtype(z.dtype)).unbind()
     if order == 0 or x.numel() == 0:
         return m, v
     if order == 1 and x.dtype == m.dtype:
@@ -68,14 +68,14 @@ def apply(z: Tensor, shortcut: Tensor | None, form: Form) -> tuple[Tensor, Tenso
 
 
 def reduce(
-    dy: Tensor, more: Tensor | None, kept: Tensor | None, z: Tensor, shortcut: Tensor | None, form: Form
+    dy: Tensor, second_dy: Tensor | None, kept: Tensor | None, z: Tensor, shortcut: Tensor | None, form: Form
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The sums over each plane, and t."""
     x, g = planes(z), planes(dy)
-    da, db, ds = x.new_zeros((3, *x.shape[:2]), dtype=widened(z.dtype)).unbind()
-    t = dy if kept is None and more is None else torch.empty_like(z)
+    da, db, ds = x.new_zeros((3, *x.shape[:2]), dtype=accumulation_dtype(z.dtype)).unbind()
+    t = dy if kept is None and second_dy is None else torch.empty_like(z)
     out = planes(t)
-    h = None if more is None else planes(more)
+    h = None if second_dy is None else planes(second_dy)
     y = None if kept is None else planes(kept)
     s = None if shortcut is None or form.shortcut_a is None else planes(shortcut)
     for group in groups(x):
@@ -124,7 +124,7 @@ def evaluated_tail(
 ) -> Tensor:
     """A tail whose norm stands still: gate and addition in one pass, bit for bit the plain block at gate 1."""
     b = norm(z)
-    with without_autocast(b):
+    with disable_autocast(b):
         g = gate(squeeze(b)).expand(b.shape[:2]).reshape(*b.shape[:2], *(1,) * (b.dim() - 2)).to(b.dtype)
     if shortcut is None:
         y = b * g
@@ -148,7 +148,7 @@ def affine(x: Tensor, a: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
 def products(t: Tensor, x: Tensor, mu: Tensor | None) -> tuple[Tensor, Tensor]:
     """``sum t (x - mu)`` and ``sum t`` over each plane, where large by a batch norm's own reduction."""
     n, c, p, _ = x.shape
-    wide = widened(x.dtype)
+    wide = accumulation_dtype(x.dtype)
     one = x.new_ones(c, dtype=wide)
     mean = torch.zeros_like(one) if mu is None else mu
     if not channels_last(x):

@@ -1,10 +1,10 @@
 """The two autograd nodes around the algebra of a residual tail.
 
 `_Moments` gives the mean and variance of each plane of z; `_Tail` gives y. Backward, `_Tail` sums over each plane and
-`_Moments` writes dz. What the second needs from the first travels on an edge of their own, which nobody else sees: a
-`Wire` of two outputs of `_Moments` whose values are never read and whose "gradients" are t, the gradient before the
-activation, and (a, b, mu). When gradients are themselves to be differentiated (``create_graph=True``), the wire stays
-empty and both nodes give the plain chain rule in differentiable PyTorch operations.
+`_Moments` writes dz. What `_Moments` needs from `_Tail` travels along a private autograd edge, a `GradientLink`: two
+outputs of `_Moments` whose values are never read and whose "gradients" are t, the gradient before the activation, and
+(a, b, mu). When gradients are themselves to be differentiated (``create_graph=True``), the link stays empty and both
+nodes give the plain chain rule in differentiable PyTorch operations.
 """
 
 import warnings
@@ -14,40 +14,48 @@ import torch
 from torch import Tensor
 
 from ecanet.ops.passes import Form, Passes
-from ecanet.ops.reference import Activation, scale, widened
+from ecanet.ops.reference import Activation, accumulation_dtype, scale
 
 _announced: set[str] = set()
 
 
-class Wire(NamedTuple):
+class GradientLink(NamedTuple):
     """Carries t (of z's shape) and a, b, mu (3, N, C) from `_Tail` back to `_Moments`."""
 
     t: Tensor
     form: Tensor
 
 
-def moments(z: Tensor, passes: Passes, order: int, recomputed: Activation = None) -> tuple[Tensor, Tensor, Wire]:
-    """``m`` and ``v`` of each plane, and the wire for `tail`.
+def moments(
+    z: Tensor, passes: Passes, order: int, recomputed: Activation = None
+) -> tuple[Tensor, Tensor, GradientLink]:
+    """``m`` and ``v`` of each plane, and the link for `tail`.
 
     ``recomputed`` is the activation whose sign the backward computes again from z (no shortcut).
     """
-    m, v, *wire = _Moments.apply(z, passes, order, recomputed)  # pyright: ignore[reportGeneralTypeIssues]
-    return m, v, Wire(*wire)
+    m, v, *link = _Moments.apply(z, passes, order, recomputed)  # pyright: ignore[reportGeneralTypeIssues]
+    return m, v, GradientLink(*link)
 
 
 def tail(
-    z: Tensor, wire: Wire, shortcut: Tensor | None, side: Wire | None, form: Form, passes: Passes, twice: bool = False
+    z: Tensor,
+    link: GradientLink,
+    shortcut: Tensor | None,
+    shortcut_link: GradientLink | None,
+    form: Form,
+    passes: Passes,
+    second_output: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``y`` of the form, two times; ``side`` is the wire of a shortcut that has a norm of its own.
+    """Return ``y`` of the form twice; ``shortcut_link`` is the link of a shortcut that has a norm of its own.
 
-    With ``twice``, and a shortcut, the two are one tensor on two edges, whose gradients the backward adds in its
-    first pass; autograd adds those of one edge in three passes of its own.
+    With ``second_output`` and a shortcut, the two are outputs of one autograd node, which adds their gradients in its
+    first pass over memory. Autograd needs three passes to add the gradients of one output.
     """
-    y, twin = _Tail.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        z, *wire, shortcut, *(side or (None, None)), form.a, form.b, form.mu, form.shortcut_a, form.shortcut_mu,
-        form.activation, passes, twice and shortcut is not None,
+    y, second = _Tail.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        z, *link, shortcut, *(shortcut_link or (None, None)), form.a, form.b, form.mu,
+        form.shortcut_a, form.shortcut_mu, form.activation, passes, second_output and shortcut is not None,
     )  # fmt: skip
-    return y, y if twin is None else twin
+    return y, y if second is None else second
 
 
 class _Moments(torch.autograd.Function):
@@ -62,7 +70,7 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dm: Tensor | None, dv: Tensor | None, t: Tensor | None, form: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         z, m = ctx.saved_tensors
-        z = laid(z, ctx.layout)
+        z = restore_format(z, ctx.layout)
         dm, dv = dm if ctx.order > 0 else None, dv if ctx.order > 1 else None
         if t is None or form is None:
             return _chain_rule(z, m, dm, dv), None, None, None
@@ -74,10 +82,10 @@ class _Moments(torch.autograd.Function):
 class _Tail(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, wire_t: Tensor, wire_form: Tensor,
-        shortcut: Tensor | None, side_t: Tensor | None, side_form: Tensor | None,
+        ctx: Any, z: Tensor, link_t: Tensor, link_form: Tensor,
+        shortcut: Tensor | None, shortcut_link_t: Tensor | None, shortcut_link_form: Tensor | None,
         a: Tensor, b: Tensor | None, mu: Tensor | None, shortcut_a: Tensor | None, shortcut_mu: Tensor | None,
-        activation: Activation, passes: Passes, twice: bool,
+        activation: Activation, passes: Passes, second_output: bool,
     ):  # fmt: skip
         form = Form(a=a, b=b, mu=mu, shortcut_a=shortcut_a, shortcut_mu=shortcut_mu, activation=activation)
         y, kept = passes.apply(z, shortcut, form)
@@ -86,24 +94,24 @@ class _Tail(torch.autograd.Function):
         # a plain shortcut is not needed again: its gradient is t
         ctx.save_for_backward(z, kept, shortcut if shortcut_a is not None else None, a, b, mu, shortcut_a, shortcut_mu)
         ctx.set_materialize_grads(False)
-        return y, y.view_as(y) if twice else None
+        return y, y.view_as(y) if second_output else None
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, more: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        dy, more = (more, None) if dy is None else (dy, more)
+    def backward(ctx: Any, dy: Tensor | None, second_dy: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        dy, second_dy = (second_dy, None) if dy is None else (dy, second_dy)
         if dy is None:
             return (None,) * 14
         z, kept, shortcut, a, b, mu, shortcut_a, shortcut_mu = ctx.saved_tensors
-        z, kept, shortcut = (laid(x, ctx.layout) for x in (z, kept, shortcut))
+        z, kept, shortcut = (restore_format(x, ctx.layout) for x in (z, kept, shortcut))
         form = Form(a=a, b=b, mu=mu, shortcut_a=shortcut_a, shortcut_mu=shortcut_mu, activation=ctx.activation)
-        if torch.is_grad_enabled() or batched(dy) or batched(more):
+        if torch.is_grad_enabled() or is_batched(dy) or is_batched(second_dy):
             _announce()
-            return _differentiable(ctx, dy if more is None else dy + more, z, kept, shortcut, form)
-        dy, more = laid(dy, ctx.layout), laid(more, ctx.layout)
-        da, db, ds, t = ctx.passes.reduce(dy, more, kept, z, shortcut, form)
-        wire = a.expand(3, *a.shape)
+            return _differentiable(ctx, dy if second_dy is None else dy + second_dy, z, kept, shortcut, form)
+        dy, second_dy = restore_format(dy, ctx.layout), restore_format(second_dy, ctx.layout)
+        da, db, ds, t = ctx.passes.reduce(dy, second_dy, kept, z, shortcut, form)
+        link = a.expand(3, *a.shape)
         if kept is None and form.activation is not None and b is not None and mu is not None:
-            wire = torch.stack((a, b, mu.expand_as(a)))
+            link = torch.stack((a, b, mu.expand_as(a)))
         dmu = None if mu is None else -(a * db).sum(0)
         if shortcut_a is None:
             side = (t if ctx.has_shortcut else None, None, None)
@@ -111,7 +119,7 @@ class _Tail(torch.autograd.Function):
         else:
             side = (None, t, shortcut_a.expand(3, *a.shape))
             side_dmu = -(shortcut_a * db).sum(0)
-        return None, t, wire, *side, da, None if b is None else db, dmu, ds, side_dmu, None, None, None
+        return None, t, link, *side, da, None if b is None else db, dmu, ds, side_dmu, None, None, None
 
 
 def _chain_rule(z: Tensor, m: Tensor, dm: Tensor | None, dv: Tensor | None) -> Tensor | None:
@@ -128,7 +136,7 @@ def _chain_rule(z: Tensor, m: Tensor, dm: Tensor | None, dv: Tensor | None) -> T
 def _differentiable(ctx: Any, dy: Tensor, z: Tensor, kept: Tensor | None, shortcut: Tensor | None, form: Form):
     """The true gradients of `_Tail`, in differentiable operations."""
     axes = tuple(range(2, z.dim()))
-    wide = widened(z.dtype)
+    wide = accumulation_dtype(z.dtype)
 
     def centred(x: Tensor, mu: Tensor | None) -> Tensor:
         return x.to(wide) if mu is None else x.to(wide) - mu.reshape(-1, *(1,) * len(axes))
@@ -164,14 +172,14 @@ def layout(z: Tensor) -> torch.memory_format:
     return torch.channels_last if z.dim() == 4 else torch.channels_last_3d
 
 
-def batched(gradient: Tensor | None) -> bool:
+def is_batched(gradient: Tensor | None) -> bool:
     """Whether ``gradient`` is many at once (``is_grads_batched=True``, `torch.func.vmap`)."""
     if gradient is None or torch.compiler.is_compiling():
         return False
     return "Batched" in str(torch._C._dispatch_keys(gradient))
 
 
-def laid(x: Any, memory_format: torch.memory_format) -> Any:
+def restore_format(x: Any, memory_format: torch.memory_format) -> Any:
     """``x`` in that layout; None, and bits, whose layout is their own, as they are."""
     return x if x is None or x.dtype == torch.uint8 else x.contiguous(memory_format=memory_format)
 

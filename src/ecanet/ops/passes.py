@@ -29,7 +29,7 @@ class Form:
 class Passes(Protocol):
     """One method for each pass over memory."""
 
-    recomputes: bool
+    recomputes_sign: bool
     """Whether, without a shortcut, the activation's sign is computed again from z instead of kept."""
 
     def moments(self, z: Tensor, order: int) -> tuple[Tensor, Tensor]:
@@ -44,12 +44,12 @@ class Passes(Protocol):
         ...
 
     def reduce(
-        self, dy: Tensor, more: Tensor | None, kept: Tensor | None, z: Tensor, shortcut: Tensor | None, form: Form
+        self, dy: Tensor, second_dy: Tensor | None, kept: Tensor | None, z: Tensor, shortcut: Tensor | None, form: Form
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """``sum t (z - mu)``, ``sum t``, ``sum t (shortcut - shortcut_mu)`` over each plane, and t.
 
         ``t`` is the gradient before the activation; ``dy`` itself stands for it where the sign is computed again.
-        The gradient after it is ``dy``, or ``dy + more`` where the output went two ways.
+        The gradient after it is ``dy``, or ``dy + second_dy`` where the output went two ways.
         """
         ...
 

@@ -42,7 +42,7 @@ class Case(NamedTuple):
     activation: Activation
     gated: bool
     training: bool
-    twice: bool = False
+    second_output: bool = False
     normed: bool = True
 
 
@@ -68,7 +68,7 @@ class Inputs(NamedTuple):
     slopes: Tensor  # C, of the gate
 
 
-def passed(device: torch.device, dtype: torch.dtype, kernels: Kernels = "fused") -> bool:
+def is_proven(device: torch.device, dtype: torch.dtype, kernels: Kernels = "fused") -> bool:
     """Whether the kernels are right on ``device``: tried at the first question, and if not, warned of once."""
     key = kernels, device, dtype
     if key not in _passed:
@@ -77,7 +77,7 @@ def passed(device: torch.device, dtype: torch.dtype, kernels: Kernels = "fused")
                 if capturing(device):
                     warn(device, "a CUDA graph is captured before they could be tried; run one step before", kernels)
                     return False
-                failed = failure(device, dtype) if kernels == "fused" else expansion_failure(device, dtype)
+                failed = find_failure(device, dtype) if kernels == "fused" else find_expansion_failure(device, dtype)
                 if failed is not None:
                     warn(device, failed, kernels)
                 _passed[key] = failed is None
@@ -95,17 +95,17 @@ def warn(device: torch.device, why: str, kernels: Kernels = "fused") -> None:
     warnings.warn(
         f"ecanet's {kernels} kernels are not used on {device}: {why}. {instead} instead: the same results with "
         "more passes over memory. Please report it to the project with the output of `python -m "
-        "torch.utils.collect_env`; ops.automatic('lean') chooses the lean passes without trying",
+        "torch.utils.collect_env`; ops.prefer_impl('lean') chooses the lean passes without trying",
         stacklevel=2,
     )
 
 
-def failure(device: torch.device, dtype: torch.dtype) -> str | None:
+def find_failure(device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with the kernels of a tail on ``device`` in ``dtype``; None if nothing is."""
     return attempt(_tails, device, dtype)
 
 
-def expansion_failure(device: torch.device, dtype: torch.dtype) -> str | None:
+def find_expansion_failure(device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with the kernel of a last convolution on ``device`` in ``dtype``; None if nothing is."""
     return attempt(_expansion, device, dtype)
 
@@ -206,10 +206,10 @@ def results(case: Case, given: Inputs, passes: Passes | None) -> dict[str, Tenso
     elif passes is None:
         outputs = (reference.residual_tail(*arguments),) * 2
     else:
-        outputs = tail.residual_tail(*arguments, passes, case.twice)
+        outputs = tail.residual_tail(*arguments, passes, case.second_output)
     leaves |= {f"d{name}": p for name, p in norm.named_parameters()}
     leaves |= {f"dside.{name}": p for name, p in side.named_parameters()}
-    count = 2 if case.twice else 1
+    count = 2 if case.second_output else 1
     gradients = torch.autograd.grad(outputs[:count], list(leaves.values()), given.ways[:count], allow_unused=True)
     found = {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
     return {"y": outputs[0].detach(), **found, **{n: b for n, b in norm.named_buffers() if b.is_floating_point()}}

@@ -17,12 +17,12 @@ Activation = Literal["relu", "relu6"] | None
 """What ends a residual block; None is the identity."""
 
 
-def widened(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums of ``dtype`` values run: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+def disable_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast leaves ``x``'s device alone (none when it is off: exports stay free of it)."""
     kind = x.device.type
     enabled = kind != "meta" and torch.is_autocast_enabled(kind)  # asked about "meta", torch raises
@@ -36,7 +36,7 @@ def squeeze(x: Tensor, mask: Tensor | None = None) -> Tensor:
     what stands at the others (padding, even NaN) has no influence. A sample without a True position gives 0.
     """
     axes = tuple(range(2, x.dim()))
-    wide = widened(x.dtype)
+    wide = accumulation_dtype(x.dtype)
     if mask is not None:
         inside = mask[:, None]
         total = torch.where(inside, x, 0).sum(axes, dtype=wide)
@@ -52,7 +52,7 @@ def scale(x: Tensor, g: Tensor) -> Tensor:
 
 def squeeze_scale(x: Tensor, gate: Gate, mask: Tensor | None = None) -> Tensor:
     """``y = x * gate(mean(x))``: the three steps of channel attention on ``x`` (N, C, ...)."""
-    with without_autocast(x):
+    with disable_autocast(x):
         return scale(x, gate(squeeze(x, mask)))
 
 

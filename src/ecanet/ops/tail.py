@@ -19,14 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ecanet.errors import ConfigError
 from ecanet.ops import nodes
 from ecanet.ops.passes import Form, Passes
-from ecanet.ops.reference import Activation, Gate, widened, without_autocast
+from ecanet.ops.reference import Activation, Gate, accumulation_dtype, disable_autocast
 
 
 def squeeze_scale(x: Tensor, gate: Gate, passes: Passes) -> Tensor:
     """``x * gate(mean(x))``: a tail without norm, shortcut and activation."""
-    with without_autocast(x):
-        m, _, wire = nodes.moments(x, passes, 1)
-        return nodes.tail(x, wire, None, None, Form(a=gate(m).to(m.dtype).expand_as(m)), passes)[0]
+    with disable_autocast(x):
+        m, _, link = nodes.moments(x, passes, 1)
+        return nodes.tail(x, link, None, None, Form(a=gate(m).to(m.dtype).expand_as(m)), passes)[0]
 
 
 def residual_tail(
@@ -37,11 +37,11 @@ def residual_tail(
     shortcut_norm: nn.Module | None,
     activation: Activation,
     passes: Passes,
-    twice: bool,
+    second_output: bool,
 ) -> tuple[Tensor, Tensor]:
     """`reference.residual_tail` by the four passes: y and, with a shortcut, y again on an edge of its own."""
-    with without_autocast(z):
-        recomputed = activation if passes.recomputes and shortcut is None else None
+    with disable_autocast(z):
+        recomputed = activation if passes.recomputes_sign and shortcut is None else None
         branch = _normalised(z, norm, passes, gate is not None, recomputed)
         a, b = branch.a.expand_as(branch.m), branch.b.expand_as(branch.m)
         if gate is not None:
@@ -49,18 +49,18 @@ def residual_tail(
             a, b = g * a, g * b
         form = Form(a=a, b=b, mu=branch.mu, activation=activation)
         if shortcut is None or shortcut_norm is None:
-            return nodes.tail(z, branch.wire, shortcut, None, form, passes, twice)
+            return nodes.tail(z, branch.link, shortcut, None, form, passes, second_output)
         side = _normalised(shortcut, shortcut_norm, passes, False, None)
         form = Form(
             a=a, b=b + side.b, mu=branch.mu, shortcut_a=side.a.expand_as(a), shortcut_mu=side.mu, activation=activation
         )
-        return nodes.tail(z, branch.wire, shortcut, side.wire, form, passes, twice)
+        return nodes.tail(z, branch.link, shortcut, side.link, form, passes, second_output)
 
 
 class _Normalised(NamedTuple):
     """``norm(z) = a (z - mu) + b``, with the means m of z's planes."""
 
-    wire: nodes.Wire
+    link: nodes.GradientLink
     m: Tensor  # N C
     mu: Tensor  # C
     a: Tensor  # C
@@ -70,8 +70,8 @@ class _Normalised(NamedTuple):
 def _normalised(z: Tensor, norm: nn.Module, passes: Passes, squeezed: bool, recomputed: Activation) -> _Normalised:
     by_batch = uses_batch_statistics(norm)
     order = 2 if by_batch else int(squeezed)
-    m, v, wire = nodes.moments(z, passes, order, recomputed)
-    wide = widened(z.dtype)
+    m, v, link = nodes.moments(z, passes, order, recomputed)
+    wide = accumulation_dtype(z.dtype)
     if by_batch:
         mu, var = batch_statistics(norm, m, v, z[:1, :1].numel())
     else:
@@ -80,7 +80,7 @@ def _normalised(z: Tensor, norm: nn.Module, passes: Passes, squeezed: bool, reco
     if norm.weight is not None:
         a = a * norm.weight.to(wide)  # pyright: ignore
     b = torch.zeros_like(a) if norm.bias is None else norm.bias.to(wide)  # pyright: ignore
-    return _Normalised(wire, m, mu, a, b)  # pyright: ignore[reportArgumentType]
+    return _Normalised(link, m, mu, a, b)  # pyright: ignore[reportArgumentType]
 
 
 def uses_batch_statistics(norm: nn.Module) -> bool:

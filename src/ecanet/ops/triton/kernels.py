@@ -144,16 +144,16 @@ def _apply(
 
 @triton.jit
 def _reduce(
-    dy_ptr, more_ptr, bits_ptr, z_ptr, s_ptr, t_ptr, a_ptr, b_ptr, mu_ptr, smu_ptr, da_ptr, db_ptr, ds_ptr,
+    dy_ptr, second_dy_ptr, bits_ptr, z_ptr, s_ptr, t_ptr, a_ptr, b_ptr, mu_ptr, smu_ptr, da_ptr, db_ptr, ds_ptr,
     channels, positions, part,
     HAS_B: tl.constexpr, HAS_MU: tl.constexpr, NORMED_SHORTCUT: tl.constexpr, ACTIVATION: tl.constexpr,
-    MORE: tl.constexpr, BITS: tl.constexpr, WRITE: tl.constexpr,
+    SECOND_DY: tl.constexpr, BITS: tl.constexpr, WRITE: tl.constexpr,
     LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Sums of ``t (z - mu)``, ``t`` and ``t (s - smu)`` over each plane's part; WRITE stores t, dy past the activation.
 
-    With MORE the gradient after the activation is dy + more. Without BITS the activation's sign is computed again, as
-    `_apply` did.
+    With SECOND_DY the gradient after the activation is dy + second_dy. Without BITS the activation's sign is computed
+    again, as in `_apply`.
     """
     n, split = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -170,8 +170,8 @@ def _reduce(
         inside = (p < end)[:, None] & known[None, :]
         here = _offsets(n, p, c, channels, positions, LAST)
         t = tl.load(dy_ptr + here, mask=inside, other=0.0).to(WIDE)
-        if MORE:
-            t += tl.load(more_ptr + here, mask=inside, other=0.0).to(WIDE)
+        if SECOND_DY:
+            t += tl.load(second_dy_ptr + here, mask=inside, other=0.0).to(WIDE)
         x = tl.load(z_ptr + here, mask=inside, other=0.0).to(WIDE)
         if BITS:
             where = (p < end)[:, None] & (byte * 8 < channels)[None, :]

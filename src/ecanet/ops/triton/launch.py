@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ecanet.errors import ConfigError
 from ecanet.ops.passes import Form
-from ecanet.ops.reference import Activation, widened
+from ecanet.ops.reference import Activation, accumulation_dtype
 from ecanet.ops.triton import kernels
 
 TILE = 2048
@@ -27,7 +27,7 @@ ACTIVATIONS: dict[Activation, int] = {None: 0, "relu": 1, "relu6": 2}
 INTERPRETED = type(kernels._apply).__name__ == "InterpretedFunction"
 """Whether Triton runs these kernels on the CPU (TRITON_INTERPRET=1 before the import), one operation at a time."""
 
-recomputes = True
+recomputes_sign = True
 
 
 def check(x: Tensor) -> None:
@@ -39,7 +39,7 @@ def check(x: Tensor) -> None:
 def moments(z: Tensor, order: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each plane."""
     if order == 0:
-        return z.new_zeros((2, *z.shape[:2]), dtype=widened(z.dtype)).unbind()  # pyright: ignore[reportReturnType]
+        return z.new_zeros((2, *z.shape[:2]), dtype=accumulation_dtype(z.dtype)).unbind()  # pyright: ignore[reportReturnType]
     return _launcher(_moments)(z, order).unbind()
 
 
@@ -52,13 +52,13 @@ def apply(z: Tensor, shortcut: Tensor | None, form: Form) -> tuple[Tensor, Tenso
 
 
 def reduce(
-    dy: Tensor, more: Tensor | None, kept: Tensor | None, z: Tensor, shortcut: Tensor | None, form: Form
+    dy: Tensor, second_dy: Tensor | None, kept: Tensor | None, z: Tensor, shortcut: Tensor | None, form: Form
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The sums over each plane, and t (dy, where the sign is computed again)."""
     sums, t = _launcher(_reduce)(
-        dy, more, kept, z, shortcut, form.a, form.b, form.mu, form.shortcut_mu, form.activation
+        dy, second_dy, kept, z, shortcut, form.a, form.b, form.mu, form.shortcut_mu, form.activation
     )
-    return sums[0], sums[1], sums[2] if len(sums) > 2 else None, dy if kept is None and more is None else t
+    return sums[0], sums[1], sums[2] if len(sums) > 2 else None, dy if kept is None and second_dy is None else t
 
 
 def grads(t: Tensor, z: Tensor, form: Form, m: Tensor, dm: Tensor | None, dv: Tensor | None) -> Tensor:
@@ -131,9 +131,9 @@ class _Grid:
 def _moments(z: Tensor, order: int) -> Tensor:
     grid = _Grid(z)
     if not z.numel():
-        return z.new_zeros((2, *z.shape[:2]), dtype=widened(z.dtype))
+        return z.new_zeros((2, *z.shape[:2]), dtype=accumulation_dtype(z.dtype))
     count = grid.columns[2]
-    parts = z.new_empty((2, count, *z.shape[:2]), dtype=widened(z.dtype))
+    parts = z.new_empty((2, count, *z.shape[:2]), dtype=accumulation_dtype(z.dtype))
     if order == 1:
         parts[1].zero_()
     with torch.cuda.device_of(z):
@@ -169,23 +169,23 @@ def _apply(
 
 
 def _reduce(
-    dy: Tensor, more: Tensor | None, bits: Tensor | None, z: Tensor, shortcut: Tensor | None, a: Tensor,
+    dy: Tensor, second_dy: Tensor | None, bits: Tensor | None, z: Tensor, shortcut: Tensor | None, a: Tensor,
     b: Tensor | None, mu: Tensor | None, shortcut_mu: Tensor | None, activation: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grid = _Grid(z)
     normed = shortcut is not None and shortcut_mu is not None
-    write = bits is not None or more is not None
+    write = bits is not None or second_dy is not None
     t = torch.empty_like(z) if write else z.new_empty(0)
     kinds = 3 if normed else 2
     if not z.numel():
-        return z.new_zeros((kinds, *z.shape[:2]), dtype=widened(z.dtype)), t
-    parts = z.new_empty((kinds, grid.columns[2], *z.shape[:2]), dtype=widened(z.dtype))
+        return z.new_zeros((kinds, *z.shape[:2]), dtype=accumulation_dtype(z.dtype)), t
+    parts = z.new_empty((kinds, grid.columns[2], *z.shape[:2]), dtype=accumulation_dtype(z.dtype))
     with torch.cuda.device_of(z):
         kernels._reduce[grid.columns](
-            dy, more, bits, z, shortcut, t, _packed(a), _packed(b), mu, shortcut_mu, parts[0], parts[1], parts[-1],
+            dy, second_dy, bits, z, shortcut, t, _packed(a), _packed(b), mu, shortcut_mu, parts[0], parts[1], parts[-1],
             grid.channels, grid.positions, grid.part, HAS_B=b is not None, HAS_MU=mu is not None,
             NORMED_SHORTCUT=normed, ACTIVATION=ACTIVATIONS[activation],  # pyright: ignore[reportArgumentType]
-            MORE=more is not None, BITS=bits is not None, WRITE=write, **grid.options,
+            SECOND_DY=second_dy is not None, BITS=bits is not None, WRITE=write, **grid.options,
         )  # fmt: skip
     return parts.sum(1) if parts.shape[1] > 1 else parts[:, 0], t
 
@@ -219,7 +219,7 @@ def _operator(function: Callable[..., Any], fake: Callable[..., Any]) -> None:
 
 
 def _fake_moments(z: Tensor, order: int) -> Tensor:
-    return z.new_empty((2, *z.shape[:2]), dtype=widened(z.dtype))
+    return z.new_empty((2, *z.shape[:2]), dtype=accumulation_dtype(z.dtype))
 
 
 def _fake_apply(z: Tensor, shortcut: Tensor | None, a: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -228,11 +228,11 @@ def _fake_apply(z: Tensor, shortcut: Tensor | None, a: Tensor, *rest: Any) -> tu
 
 
 def _fake_reduce(
-    dy: Tensor, more: Tensor | None, bits: Tensor | None, z: Tensor, shortcut: Tensor | None, *rest: Any
+    dy: Tensor, second_dy: Tensor | None, bits: Tensor | None, z: Tensor, shortcut: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     kinds = 3 if shortcut is not None and rest[-2] is not None else 2
-    sums = z.new_empty((kinds, *z.shape[:2]), dtype=widened(z.dtype))
-    return sums, z.new_empty(0) if bits is None and more is None else torch.empty_like(z)
+    sums = z.new_empty((kinds, *z.shape[:2]), dtype=accumulation_dtype(z.dtype))
+    return sums, z.new_empty(0) if bits is None and second_dy is None else torch.empty_like(z)
 
 
 def _fake_grads(t: Tensor, z: Tensor, *rest: Any) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ecanet.ops import implementations, lean
+from ecanet.ops import lean, list_implementations
 from ecanet.studies.bench import traffic
 
 Step = Callable[[], object]
@@ -157,7 +157,7 @@ def moved(step: Step, smallest: int = 4096) -> float:
 def _whole_passes(count: traffic.Traffic, smallest: int) -> Iterator[None]:
     """Count each pass of the kernels and, on a CPU, of `lean` as one operation."""
     names = ("moments", "apply", "reduce", "grads")
-    passes = {(kind, name): getattr(kind, name) for kind in implementations() for name in names}
+    passes = {(kind, name): getattr(kind, name) for kind in list_implementations() for name in names}
 
     def counting(kind: Any, name: str) -> Callable[..., Any]:
         def counted(*args: Any) -> Any:
