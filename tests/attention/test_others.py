@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import ecanet
 from ecanet.attention import CBAM, AugmentedConv2d, DoubleAttention, GlobalContext, GSoP, NonLocal
 from ecanet.errors import AttachError, ConfigError
-from ecanet.studies.cost import attention_modules, count
+from ecanet.studies.cost import count, find_attention_modules
 
 OTHERS = ("cbam", "gc", "gsop", "a2", "non-local", "aa")
 BUILD = {
@@ -230,7 +230,7 @@ def test_any_number_of_axes(name):
 
 def sites(attention: str, name: str, **options: object) -> list[str]:
     model = ecanet.create_model(name, attention=attention, **options)
-    found = attention_modules(model)
+    found = find_attention_modules(model)
     return [n for n, m in model.named_modules() if any(m is f for f in found)]
 
 

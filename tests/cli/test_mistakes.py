@@ -72,7 +72,7 @@ def test_a_long_name_can_be_read(ecanet):
         (lambda: library.create_model("resnet18", weigths="torchvision"), "did you mean 'weights'"),
         (lambda: library.create_model("resnet18", weights=True), "weights must be None, 'torchvision' or"),
         (lambda: library.fuse(library.attach(torchvision.models.resnet18())), "fuse first to have both"),
-        (lambda: cost.table(["timm:resnet18"], attentions=["eca"]), "for this library's networks"),
+        (lambda: cost.make_table(["timm:resnet18"], attentions=["eca"]), "for this library's networks"),
     ],
 )
 def test_a_call(call, said):
@@ -118,6 +118,6 @@ def test_a_report_says_which_gates_act_on_a_plain_networks_weights(tmp_path, att
 
 
 def test_timms_attention_is_not_taken_for_ours():
-    row = cost.table(["resnet18", "timm:resnet18"], attentions=["eca"])
+    row = cost.make_table(["resnet18", "timm:resnet18"], attentions=["eca"])
     assert [r["attention"] for r in row] == ["eca", ""]
     assert row[1]["parameters"] == sum(p.numel() for p in timm.create_model("resnet18").parameters())

@@ -1,4 +1,6 @@
-"""Costs: the paper's own cells, torchvision's published counts, and a network small enough to count by hand."""
+"""Cost: the paper's own cells, the counts that torchvision publishes, and a network small enough to count by hand."""
+
+import re
 
 import pytest
 import torch
@@ -7,11 +9,11 @@ from torch import nn
 from ecanet import create_model
 from ecanet.errors import ConfigError
 from ecanet.networks import find, image_size
-from ecanet.studies.cost import WHY, attention_modules, count, table
+from ecanet.studies.cost import WHY, count, find_attention_modules, make_table
 
 M, G = 2**20, 2**30
 
-# Printed in the paper's Table 3 and, for ResNet-18 and 34, on the poster: plain, SE, ECA.
+# Plain, SE and ECA, as printed in the paper's Table 3 and, for ResNet-18 and 34, on the poster.
 PARAMETERS = {
     "resnet18": (11.148, 11.231, 11.148),
     "resnet34": (20.788, 20.938, 20.788),
@@ -32,7 +34,7 @@ ATTENTIONS = ("none", "se", "eca")
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_the_papers_own_cells(name):
+def test_the_counts_are_those_the_paper_prints(name):
     for attention, parameters, printed in zip(ATTENTIONS, PARAMETERS[name], OPERATIONS[name], strict=True):
         options = {"reduction": 8} if (name, attention) == ("mobilenet_v2", "se") else {}
         cost = count(find(name, attention=attention, **options))
@@ -41,7 +43,7 @@ def test_the_papers_own_cells(name):
         match name:
             case "mobilenet_v2":
                 ours = cost.operations / M
-                # 319.97: the one cell of 18 that rounding does not give; cut after one digit it does
+                # ours is 319.97: of the 18 cells, the paper truncates this one instead of rounding it
                 assert (int(ours * 10) / 10 if attention == "eca" else round(ours, 1)) == printed, attention
             case "resnet18" | "resnet34":
                 assert round(cost.operations_2020 / G, 3) == printed, attention
@@ -50,13 +52,13 @@ def test_the_papers_own_cells(name):
 
 
 @pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "densenet121", "inception_v3", "vgg11", "vit_b_16"])
-def test_torchvision_publishes_the_same_counts(name):
+def test_the_counts_are_those_torchvision_publishes(name):
     from torchvision.models import get_model_weights
 
     published = next(iter(get_model_weights(name))).meta
-    row = table([f"torchvision:{name}"])[0]
+    row = make_table([f"torchvision:{name}"])[0]
     assert row["parameters"] == published["num_params"]
-    # to the three digits published; theirs leave out a ViT's products of queries and keys
+    # torchvision publishes three digits, and leaves out a ViT's products of queries and keys
     slack = 0.005 if name != "vit_b_16" else 0.01 * published["_ops"]
     assert abs(row["MACs"] / 1e9 - published["_ops"]) < slack
 
@@ -96,8 +98,8 @@ def test_the_same_relu_called_twice_counts_once():
     ("attention", "parameters"),
     [("eca", 3), ("eca-ns", 96), ("se", 128), ("se-var1", 0), ("se-var2", 32), ("se-var3", 1024), ("se-gc", 64)],
 )
-def test_one_gate(attention, parameters):
-    """Multiply-accumulates of a gate on one image's 32 means; its operations in the 2019 rules beside them."""
+def test_the_cost_of_one_gate(attention, parameters):
+    """The gate works on the 32 channel means of one image; its operations follow the rules of 2019."""
     from ecanet import make_attention
 
     cost = count(make_attention(attention, 32), (32, 4, 4))
@@ -120,27 +122,27 @@ def test_counting_leaves_the_model_alone():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_attention_of_other_libraries_is_seen():
-    assert len(attention_modules(find("timm:ecaresnet50t"))) == 16
-    assert len(attention_modules(find("torchvision:mobilenet_v3_small"))) == 9
-    assert table(["timm:ecaresnet50t"])[0]["attention parameters"] == 86
+def test_attention_modules_of_other_libraries_are_found():
+    assert len(find_attention_modules(find("timm:ecaresnet50t"))) == 16
+    assert len(find_attention_modules(find("torchvision:mobilenet_v3_small"))) == 9
+    assert make_table(["timm:ecaresnet50t"])[0]["attention parameters"] == 86
 
 
-def test_sizes():
+def test_the_image_size_is_the_networks_own_or_the_given_one():
     assert image_size("resnet20", nn.Identity()) == (3, 32, 32)
-    assert table(["torchvision:inception_v3"])[0]["size"] == "3x299x299"
-    small, large = (table(["resnet18"], attentions=["none"], side=side)[0]["MACs"] for side in (128, 256))
-    assert large - 512_000 == 4 * (small - 512_000)  # all but the classifier
+    assert make_table(["torchvision:inception_v3"])[0]["size"] == "3x299x299"
+    small, large = (make_table(["resnet18"], attentions=["none"], side=side)[0]["MACs"] for side in (128, 256))
+    assert large - 512_000 == 4 * (small - 512_000)  # the classifier's 512,000 do not depend on the image size
 
 
-def test_the_line_on_units_is_true():
-    plain = table(["resnet50"], attentions=["none"])[0]
-    for said in (plain["paper #Param"], plain["paper FLOPs"], f"{plain['parameters'] / 1e6:.2f}M"):
-        assert said in WHY
+def test_the_note_on_units_agrees_with_the_table():
+    plain = make_table(["resnet50"], attentions=["none"])[0]
+    for text in (plain["paper #Param"], plain["paper FLOPs"], f"{plain['parameters'] / 1e6:.2f}M"):
+        assert text in WHY
     assert f"{plain['MACs'] / 1e9:.2f} G multiply" in WHY
 
 
-def test_what_cannot_be_counted_says_so():
+def test_networks_that_cannot_be_counted_are_refused():
     with pytest.raises(ConfigError, match="unknown library 'keras'"):
         find("keras:resnet50")
     with pytest.raises(ConfigError, match="torchvision has no model 'resnet51'; did you mean"):
@@ -151,15 +153,26 @@ def test_what_cannot_be_counted_says_so():
         count(find("resnet20"), (4, 32, 32))
 
 
-def test_the_command(capsys):
-    from ecanet import cli
+def test_the_command_prints_one_row_for_each_network(ecanet):
+    """The figures are the libraries' own: torchvision publishes 25.6 M parameters, 4.09 GFLOPs and 97.8 MiB."""
+    code, out, err = ecanet("cost", "resnet50", "timm:seresnet50", "--attention", "se", "--set", "reduction=8")
+    assert (code, err) == (0, "")
+    cells = [re.split(r"[ │]{2,}", line.strip("│ ")) for line in out.splitlines()]
+    rows = {row[0]: row[1:] for row in cells if len(row) == 6}
+    se = 2 * 2_514_944  # reduction 8 doubles the parameters that SE adds at 16
+    assert rows["resnet50 se"] == [f"{25_557_032 + se:,}", f"{se:,}", "4.094 G", "122.6", "29.17M / 3.87G"]
+    assert rows["timm:seresnet50"][0] == "28,088,024"
 
-    cli.app(["cost", "resnet50", "timm:seresnet50", "--set", "reduction=8", "--attention", "se"], standalone_mode=False)
-    said = capsys.readouterr().out
-    assert f"{25_557_032 + 2 * 2_514_944:,}" in said
-    assert "28,088,024" in said
-    assert "…" not in said  # fits 80 columns
-    assert "24.37M" in said
+
+def test_the_columns_for_macs_and_bytes_agree_with_torchvision(ecanet):
+    from torchvision.models import ResNet50_Weights
+
+    _, out, _ = ecanet("cost", "resnet50", "--attention", "none")
+    (line,) = [line for line in out.splitlines() if "resnet50 none" in line]
+    macs, megabytes = re.search(r"([\d.]+) G │ +([\d.]+) │", line).groups()
+    published = ResNet50_Weights.IMAGENET1K_V1.meta
+    assert float(macs) == pytest.approx(published["_ops"], abs=0.005)  # in 10^9, to three digits
+    assert float(megabytes) == pytest.approx(published["_file_size"] * 2**20 / 1e6, rel=0.005)  # in MiB there
 
 
 @pytest.mark.parametrize("attention", ["eca", "cbam"])

@@ -50,7 +50,7 @@ def cost(
     options = parsed(settings or [])
     if kernel_sizes:
         options["kernel_sizes"] = parse_kernel_sizes(kernel_sizes)
-    rows = cost.table(names, attentions=attention, side=side, **options)
+    rows = cost.make_table(names, attentions=attention, side=side, **options)
     if as_json:
         print(json.dumps(rows, indent=2))
         return

@@ -1,17 +1,23 @@
-"""What a network costs: parameters, multiply-accumulates and bytes, in today's units and in the paper's.
+"""Count what a network costs: parameters, multiply-accumulates and bytes, in today's units and in the paper's.
 
-The paper's columns are in units of 2^20 and 2^30 and follow a 2019 operation counter, whose rules `operations`
-restates: one per multiply-accumulate of a convolution, 4 per element of a batch norm, 1 per element of the *last*
-call of each ReLU module, 2 * in - 1 per output of a linear layer, H W + 1 per output of an average pool (however it is
-written), and nothing for sigmoids, products and additions. ResNet-18 and 34 were counted in 2020, when a ReLU counted
-nothing.
+The paper prints its columns in units of 2^20 and 2^30, and its authors used an operation counter of 2019. Its rules,
+which `count_operations` restates, are:
+
+- a convolution counts 1 for each multiply-accumulate
+- a batch norm counts 4 for each element
+- a ReLU counts 1 for each element, but only in the *last* call of each ReLU module
+- a linear layer counts 2 * in - 1 for each output
+- an average pool counts H W + 1 for each output, also where it is written as a mean
+- sigmoids, products and additions count nothing
+
+ResNet-18 and 34 were counted in 2020 with another version, in which a ReLU counts nothing.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +40,7 @@ PEERS = {
         "GlobalContext",
     },
 }
-"""Attention modules of other libraries, by package and class: counted as attention parameters too."""
+"""Attention modules of other libraries, by package and class name. Their parameters count as attention parameters."""
 
 WHY = (
     "The paper counts parameters in units of 2^20 and operations in units of 2^30, with the rules of a 2019 counter "
@@ -45,25 +51,43 @@ WHY = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What one network costs for one image."""
+    """The cost of one network for one image."""
 
     parameters: int
     attention_parameters: int
-    """Those inside attention modules."""
+    """Parameters inside attention modules."""
     macs: int
     """Multiply-accumulates of convolutions, linear layers and matrix products."""
     bytes: int
-    """Of parameters and buffers: the size of a checkpoint."""
+    """Bytes of parameters and buffers: the size of a checkpoint."""
     operations: int
-    """As counted for the paper's tables, in 2019."""
+    """Operations by the rules of 2019, as in the paper's tables."""
     operations_2020: int
-    """As counted for ResNet-18 and 34, in 2020: a ReLU counts nothing."""
+    """Operations by the rules of 2020, as the paper counts ResNet-18 and 34: a ReLU counts nothing."""
+
+
+CostRow = TypedDict(
+    "CostRow",
+    {
+        "model": str,
+        "attention": str,
+        "size": str,
+        "parameters": int,
+        "MACs": int,
+        "attention parameters": int,
+        "bytes": int,
+        "paper #Param": str,
+        "paper FLOPs": str,
+    },
+)
+"""One row of `make_table`: the network, its cost in today's units, and the paper's two columns as text."""
 
 
 def count(model: nn.Module, size: Sequence[int] = (3, 224, 224)) -> Cost:
-    """The cost of ``model`` for one image of ``size`` (channels, height, width).
+    """Return the cost of ``model`` for one image of ``size`` (channels, height, width).
 
-    Only shapes are computed, on the meta device: no memory, no arithmetic, and ``model`` is left as it was.
+    A copy of the model runs on the meta device, where PyTorch computes only shapes. It takes no memory and no
+    arithmetic, and ``model`` is left as it was.
 
     >>> from ecanet import create_model
     >>> cost = count(create_model("resnet50"))
@@ -73,33 +97,33 @@ def count(model: nn.Module, size: Sequence[int] = (3, 224, 224)) -> Cost:
     (24.37, 3.86)
 
     Raises:
-        ConfigError: the network does not take an image of ``size``.
+        ConfigError: the network cannot process an image of ``size``.
     """
     if min(size) < 1:
-        raise ConfigError(f"an image's size must be positive, got {tuple(size)}")
-    shadow = copy.deepcopy(model).to("meta").eval()
-    image = torch.empty(1, *size, device="meta", dtype=next((p.dtype for p in shadow.parameters()), None))
-    counter, pools = _Modules(shadow), _Pools()
+        raise ConfigError(f"the image size must be positive, got {tuple(size)}; use for example (3, 224, 224)")
+    on_meta = copy.deepcopy(model).to("meta").eval()
+    image = torch.empty(1, *size, device="meta", dtype=next((p.dtype for p in on_meta.parameters()), None))
+    modules, pools = _ModuleCounter(on_meta), _PoolCounter()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as flops, pools:
-            shadow(image)
+            on_meta(image)
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"the network cannot be counted on an image of size {tuple(size)}: {reason}") from error
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    inside = {id(p): p.numel() for module in attention_modules(model) for p in module.parameters()}
+    attention = {id(p): p.numel() for module in find_attention_modules(model) for p in module.parameters()}
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
-        attention_parameters=sum(inside.values()),
-        macs=flops.get_total_flops() // 2 + counter.elementwise_macs,
+        attention_parameters=sum(attention.values()),
+        macs=flops.get_total_flops() // 2 + modules.elementwise_macs,
         bytes=sum(t.numel() * t.element_size() for t in tensors),
-        operations=counter.total() + pools.operations,
-        operations_2020=counter.total(relu=False) + pools.operations,
+        operations=modules.total() + pools.operations,
+        operations_2020=modules.total(relu=False) + pools.operations,
     )
 
 
-def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The attention modules of ``model``: this library's, torchvision's and timm's."""
+def find_attention_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the attention modules of ``model``: this library's, torchvision's and timm's."""
     return [m for m in model.modules() if isinstance(m, Attention) or _is_peer(m)]
 
 
@@ -108,30 +132,37 @@ def _is_peer(module: nn.Module) -> bool:
     return type(module).__name__ in PEERS.get(package, ())
 
 
-class _Pools(TorchDispatchMode):
+class _PoolCounter(TorchDispatchMode):
     """Counts average pools, as modules or as means over the spatial axes: window + 1 for each output."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self) -> None:
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.operations = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         out = func(*args, **(kwargs or {}))
-        aten = torch.ops.aten
-        if func is aten.mean.dim:
-            spatial = set(range(2, args[0].dim()))
-            pooled = bool(spatial) and {axis % args[0].dim() for axis in args[1]} == spatial
-        else:
-            pooled = func is aten._adaptive_avg_pool2d.default
-        if pooled:
-            self.operations += args[0].numel() + out.numel()  # where windows do not overlap
+        if isinstance(out, Tensor) and args and isinstance(args[0], Tensor) and self._is_pool(func, args[0], args[1:]):
+            self.operations += args[0].numel() + out.numel()  # right because the windows do not overlap
         return out
 
+    @staticmethod
+    def _is_pool(func: Callable[..., object], x: Tensor, rest: tuple[object, ...]) -> bool:
+        if func is torch.ops.aten.mean.dim:
+            spatial = set(range(2, x.dim()))
+            return bool(spatial) and {axis % x.dim() for axis in cast(Sequence[int], rest[0])} == spatial
+        return func is torch.ops.aten._adaptive_avg_pool2d.default
 
-class _Modules:
-    """Forward hooks that count what each module does, pools aside."""
 
-    def __init__(self, model: nn.Module):
+class _ModuleCounter:
+    """Forward hooks that count the operations of each module, except of pools."""
+
+    def __init__(self, model: nn.Module) -> None:
         self.operations: dict[nn.Module, int] = {}
         self.elementwise_macs = 0
         for module in model.modules():
@@ -139,27 +170,30 @@ class _Modules:
                 module.register_forward_hook(self._count)
 
     def total(self, *, relu: bool = True) -> int:
-        """Operations of one forward pass, with or without the ReLUs'."""
+        """Return the operations of one forward pass, with or without those of the ReLUs."""
         return sum(n for module, n in self.operations.items() if relu or not isinstance(module, nn.ReLU | nn.ReLU6))
 
-    def _count(self, module: nn.Module, args: tuple, out: object) -> None:
+    def _count(self, module: nn.Module, args: tuple[object, ...], out: object) -> None:
         x = args[0] if args else None
         if not isinstance(x, Tensor) or not isinstance(out, Tensor):
             return
-        if isinstance(module, ECANS | SEVar2):  # one product per parameter, elementwise: no matrix product to see
+        # These gates multiply elementwise, once per parameter, so PyTorch's counter sees no matrix product.
+        if isinstance(module, ECANS | SEVar2):
             self.elementwise_macs += x.shape[0] * sum(p.numel() for p in module.parameters())
-        self.operations[module] = operations(module, x, out)  # a second call of the same module replaces the first
+        self.operations[module] = count_operations(module, x, out)  # a second call of a module replaces the first
 
 
-def operations(module: nn.Module, x: Tensor, out: Tensor) -> int:
-    """Operations of one call of ``module``, from ``x`` to ``out``, by the rules of 2019; global pools are not here.
+def count_operations(module: nn.Module, x: Tensor, out: Tensor) -> int:
+    """Return the operations of one call of ``module`` with input ``x`` and output ``out``, by the rules of 2019.
 
-    >>> operations(nn.Linear(10, 2), torch.zeros(1, 10), torch.zeros(1, 2))
+    Global pools are not included: they may be written without a module.
+
+    >>> count_operations(nn.Linear(10, 2), torch.zeros(1, 10), torch.zeros(1, 2))
     38
     """
     match module:
         case ChannelAttention():
-            return x.shape[0] * gate_operations(module)
+            return x.shape[0] * count_gate_operations(module)
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
             taps = prod(module.kernel_size) + (module.bias is not None)
             return module.in_channels * out.numel() * taps // module.groups
@@ -177,70 +211,77 @@ def operations(module: nn.Module, x: Tensor, out: Tensor) -> int:
             return 0
 
 
-def gate_operations(module: ChannelAttention) -> int:
-    """Operations of a gate on one image's channel means, by the same rules for its layers."""
+def count_gate_operations(module: ChannelAttention) -> int:
+    """Return the operations of a gate on the channel means of one image, by the rules of 2019 for its layers."""
     total = module.weight.numel() if isinstance(module, SEGC) else 0
     for layer in module.children():
         match layer:
             case nn.Linear():
                 total += (2 * layer.in_features - 1) * layer.out_features
-            case nn.Conv1d():  # ECA slides its kernel over the channels, ECA-NS has one row of taps a channel
+            case nn.Conv1d():  # ECA slides its kernel over the channels; ECA-NS has one kernel for each channel
                 total += module.channels * layer.kernel_size[0]
+            case _:
+                pass
     return total
 
 
-def table(
-    models: Sequence[str], *, attentions: Sequence[str] | None = None, side: int | None = None, **options: Any
-) -> list[dict[str, Any]]:
-    """One row for each network and, for this library's own, each attention (default: none and eca): its `Cost`, and
-    the paper's two columns.
+def make_table(
+    models: Sequence[str], *, attentions: Sequence[str] | None = None, side: int | None = None, **options: object
+) -> list[CostRow]:
+    """Return one row for each network; for this library's own networks, one for each of ``attentions``.
 
-    ``side`` is the image's height and width (default: what the network is made for). ``options`` go to
-    `create_model`, for every attention but none.
+    Args:
+        models: Names as `ecanet.networks.find` reads them: ``resnet50``, ``timm:NAME``, ``torchvision:NAME``.
+        attentions: Attention modules of this library's networks (default: none and eca).
+        side: Height and width of the image in pixels (default: the size that the network is made for).
+        options: Options of `ecanet.create_model`, used with every attention but none.
 
-    >>> row = table(["resnet50"], attentions=["eca"])[0]
+    >>> row = make_table(["resnet50"], attentions=["eca"])[0]
     >>> row["paper #Param"], row["paper FLOPs"]
     ('24.37M', '3.86G')
 
     Raises:
-        ConfigError: a network, attention or option does not exist, or a network cannot take an image of ``side``.
+        ConfigError: a network, attention or option does not exist, or a network cannot process an image of ``side``.
     """
     if (attentions or options) and not any(is_ours(name) for name in models):
         raise ConfigError("attention and its options are for this library's networks; attach() puts it into others'")
     chosen_attentions = attentions or ("none", "eca")
     if options and set(chosen_attentions) == {"none"}:
-        raise ConfigError(f"attention 'none' has no options, got {', '.join(options)}")
-    rows = []
+        raise ConfigError(f"attention 'none' has no options, got {', '.join(options)}; name another attention")
+    rows: list[CostRow] = []
     for name in models:
-        ours = is_ours(name)
-        for attention in chosen_attentions if ours else ("",):
+        if not is_ours(name):
+            rows.append(_make_row(name, "", side, {}))
+            continue
+        for attention in chosen_attentions:
             chosen = {} if attention == "none" else options
-            with torch.device("meta"):  # shapes are enough
-                model = find(name, attention=attention, **chosen) if ours else find(name)
-            size = image_size(name, model)
-            size = size if side is None else (size[0], side, side)
-            cost = count(model, size)
-            relu = name not in ("resnet18", "resnet34")
-            rows.append(
-                {
-                    "model": name,
-                    "attention": attention,
-                    "size": "x".join(map(str, size)),
-                    "parameters": cost.parameters,
-                    "MACs": cost.macs,
-                    "attention parameters": cost.attention_parameters,
-                    "bytes": cost.bytes,
-                    "paper #Param": f"{cost.parameters / 2**20:.2f}M",
-                    "paper FLOPs": paper_unit(cost.operations if relu else cost.operations_2020),
-                }
-            )
+            rows.append(_make_row(name, attention, side, {"attention": attention, **chosen}))
     return rows
 
 
-def paper_unit(operations: int) -> str:
-    """Operations as the paper prints them: in 2^30 ("3.86G"), below half of that in 2^20 ("319.4M").
+def _make_row(name: str, attention: str, side: int | None, options: dict[str, object]) -> CostRow:
+    with torch.device("meta"):  # counting needs only shapes
+        model = find(name, **options)
+    size = image_size(name, model)
+    size = size if side is None else (size[0], side, side)
+    cost = count(model, size)
+    return {
+        "model": name,
+        "attention": attention,
+        "size": "x".join(map(str, size)),
+        "parameters": cost.parameters,
+        "MACs": cost.macs,
+        "attention parameters": cost.attention_parameters,
+        "bytes": cost.bytes,
+        "paper #Param": f"{cost.parameters / 2**20:.2f}M",
+        "paper FLOPs": format_operations(cost.operations_2020 if name in ("resnet18", "resnet34") else cost.operations),
+    }
 
-    >>> paper_unit(4142160896), paper_unit(334940000)
+
+def format_operations(operations: int) -> str:
+    """Return ``operations`` as the paper prints them: in 2^30 ("3.86G"), or below 2^29 in 2^20 ("319.4M").
+
+    >>> format_operations(4142160896), format_operations(334940000)
     ('3.86G', '319.4M')
     """
     return f"{operations / 2**30:.2f}G" if operations >= 2**29 else f"{operations / 2**20:.1f}M"
