@@ -22,12 +22,12 @@ LINES = {
     "detect nowhere taken --out taken": "--out taken: taken is a file",
     "detect nowhere taken --out taken/below": "--out taken/below: taken is a file",
     "detect nowhere pictures --out pictures/found": "no images but those in --out pictures/found",
-    "detect nowhere taken --device tpu": "--device must be one of auto, cpu",
+    "detect nowhere taken --device tpu": "unknown device 'tpu'; write auto, cpu, cuda, cuda:N or mps",
     "detect nowhere taken --on-corrupt maybe": "--on-corrupt must be error or skip",
-    "paper 3 --device tpu": "--device must be one of auto, cpu",
+    "paper 3 --device tpu": "unknown device 'tpu'; write auto, cpu, cuda, cuda:N or mps",
     "paper 3 --data .": "measure it too",
     "paper 5 --measure speed": "the paper prints no speed in table 5",
-    "bench --device tpu": "--device must be one of auto, cpu",
+    "bench --device tpu": "unknown device 'tpu'; write auto, cpu, cuda, cuda:N or mps",
     "eval nowhere --on-corrupt maybe": "no checkpoint",
 }
 
@@ -44,10 +44,9 @@ def test_a_line(ecanet, tmp_path, line):
     assert (tmp_path / "taken").read_text() == "mine"
 
 
-def test_cuda_is_called_what_it_was_called(ecanet):
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    assert "got 'cuda'" in ecanet("paper", "3", "--device", "cuda")[2]
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(ecanet):
+    assert "no device 'cuda' on this machine; choose one of auto, cpu" in ecanet("paper", "3", "--device", "cuda")[2]
 
 
 def test_the_bare_command_shows_help_and_no_error(ecanet):

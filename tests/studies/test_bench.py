@@ -327,7 +327,7 @@ def test_help_fits_a_screen(ecanet):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--device", "tpu"], "--device must be one of auto, cpu"),
+        (["--device", "tpu"], "unknown device 'tpu'; write auto, cpu, cuda, cuda:N or mps"),
         (["--batch-size", "0"], "a batch size must be a positive integer, got 0"),
         (["--batch-size", "8,-1"], "a batch size must be a positive integer, got -1"),
         (["--batch-size", "8;16"], "--batch-size must be one or more numbers such as 1,8,32, got '8;16'"),
@@ -352,9 +352,15 @@ def test_mistakes_are_told_before_the_long_run(ecanet, monkeypatch, tmp_path, ar
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(ecanet):
-    assert ecanet("bench", "--device", "cuda")[2] == (
-        "ecanet: --device must be one of auto, cpu on this machine, got 'cuda'\n"
+    assert ecanet("bench", "--device", "cuda")[2].startswith(
+        "ecanet: no device 'cuda' on this machine; choose one of auto, cpu"
     )
+
+
+def test_the_benchmark_needs_a_cpu_or_a_cuda_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="the benchmark does not support device 'mps'; choose cpu or cuda"):
+        bench.run(device="mps")
 
 
 def test_a_missing_peer(monkeypatch):

@@ -256,7 +256,7 @@ def test_a_run_writes_its_results_and_resumes_exactly(monkeypatch, tmp_path):
     from ecanet.training.trainer import run
 
     recipe = tiny(monkeypatch, tmp_path)
-    whole = run(recipe, folder=tmp_path / "whole", accelerator="cpu", quiet=True)
+    whole = run(recipe, folder=tmp_path / "whole", device="cpu", quiet=True)
 
     class Stop(L.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
@@ -268,9 +268,9 @@ def test_a_run_writes_its_results_and_resumes_exactly(monkeypatch, tmp_path):
         L.Trainer, "__init__", lambda self, **o: made(self, **{**o, "callbacks": [*o["callbacks"], Stop()]})
     )
     with pytest.raises(RuntimeError, match="cut off"):
-        run(recipe, folder=tmp_path / "cut", accelerator="cpu", quiet=True)
+        run(recipe, folder=tmp_path / "cut", device="cpu", quiet=True)
     monkeypatch.setattr(L.Trainer, "__init__", made)
-    resumed = run(recipe, folder=tmp_path / "cut", resume=True, accelerator="cpu", quiet=True)
+    resumed = run(recipe, folder=tmp_path / "cut", resume=True, device="cpu", quiet=True)
     states = [torch.load(r.last_checkpoint, weights_only=True)["state_dict"] for r in (whole, resumed)]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert whole.metrics["AP"] == resumed.metrics["AP"]
@@ -279,7 +279,7 @@ def test_a_run_writes_its_results_and_resumes_exactly(monkeypatch, tmp_path):
     page = (tmp_path / "whole" / "report.html").read_text()
     assert "Precision by recall" in page
     assert "Detections" in page
-    scores = evaluate(whole.last_checkpoint, accelerator="cpu")
+    scores = evaluate(whole.last_checkpoint, device="cpu")
     assert scores["AP"] == whole.metrics["AP"]
     assert (tmp_path / "whole" / "checkpoints" / "last-results" / "bbox.json").is_file()
 
@@ -402,28 +402,28 @@ def test_unreadable_images_neither_train_nor_count(monkeypatch, tmp_path, capsys
     for part, kept in ((module.train, 2), (module.held_out, 3)):
         for picture in part.annotations.pictures[kept:]:
             picture.path.write_bytes(picture.path.read_bytes()[:50])
-    report = run(recipe, folder=tmp_path / "run", accelerator="cpu", quiet=True)
+    report = run(recipe, folder=tmp_path / "run", device="cpu", quiet=True)
     last = report.last_checkpoint
-    skipped = evaluate(last, accelerator="cpu")
+    skipped = evaluate(last, device="cpu")
     with pytest.raises(DataError, match="on-corrupt skip"):
-        evaluate(last, accelerator="cpu", on_corrupt="error")
+        evaluate(last, device="cpu", on_corrupt="error")
     # as if the picture had never been there
     picture = module.held_out.annotations.pictures[3].path
     picture.unlink()
-    assert evaluate(last, accelerator="cpu") == skipped
+    assert evaluate(last, device="cpu") == skipped
     for picture in module.held_out.annotations.pictures[:3]:
         picture.path.write_bytes(b"no image")
     with pytest.raises(DataError, match="not one held-out image could be read"):
-        evaluate(last, accelerator="cpu")
+        evaluate(last, device="cpu")
 
 
 def test_figures_are_kept_where_result_files_cannot_be(monkeypatch, tmp_path, capsys):
     from ecanet.training import trained
     from ecanet.training.trainer import run
 
-    report = run(tiny(monkeypatch, tmp_path, epochs=1), folder=tmp_path / "run", accelerator="cpu", quiet=True)
+    report = run(tiny(monkeypatch, tmp_path, epochs=1), folder=tmp_path / "run", device="cpu", quiet=True)
     (tmp_path / "run" / "checkpoints" / "last-results").write_text("in the way")
-    scores = trained.evaluate(report.last_checkpoint, accelerator="cpu")
+    scores = trained.evaluate(report.last_checkpoint, device="cpu")
     assert scores["AP"] == report.metrics["AP"]
     assert "result files were not written" in capsys.readouterr().err
 
@@ -434,7 +434,7 @@ def test_commands_for_classifiers_say_what_a_detector_needs(monkeypatch, tmp_pat
     from ecanet.training.trainer import run
 
     place = tmp_path / "run"
-    run(tiny(monkeypatch, tmp_path, epochs=1), folder=place, accelerator="cpu", quiet=True)
+    run(tiny(monkeypatch, tmp_path, epochs=1), folder=place, device="cpu", quiet=True)
     with pytest.raises(ConfigError, match="mask_rcnn is a detector; ecanet detect"):
         next(trained.predict(trained.restore(place), [some.annotations.pictures[0].path]))
     with pytest.raises(ConfigError, match="mask_rcnn is a detector"):
@@ -455,7 +455,7 @@ def test_detect_by_the_command_line(monkeypatch, tmp_path, some, ecanet):
 
     from ecanet.training.trainer import run
 
-    run(tiny(monkeypatch, tmp_path, epochs=1), folder=tmp_path / "run", accelerator="cpu", quiet=True)
+    run(tiny(monkeypatch, tmp_path, epochs=1), folder=tmp_path / "run", device="cpu", quiet=True)
     photos = tmp_path / "photos"
     photos.mkdir()
     for number in range(2):
@@ -483,7 +483,7 @@ def test_eval_prints_json_and_nothing_else(monkeypatch, tmp_path, ecanet):
     from ecanet.training.trainer import run
 
     recipe = tiny(monkeypatch, tmp_path, epochs=1)
-    run(recipe, folder=tmp_path / "run", accelerator="cpu", quiet=True)
+    run(recipe, folder=tmp_path / "run", device="cpu", quiet=True)
     picture = data.build(recipe.data).held_out.annotations.pictures[0].path
     picture.write_bytes(picture.read_bytes()[:50])
     code, text, err = ecanet("eval", "run", "--on-corrupt", "skip", "--json")

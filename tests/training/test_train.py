@@ -54,7 +54,7 @@ TINY = Recipe(
 
 
 def run(recipe: Recipe, folder: Path, **options: Any) -> Report:
-    return train.run(recipe, folder=folder, accelerator="cpu", quiet=True, **options)
+    return train.run(recipe, folder=folder, device="cpu", quiet=True, **options)
 
 
 def content(path: Path) -> dict[str, Any]:
@@ -294,6 +294,47 @@ def test_compiled_networks_keep_their_names():
     plain, compiled = task_of(TINY), task_of(TINY.but(compile=True))
     assert plain.state_dict().keys() == compiled.state_dict().keys()
     assert compiled.model._compiled_call_impl is not None
+
+
+# devices
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("auto", ("cuda", "auto")), ("cuda", ("cuda", "auto")), ("cuda:2", ("cuda", [2]))]
+)
+def test_a_numbered_gpu_is_the_only_one(tmp_path, monkeypatch, four_gpus, device, expected):
+    chosen: list[tuple[object, object]] = []
+
+    def trainer(**options: Any) -> None:
+        chosen.append((options["accelerator"], options["devices"]))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(L, "Trainer", trainer)
+    with pytest.raises(ConfigError, match="enough"):
+        train.run(TINY, folder=tmp_path / "run", device=device, quiet=True)
+    assert chosen == [expected]
+
+
+def test_one_gpu_is_not_several(tmp_path, four_gpus):
+    with pytest.raises(ConfigError, match="device 'cuda:2' is one GPU, but devices=4; use device='cuda' for several"):
+        train.run(TINY, folder=tmp_path / "run", device="cuda:2", devices=4, quiet=True)
+
+
+def test_a_device_that_is_not_there_is_refused_by_every_function(tmp_path):
+    refused = pytest.raises(ConfigError, match="no device 'cuda:9' on this machine; choose one of auto, cpu")
+    with refused:
+        train.run(TINY, folder=tmp_path / "run", device="cuda:9")
+    with refused:
+        trained.evaluate(tmp_path, device="cuda:9")
+    with refused:
+        next(trained.predict(task_of(TINY), [], device="cuda:9"))
+    assert not (tmp_path / "run").exists()
 
 
 # interrupted runs

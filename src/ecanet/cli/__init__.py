@@ -30,12 +30,10 @@ from ecanet.cli.options import (
     Settings,
     changed,
     check_on_corrupt,
-    checked_device,
     console,
     model_config,
     parsed,
     skipped,
-    torch_device,
 )
 from ecanet.errors import ConfigError
 from ecanet.recipes import parse_kernel_sizes
@@ -108,7 +106,7 @@ def train(
         recipe = changed(recipes.find(name), changes)
     from ecanet.training import run
 
-    run(recipe, folder=resume or out, resume=resume is not None, accelerator=checked_device(device))
+    run(recipe, folder=resume or out, resume=resume is not None, device=device)
 
 
 @app.command(name="eval")
@@ -134,7 +132,7 @@ def evaluate(
         data_name=data,
         data_dir=data_dir,
         on_corrupt=on_corrupt,
-        accelerator=checked_device(device),
+        device=device,
     )
     if as_json:
         print(json.dumps(metrics))
@@ -158,14 +156,15 @@ def predict(
 ) -> None:
     """Name what is in image files: the likeliest classes with their probabilities."""
     check_on_corrupt(on_corrupt)
-    from ecanet import training
+    from ecanet import networks, training
 
+    found_device = networks.find_device(device)
     files = [file for path in images for file in training.image_files(path)]
     task = training.restore(
         checkpoint, model=model_config(model, attention, kernel_sizes), data_name=data, data_dir=data_dir
     )
     found: list[training.Prediction] = []
-    for answer in training.predict(task, files, top=top, device=torch_device(device)):
+    for answer in training.predict(task, files, top=top, device=found_device):
         if isinstance(answer, training.Prediction):
             found.append(answer)
         else:

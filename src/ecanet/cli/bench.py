@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ecanet.cli.options import console, torch_device
+from ecanet.cli.options import console
 from ecanet.errors import ConfigError
 
 __all__ = ["app"]
@@ -15,7 +15,7 @@ app = typer.Typer()
 
 @app.command()
 def bench(
-    device: Annotated[str, typer.Option("--device", help="cpu, gpu.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="One batch size, fewer rounds: about four minutes.")] = False,
     compiled: Annotated[
         bool | None,
@@ -32,7 +32,6 @@ def bench(
 
     sizes = None if batch_size is None else parsed_sizes(batch_size)
     bench.check_out(out)
-    device = torch_device(device)
     result = bench.run(device=device, quick=quick, compiled=compiled, batch_sizes=sizes, say=console.print)
     picture = bench.write(result, out)
     bench.show(result, console)

@@ -23,7 +23,6 @@ from ecanet.cli.options import (
     console,
     model_config,
     parsed,
-    torch_device,
 )
 from ecanet.recipes import parse_kernel_sizes
 
@@ -76,14 +75,13 @@ def paper(
     data: Annotated[Path | None, typer.Option(help="ImageNet's folder, for accuracy.", show_default=False)] = None,
     weights: Annotated[Path | None, typer.Option(help="Folder of checkpoints, one a row.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="Write Markdown, JSON and pictures here.")] = None,
-    device: Annotated[str, typer.Option(help="Where speed is measured: cpu, gpu.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where speed is measured: auto, cpu, cuda, cuda:N or mps.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """The paper's tables, its numbers beside what is measured here: `ecanet paper 3`."""
     from ecanet.studies import paper
 
     check_folder(out)
-    device = torch_device(device)
     tables = paper.run(table, measure=measure.split(","), data=data, weights=weights, device=device)
     print(paper.to_json(tables) if as_json else paper.markdown(tables), end="")
     if out is not None:

@@ -14,7 +14,6 @@ from ecanet.cli.options import (
     check_folder,
     check_on_corrupt,
     skipped,
-    torch_device,
 )
 from ecanet.errors import ConfigError, DataError
 
@@ -38,9 +37,9 @@ def detect(
     check_folder(out)
     if not 0 <= threshold <= 1:
         raise ConfigError(f"--threshold must be from 0 to 1, got {threshold:g}")
-    from ecanet import training
+    from ecanet import networks, training
 
-    device = torch_device(device)
+    found_device = networks.find_device(device)
     # what was drawn before, in a folder inside that of the images, is not looked at again
     files = [
         f for path in images for f in training.image_files(path) if not (Path(path).is_dir() and _inside(f, out, path))
@@ -48,7 +47,7 @@ def detect(
     if not files:
         raise DataError(f"there are no images but those in --out {out}; give their folder itself, and another --out")
     found = []
-    for answer in training.detect(training.restore(checkpoint), files, out, threshold=threshold, device=device):
+    for answer in training.detect(training.restore(checkpoint), files, out, threshold=threshold, device=found_device):
         if isinstance(answer, DataError):
             skipped(answer, on_corrupt)
             continue

@@ -21,7 +21,7 @@ DataName = Annotated[
     str | None, typer.Option("--data", help="digits, fashion-mnist, …, folder:PATH.", show_default=False)
 ]
 DataDir = Annotated[str | None, typer.Option(help="Where the data's files are.", show_default=False)]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, gpu.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Epochs = Annotated[int | None, typer.Option(help="Times through the data.", show_default=False)]
 Settings = Annotated[
     list[str] | None,
@@ -83,32 +83,3 @@ def skipped(problem: DataError, on_corrupt: str) -> None:
     if on_corrupt == "error":
         raise DataError(f"{problem}; --on-corrupt skip goes on without such files")
     print(f"skipped: {problem}", file=sys.stderr)
-
-
-def checked_device(name: str) -> str:
-    """``name`` if it is a device that this machine has: auto, cpu, gpu, mps.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    import torch
-
-    gpu = ["gpu"] if torch.cuda.is_available() else []
-    usable = ["auto", "cpu", *gpu, *(["mps"] if torch.backends.mps.is_available() else [])]
-    if name not in usable:
-        raise ConfigError(f"--device must be one of {', '.join(usable)} on this machine, got {name!r}")
-    return name
-
-
-def torch_device(name: str) -> str:
-    """What torch calls the device ``name``; the GPU for auto, where there is one.
-
-    Raises:
-        ConfigError: this machine has no such device.
-    """
-    import torch
-
-    name = "gpu" if name == "cuda" and torch.cuda.is_available() else checked_device(name)
-    if name == "auto":
-        name = "gpu" if torch.cuda.is_available() else "cpu"
-    return {"gpu": "cuda"}.get(name, name)

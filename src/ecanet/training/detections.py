@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ecanet.data import encode, read_image, thin
 from ecanet.errors import ConfigError, DataError
+from ecanet.networks import find_device
 from ecanet.report import figures, write_file
 from ecanet.training.tasks import Detection, Task
 
@@ -18,7 +19,12 @@ __all__ = ["detect"]
 
 
 def detect(
-    task: Task, paths: Sequence[str | Path], folder: str | Path, *, threshold: float = 0.5, device: str = "cpu"
+    task: Task,
+    paths: Sequence[str | Path],
+    folder: str | Path,
+    *,
+    threshold: float = 0.5,
+    device: str | torch.device = "auto",
 ) -> Iterator[dict[str, Any] | DataError]:
     """Draw what the restored detector ``task`` finds in each image file into ``folder``, with JSON beside.
 
@@ -28,12 +34,13 @@ def detect(
     ``objects``; a file that cannot be read gives its DataError.
 
     Raises:
-        ConfigError: the network is no detector, or pictures cannot go into ``folder``, one of ``paths`` perhaps being
-            there already.
+        ConfigError: the network is not a detector, this machine does not have the ``device``, or the pictures cannot be
+            written into ``folder`` (one of them would overwrite one of ``paths``).
     """
     if not isinstance(task, Detection):
         raise ConfigError(f"{task.recipe.model.name} is no detector; ecanet predict names what is in images")
-    task = task.to(device).eval()
+    place = find_device(device)
+    task = task.to(place).eval()
     for path, picture in _pictures(paths, Path(folder)):
         try:
             image = read_image(path, 3)
@@ -43,7 +50,7 @@ def detect(
             yield error
             continue
         with torch.inference_mode():
-            found = task([image.to(device).float() / 255])[0]
+            found = task([image.to(place).float() / 255])[0]
         sure = found["scores"] >= threshold
         found = {name: value[sure].cpu() for name, value in found.items()}
         write_file(picture, figures.to_png(figures.draw_detections(image, found, task.spec.class_names)))

@@ -14,6 +14,7 @@ from ecanet import data, recipes
 from ecanet.data import IMAGE_SUFFIXES, DataSpec, check_classes, fitted, read_image
 from ecanet.errors import CheckpointError, ConfigError, DataError
 from ecanet.models import load_checkpoint, read_file
+from ecanet.networks import find_device
 from ecanet.recipes import ModelConfig, Recipe, from_dict, with_settings
 from ecanet.report import write_file
 from ecanet.training import tasks
@@ -29,7 +30,7 @@ def evaluate(
     data_name: str | None = None,
     data_dir: str | None = None,
     on_corrupt: str | None = None,
-    accelerator: str = "auto",
+    device: str | torch.device = "auto",
 ) -> dict[str, float]:
     """The metrics of ``checkpoint`` (a file, or a run's folder) on held-out data, by default its run's.
 
@@ -41,9 +42,11 @@ def evaluate(
 
     Raises:
         CheckpointError: the file is broken or unsafe, or its weights are another network's.
-        ConfigError: weights from elsewhere, and it was not said what they are for.
+        ConfigError: weights from elsewhere without ``model`` and ``data_name``, or a device that this machine does not
+            have.
         DataError: data that is missing or broken, or that has other classes than the network.
     """
+    place = find_device(device)
     path, recipe, spec = _described(checkpoint, model, data_name, data_dir)
     if on_corrupt is not None:
         recipe = with_settings(recipe, {"data.on_corrupt": on_corrupt})
@@ -53,8 +56,8 @@ def evaluate(
             check_classes(recipe.data.name, images.spec, spec)
         task = _loaded(path, recipe, images.spec)
         trainer = L.Trainer(
-            accelerator=accelerator,
-            devices=1,
+            accelerator=place.type,
+            devices=1 if place.index is None else [place.index],
             precision=recipe.precision,
             logger=False,
             enable_checkpointing=False,
@@ -96,23 +99,24 @@ class Prediction:
 
 
 def predict(
-    task: tasks.Task, paths: Sequence[str | Path], *, top: int = 5, device: str = "cpu"
+    task: tasks.Task, paths: Sequence[str | Path], *, top: int = 5, device: str | torch.device = "auto"
 ) -> Iterator[Prediction | DataError]:
     """What the restored classifier ``task`` says of each image file; a file that cannot be read gives its DataError.
 
     Raises:
-        ConfigError: the network is a detector.
+        ConfigError: the network is a detector, or this machine does not have the ``device``.
     """
     if not isinstance(task, tasks.Classification):
         raise ConfigError(f"{task.recipe.model.name} is a detector; ecanet detect shows what it finds")
     spec, fit = task.spec, fitted(task.spec)
-    task = task.to(device).eval()
+    place = find_device(device)
+    task = task.to(place).eval()
     for start in range(0, len(paths), 64):
         some = paths[start : start + 64]
         pictures = [_readable(path, spec) for path in some]
         good = [fit(picture) for picture in pictures if isinstance(picture, Tensor)]
         with torch.inference_mode():
-            logits = task(spec.normalize(torch.stack(good)).to(device)) if good else torch.empty(0, 1)
+            logits = task(spec.normalize(torch.stack(good)).to(place)) if good else torch.empty(0, 1)
         shares = iter(logits.float().softmax(1))
         for path, picture in zip(some, pictures, strict=True):
             if isinstance(picture, DataError):

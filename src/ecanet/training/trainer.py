@@ -24,6 +24,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ecanet import data
 from ecanet.errors import ConfigError
 from ecanet.models import read_file
+from ecanet.networks import find_device
 from ecanet.recipes import Recipe, from_dict, to_dict
 from ecanet.report import Report, environment, write_file
 from ecanet.training import tasks
@@ -37,18 +38,19 @@ def run(
     *,
     folder: str | Path | None = None,
     resume: bool = False,
-    accelerator: str = "auto",
+    device: str | torch.device = "auto",
     devices: int | str = "auto",
     quiet: bool = False,
 ) -> Report:
     """Train what ``recipe`` describes; the same recipe on the same machine gives the same result.
 
     ``resume=True`` goes on with the run in ``folder`` from its last checkpoint, and with a finished one returns what it
-    found. ``accelerator`` and ``devices`` are Lightning's. Under torchrun, or with several devices, every process calls
-    this alike.
+    found. ``device`` is ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; ``devices`` says how many of that kind take
+    part, by default all. Under torchrun, or with several devices, every process calls this alike.
 
     Raises:
-        ConfigError: settings that do not exist or do not fit, or a folder that holds another run.
+        ConfigError: a setting does not exist or does not fit, this machine does not have the ``device``, or ``folder``
+            holds another run.
         DataError: data that is missing or broken.
         CheckpointError: weights or a checkpoint that cannot be used.
     """
@@ -56,6 +58,7 @@ def run(
         for name in ("loss", "label_smoothing", "mixup", "cutmix"):
             if getattr(recipe, name) != getattr(Recipe(), name):
                 raise ConfigError(f"{name} is for classification; detectors have their own losses")
+    found = find_device(device)
     place = _claimed(recipe, folder, resume)
     with quiet_lightning():
         images = data.build(recipe.data, seed=recipe.seed, masks=recipe.learns_masks)
@@ -63,7 +66,7 @@ def run(
         task = tasks.build(recipe, images.spec)
         history = History(place / "metrics.csv")
         display = Display(history, quiet=quiet)
-        trainer = _trainer(recipe, task, place, [history, display], accelerator, devices)
+        trainer = _trainer(recipe, task, place, [history, display], found, devices)
         if recipe.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
             # Lightning would compute in bfloat16, and say so in a warning only
             raise ConfigError("precision 16-mixed needs a GPU; on a CPU set precision=bf16-mixed or precision=32")
@@ -150,7 +153,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any], at: str = "") -> str:
 
 
 def _trainer(
-    recipe: Recipe, task: tasks.Task, place: Path, callbacks: list[L.Callback], accelerator: str, devices: int | str
+    recipe: Recipe, task: tasks.Task, place: Path, callbacks: list[L.Callback], device: torch.device, devices: int | str
 ) -> L.Trainer:
     """Lightning's Trainer with our callbacks and files."""
     checkpoints = {"dirpath": place / "checkpoints", "save_on_train_epoch_end": True, "enable_version_counter": False}
@@ -161,16 +164,13 @@ def _trainer(
     ]
     if recipe.ema_decay is not None:
         callbacks.append(WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay)))
-    if devices == "auto" and "LOCAL_WORLD_SIZE" in os.environ:
-        # torchrun has already decided; on a CPU, "auto" would mean one
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
     try:
         return L.Trainer(
             max_epochs=recipe.epochs,
             precision=recipe.precision,
             accumulate_grad_batches=recipe.accumulate,
-            accelerator=accelerator,
-            devices=devices,
+            accelerator=device.type,
+            devices=_devices_to_use(device, devices),
             num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
             logger=TensorBoardLogger(place, name="", version="tensorboard"),
             callbacks=callbacks,
@@ -185,6 +185,22 @@ def _trainer(
         )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise ConfigError(f"cannot train like this: {str(error).strip().splitlines()[0]}") from None
+
+
+def _devices_to_use(device: torch.device, devices: int | str) -> int | str | list[int]:
+    """Return Lightning's ``devices``: how many devices of the kind of ``device`` train, or the number of the one GPU.
+
+    Raises:
+        ConfigError: ``device`` is one GPU, and several devices are to train.
+    """
+    if devices == "auto" and "LOCAL_WORLD_SIZE" in os.environ:
+        # torchrun started one process per device; Lightning's "auto" would mean a single device on a CPU
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+    if device.index is None:
+        return devices
+    if devices not in ("auto", 1):
+        raise ConfigError(f"device {str(device)!r} is one GPU, but devices={devices!r}; use device='cuda' for several")
+    return [device.index]
 
 
 class _Keeper(ModelCheckpoint):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ecanet.errors import ConfigError, check_positive_int
+from ecanet.networks import find_device
 from ecanet.report import environment
 from ecanet.studies.bench import check as bench_check
 from ecanet.studies.bench import layers as bench_layers
@@ -55,7 +56,8 @@ def run(
             installed, or a check failed.
     """
     started = time.perf_counter()
-    sizes = check_options(device, batch_sizes or BATCH_SIZES.get((device, quick), ()))
+    device = select_device(device)
+    sizes = check_batch_sizes(batch_sizes or BATCH_SIZES.get((device, quick), ()))
     compiled = not quick if compiled is None else compiled
     if compiled:
         bench_check.check_compiler()
@@ -95,16 +97,26 @@ def run(
     return result
 
 
-def check_options(device: str, batch_sizes: Sequence[int]) -> tuple[int, ...]:
-    """The batch sizes, each once.
+def select_device(name: str) -> str:
+    """Return "cpu" or "cuda" for the device ``name``. A numbered GPU becomes torch's current one.
 
     Raises:
-        ConfigError: the device is not there, or a batch size is not positive.
+        ConfigError: this machine does not have the device, or it is neither a CPU nor a CUDA GPU.
     """
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"unknown device {device!r}; choose cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' is not available on this machine; use cpu")
+    device = find_device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"the benchmark does not support device {str(device)!r}; choose cpu or cuda")
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    return device.type
+
+
+def check_batch_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return each of the batch sizes once.
+
+    Raises:
+        ConfigError: a batch size is not a positive integer.
+    """
     return tuple(dict.fromkeys(check_positive_int("a batch size", size) for size in batch_sizes))
 
 

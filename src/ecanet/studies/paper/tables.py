@@ -18,7 +18,7 @@ from torch import nn
 from ecanet.attention import Attention
 from ecanet.errors import ConfigError, DataError
 from ecanet.models import create_model
-from ecanet.networks import find, image_size
+from ecanet.networks import find, find_device, image_size
 from ecanet.recipes import suggestion
 from ecanet.report import environment
 from ecanet.studies.cost import WHY, Cost, count
@@ -87,7 +87,7 @@ def run(
     '11.148M ✓'
 
     Raises:
-        ConfigError: a table or measure does not exist, or something given is not used.
+        ConfigError: a table, measure or device does not exist, or something given is not used.
         DataError: the data or the folder of weights is not there, or the data are not in the table's layout.
     """
     if name is not None and name not in TABLES:
@@ -102,6 +102,7 @@ def run(
         raise DataError(wrong)
     if "accuracy" not in measure and (data or weights):
         raise ConfigError("data and weights are for accuracy: measure it too (--measure params,flops,accuracy)")
+    device = str(find_device(device))
     if list(measure) == ["speed"] and name is not None and "Train FPS" not in TABLES[name].columns:
         raise ConfigError(f"the paper prints no speed in table {name}; table 3 has it")
     chosen = TABLES.values() if name is None else [TABLES[name]]
@@ -306,5 +307,5 @@ def _seconds(step: Callable[[], object], device: str) -> float:
     started = time.perf_counter()
     step()
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize(torch.device(device))
     return time.perf_counter() - started
