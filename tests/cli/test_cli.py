@@ -92,9 +92,9 @@ def test_models(ecanet):
     code, out, _ = ecanet("models", "--json")
     assert code == 0
     counts = {(row["model"], row["attention"]): row["parameters"] for row in json.loads(out)}
-    # torchvision's own count, and the paper's 80 on top
+    # torchvision's own count, and 86 by Eq. 12 on top
     assert counts["resnet50", "none"] == 25_557_032
-    assert counts["resnet50", "eca"] == 25_557_032 + 80
+    assert counts["resnet50", "eca"] == 25_557_032 + 86
     code, out, _ = ecanet("models", "resnet50", "--attention", "eca", "--kernel-sizes", "3333")
     assert code == 0
     assert f"{25_557_032 + 48:,}" in out

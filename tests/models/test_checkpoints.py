@@ -50,7 +50,7 @@ def authors_file(path, name):
 @pytest.mark.parametrize("name", GATES)
 def test_the_authors_files_load_whole_and_mean_what_they_say(name, tmp_path):
     authors_file(tmp_path / "model_best.pth.tar", name)
-    model = ecanet.create_model(name).eval()
+    model = ecanet.create_model(name, kernel_sizes="official").eval()
     report = ecanet.load_checkpoint(model, tmp_path / "model_best.pth.tar")
     assert (report.missing, report.unexpected, report.mismatched) == ([], [], [])
     assert report.complete

@@ -182,8 +182,8 @@ def test_kernel_sizes_reach_the_stages():
         model = ecanet.create_model("resnet18", **options)
         return [model.get_submodule(f"layer{s}.{b}.eca").kernel_size for s in (1, 2, 3, 4) for b in (0, 1)]
 
-    assert kernels() == [3, 3, 5, 5, 7, 7, 7, 7]
-    assert kernels(kernel_sizes="adaptive") == [3, 3, 5, 5, 5, 5, 5, 5]
+    assert kernels(kernel_sizes="official") == [3, 3, 5, 5, 7, 7, 7, 7]
+    assert kernels() == kernels(kernel_sizes="adaptive") == [3, 3, 5, 5, 5, 5, 5, 5]
     assert kernels(kernel_sizes="adaptive", gamma=1) == [7, 7, 9, 9, 9, 9, 11, 11]
     assert kernels(kernel_sizes=(1, 3, 5, 9)) == [1, 1, 3, 3, 5, 5, 9, 9]
     assert kernels(kernel_sizes=9) == [9] * 8

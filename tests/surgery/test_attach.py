@@ -137,29 +137,38 @@ def test_channel_axis_is_found():
     assert torch.allclose(model(x), model[0](x) + y * 0.5, atol=1e-6)
 
 
-def test_keys_are_those_of_the_library_and_load_each_other():
-    for name in ("resnet18", "resnet50", "mobilenet_v2"):
-        ours = ecanet.create_model(name)
-        theirs = ecanet.attach(models.get_model(name), kernel_sizes="official", preserve=False)
-        assert set(ours.state_dict()) == set(theirs.state_dict())
-        sweep.randomize(ours)
-        theirs.load_state_dict(ours.state_dict())
-        same_function(ours, theirs)
-        lossless = ecanet.attach(models.get_model(name), kernel_sizes="official")
-        ours.load_state_dict(lossless.state_dict())  # gain comes along
-        same_function(ours, lossless)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("preserve", [True, False])
+@pytest.mark.parametrize("sizes", [{}, {"kernel_sizes": "official"}])
+def test_attached_and_created_networks_load_into_each_other(name, preserve, sizes):
+    created = ecanet.create_model(name, **sizes)
+    attached = ecanet.attach(models.get_model(name), preserve=preserve, **sizes)
+    if not preserve:  # the paper's form has no gain, so the two agree in every key before anything is loaded
+        assert set(created.state_dict()) == set(attached.state_dict())
+    sweep.randomize(attached)
+    trained(attached)
+    created.load_state_dict(attached.state_dict())
+    assert_same_outputs(created, attached)
+    sweep.randomize(created)
+    attached.load_state_dict(created.state_dict())
+    assert_same_outputs(created, attached)
+    fresh = ecanet.create_model(name, **sizes)  # the paper's form, with gain 1
+    sweep.randomize(fresh)
+    attached.load_state_dict(fresh.state_dict())
+    assert_same_outputs(fresh, attached)
 
 
-def same_function(a, b):
-    """Equal in float64 up to the rounding of some hundred layers; one runs the fused tail, the other does not."""
+def assert_same_outputs(a, b):
+    """Compare in float64, up to the rounding of some hundred layers: one runs the fused tail, the other does not."""
     x = image(torch.float64)
     a, b = (copy.deepcopy(model).double().eval()(x) for model in (a, b))
     assert (a - b).abs().max() <= 1e4 * torch.finfo(torch.float64).eps * b.abs().max()
 
 
-def test_official_kernel_sizes_are_the_library_s():
+def test_official_kernel_sizes_are_those_of_create_model():
     for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenet_v2"):
-        ours = [m.kernel_size for m in ecanet.create_model(name).modules() if isinstance(m, ecanet.ECA)]
+        created = ecanet.create_model(name, kernel_sizes="official")
+        ours = [m.kernel_size for m in created.modules() if isinstance(m, ecanet.ECA)]
         model = ecanet.attach(models.get_model(name), kernel_sizes="official")
         assert [site.kernel_size for site in ecanet.attached(model)] == ours
 

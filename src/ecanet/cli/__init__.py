@@ -197,7 +197,7 @@ def models(
         _attached(name, attach, attention, kernel_sizes, as_json)
         return
 
-    sizes = parse_kernel_sizes(kernel_sizes or "official")
+    sizes = parse_kernel_sizes(kernel_sizes or "adaptive")
     networks = [name] if name else models.list_models()
     attentions = [attention] if attention else list_attentions() if name else ["none", "eca"]
     rows = [{"model": n, "attention": a, "parameters": _parameters(n, a, sizes)} for n in networks for a in attentions]

@@ -2,13 +2,14 @@
 
 Read downward: `detection` (detectors over these networks), `factory` (`create_model`), `checkpoints` (reads other
 people's files), `mobilenet`, `resnet` (the networks), `tail` (the end of a residual block), `placement` (attentions
-that stand elsewhere), `slots` (which attention a block holds).
+that stand elsewhere), `slots` (which attention a block holds), `kernel_sizes` (the one table of the released sizes).
 """
 
 from typing import TYPE_CHECKING
 
 from ecanet.models.checkpoints import LoadReport, load_checkpoint, load_state_dict, read_file, renamed
 from ecanet.models.factory import create_model, list_models
+from ecanet.models.kernel_sizes import KernelSizes, find_release, resolve_kernel_sizes
 from ecanet.models.resnet import LAYERS
 from ecanet.models.tail import Stage, Twins, activated, is_gate, plain_relu
 
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 __all__ = [
     "DETECTORS",
     "LAYERS",
+    "KernelSizes",
     "LoadReport",
     "Stage",
     "Twins",
     "activated",
     "create_detector",
     "create_model",
+    "find_release",
     "is_gate",
     "list_models",
     "load_checkpoint",
@@ -31,6 +34,7 @@ __all__ = [
     "plain_relu",
     "read_file",
     "renamed",
+    "resolve_kernel_sizes",
 ]
 
 

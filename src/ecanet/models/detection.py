@@ -23,7 +23,7 @@ from ecanet.attention import Attention
 from ecanet.errors import ConfigError, check_positive_int
 from ecanet.models.factory import create_model
 from ecanet.models.resnet import ResNet
-from ecanet.models.slots import KernelSizes
+from ecanet.models.kernel_sizes import KernelSizes
 
 __all__ = ["DETECTORS", "Norm", "create_detector", "faster_rcnn", "mask_rcnn", "retinanet"]
 
@@ -55,7 +55,7 @@ def create_detector(
     *,
     num_classes: int = 80,
     attention: str = "eca",
-    kernel_sizes: KernelSizes = "official",
+    kernel_sizes: KernelSizes = "adaptive",
     weights: str | Path | None = None,
     norm: Norm = "eval",
     frozen_stages: int = 1,

@@ -8,7 +8,8 @@ from ecanet.attention import check_attention
 from ecanet.errors import CheckpointError, ConfigError, check_positive_int
 from ecanet.models import mobilenet, placement, resnet
 from ecanet.models.checkpoints import LoadReport, load_checkpoint, load_state_dict
-from ecanet.models.slots import KernelSizes, slot
+from ecanet.models.kernel_sizes import RELEASED, KernelSizes
+from ecanet.models.slots import make_slot
 
 __all__ = ["LoadReport", "create_model", "list_models", "load_checkpoint"]
 
@@ -26,7 +27,7 @@ def create_model(
     name: str,
     *,
     attention: str = "eca",
-    kernel_sizes: KernelSizes = "official",
+    kernel_sizes: KernelSizes = "adaptive",
     num_classes: int = 1000,
     in_channels: int = 3,
     weights: str | Path | None = None,
@@ -34,15 +35,15 @@ def create_model(
 ) -> nn.Module:
     """Build the network called ``name`` with ``attention`` in every block.
 
-    ``kernel_sizes`` is "official" (the released checkpoints'; the rule where there is none), "adaptive" (Eq. 12 on
-    each block's output channels), one integer, or one integer per stage. ``options`` go to the attention
+    ``kernel_sizes`` is "adaptive" (Eq. 12 on each block's output channels, as in `ecanet.attach`), "official" (the
+    released checkpoints'; Eq. 12 where there is none), one integer, or one integer per stage. ``options`` go to the attention
     (``reduction=4`` for "se"). ``weights`` is None (random), "torchvision" (ImageNet weights in the backbone, gates
     neutral, so the outputs are the plain network's), or the path of a checkpoint. Two attentions cannot be neutral:
     "se-var1", which has no parameters, and "gsop", whose last stage keeps its resolution.
 
     >>> model = create_model("resnet50")
     >>> sum(p.numel() for p in model.parameters()) - 25_557_032
-    80
+    86
 
     Raises:
         ConfigError: a name, option or kernel size does not exist or does not fit.
@@ -59,12 +60,12 @@ def create_model(
     }
     if name in resnet.LAYERS:
         kind, layers = resnet.LAYERS[name]
-        gates = slot(attention, kernel_sizes, len(layers), resnet.official_rule(name), options)
+        gates = make_slot(attention, kernel_sizes, len(layers), RELEASED.get(name), options)
         model = resnet.ResNet(kind, layers, gates, **shape)
     elif name == "mobilenet_v2":
         if attention in placement.IN_RESNETS_ONLY:
             raise ConfigError(f"attention {attention!r} has a place in ResNets only, not in {name!r}")
-        gates = slot(attention, kernel_sizes, len(mobilenet.SETTINGS), mobilenet.official_kernel_size, options)
+        gates = make_slot(attention, kernel_sizes, len(mobilenet.SETTINGS), RELEASED[name], options)
         model = mobilenet.MobileNetV2(gates, **shape)
     else:
         raise ConfigError(f"unknown model {name!r}; choose one of {', '.join(list_models())}")

@@ -12,11 +12,6 @@ SETTINGS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 
 """One stage each: expansion, output channels, blocks, stride of the first block."""
 
 
-def official_kernel_size(channels: int, stage: int) -> int:
-    """The released checkpoint's kernel: a per-layer scalar below 96 channels, 3 from there on."""
-    return 1 if channels < 96 else 3
-
-
 class InvertedResidual(nn.Module):
     """1x1 expansion, 3x3 depthwise, 1x1 projection, gate; added to its input where the shapes agree."""
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ecanet.models import placement
-from ecanet.models.slots import KernelRule, Slot
+from ecanet.models.slots import Slot
 from ecanet.models.tail import Stage, Twins, activated, finish
 
 BASIC, BOTTLENECK = "basic", "bottleneck"
@@ -27,21 +27,6 @@ LAYERS: dict[str, tuple[str, tuple[int, ...]]] = {
     "resnet56": (BASIC, (9, 9, 9)),
 }
 """Block kind and blocks per stage; three stages mean the small-image network (3x3 stem, 16 to 64 channels)."""
-
-OFFICIAL_KERNEL_SIZES: dict[str, tuple[int, ...]] = {
-    "resnet18": (3, 5, 7, 7),
-    "resnet34": (3, 3, 5, 7),
-    "resnet50": (3, 5, 5, 7),
-    "resnet101": (3, 3, 5, 7),
-    "resnet152": (3, 3, 5, 7),
-}
-"""Kernel size per stage in the authors' released checkpoints; no formula gives them."""
-
-
-def official_rule(name: str) -> KernelRule | None:
-    """The released checkpoint's kernel sizes as a rule, None where there is no such checkpoint."""
-    sizes = OFFICIAL_KERNEL_SIZES.get(name)
-    return None if sizes is None else lambda channels, stage: sizes[stage]
 
 
 class BasicBlock(nn.Module):

@@ -98,7 +98,7 @@ class ModelConfig(_Checked):
 
     name: str = "resnet20"
     attention: str = "eca"
-    kernel_sizes: str | int | tuple[int, ...] = "official"
+    kernel_sizes: str | int | tuple[int, ...] = "adaptive"
     weights: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from ecanet.attention import ATTENTIONS, Attention, attention_key, check_attention, make_attention, options_of
 from ecanet.errors import AttachError, ConfigError
+from ecanet.models import KernelSizes
 from ecanet.surgery import hooks
 from ecanet.surgery.example import watch
 from ecanet.surgery.folding import fold, unfold
@@ -30,6 +31,7 @@ def attach(
     replace: str | None = None,
     preserve: bool | None = None,
     example: Any = None,
+    kernel_sizes: KernelSizes = "adaptive",
     **options: object,
 ) -> Model:
     """Put ``attention`` at the end of every residual branch of ``model``, in place; returns the same model.
@@ -50,8 +52,9 @@ def attach(
             where ``replace`` takes a different trained gate out, which cannot be lossless.
         example: an input, a tuple of inputs or a dictionary of keyword inputs, if a random image will not do. The
             model runs once on it, in evaluation mode; training flags, buffers and random states stay as they are.
-        options: the attention's own (``kernel_size=3``, ``reduction=8``), and ``kernel_sizes``: "official" (the
-            released checkpoints'), "adaptive" (the default: the paper's rule), one integer, or one per stage.
+        kernel_sizes: as in `ecanet.create_model`: "adaptive" (Eq. 12 on each block's output channels), "official" (the
+            released checkpoints'; Eq. 12 where there is none), one integer, or one per stage.
+        options: the attention's own (``kernel_size=3``, ``reduction=8``).
 
     >>> import torch
     >>> from torchvision.models import resnet18
@@ -74,7 +77,6 @@ def attach(
     if attention == "none":
         raise AttachError("attention 'none' is nothing to attach; detach() takes gates out")
     hooks.refuse_wrapped(model)
-    kernel_sizes: Any = options.pop("kernel_sizes", None)
     check_attention(attention, options, beside=("where", "replace", "preserve", "example", "kernel_sizes"))
     check_kernel_options(attention, kernel_sizes, options)
     if replace is not None:
@@ -83,7 +85,8 @@ def attach(
         return model
     sites = Finder(model, watch(model, example)).find(where)
     refuse_twice(model, sites, attention)
-    sizes = kernel_sizes_at(sites, kernel_sizes)
+    has_kernel = "kernel_size" in options_of(attention)
+    sizes = kernel_sizes_at(sites, kernel_sizes) if has_kernel else [None] * len(sites)
     gates = [
         build(attention, site, size, preserve is not False, options) for site, size in zip(sites, sizes, strict=True)
     ]
@@ -132,11 +135,14 @@ def attached(model: nn.Module) -> Report:
     return Report(describe(name, gate, record) for name, gate, record in hooks.gates(model))
 
 
-def check_kernel_options(attention: str, kernel_sizes: object, options: dict[str, object]) -> None:
+def check_kernel_options(attention: str, kernel_sizes: KernelSizes, options: dict[str, object]) -> None:
     """Raise ConfigError if ``kernel_sizes`` means nothing for ``attention``, or is said twice."""
-    if kernel_sizes is not None and "kernel_size" not in options_of(attention):
-        raise ConfigError(f"attention {attention!r} has no kernel, so kernel_sizes={kernel_sizes!r} means nothing")
-    if kernel_sizes is not None and "kernel_size" in options:
+    has_kernel = "kernel_size" in options_of(attention)
+    if not has_kernel and kernel_sizes not in ("adaptive", "official"):
+        raise ConfigError(
+            f"attention {attention!r} has no kernel, so kernel_sizes={kernel_sizes!r} has no effect; leave it out"
+        )
+    if kernel_sizes != "adaptive" and "kernel_size" in options:
         raise ConfigError("give kernel_sizes= (per stage) or kernel_size= (for all), not both")
 
 

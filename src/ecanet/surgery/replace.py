@@ -4,13 +4,13 @@ import copy
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
-from ecanet.attention import ECA, Attention, make_attention
+from ecanet.attention import ECA, Attention, make_attention, options_of
 from ecanet.errors import AttachError, ConfigError
+from ecanet.models import KernelSizes
 from ecanet.surgery.hooks import Record
 from ecanet.surgery.kernels import kernel_sizes_at
 from ecanet.surgery.sites import Site, Where, matches
@@ -34,7 +34,7 @@ def replace_modules(
     attention: str,
     where: Where | None,
     preserve: bool | None,
-    kernel_sizes: Any,
+    kernel_sizes: KernelSizes,
     options: dict[str, object],
 ) -> None:
     """Put ``attention`` in the place of every module of ``kind`` that ``where`` allows.
@@ -60,9 +60,10 @@ def replace_modules(
             f"putting {attention!r} in the place of {sites[0].target!r}, a {old}, changes outputs, "
             f"so preserve=True cannot be kept; leave preserve out"
         )
-    if same and (options or kernel_sizes is not None):
+    if same and (options or kernel_sizes != "adaptive"):
         raise ConfigError("replace='eca' takes weights over, kernel sizes included; give no options")
-    sizes = kernel_sizes_at(sites, kernel_sizes)
+    has_kernel = "kernel_size" in options_of(attention)
+    sizes = kernel_sizes_at(sites, kernel_sizes) if has_kernel else [None] * len(sites)
     gates = []
     for site, size in zip(sites, sizes, strict=True):
         old = model.get_submodule(site.target)
