@@ -32,7 +32,8 @@ def command(network: Network | None) -> str | None:
 def _line(start: str, name: str, network: Network, *settings: str) -> str:
     parts = [f"ecanet train {start} --model {name} --attention {network.attention}"]
     if network.kernel_sizes != "adaptive":
-        parts.append(f"--kernel-sizes {','.join(map(str, network.kernel_sizes))}")
+        sizes = network.kernel_sizes
+        parts.append(f"--kernel-sizes {sizes if isinstance(sizes, str) else ','.join(map(str, sizes))}")
     changes = (*settings, *(f"model.options.{key}={value}" for key, value in network.options.items()))
     return " ".join([*parts, *(f"--set {change}" for change in changes), f"--out runs/{network.key}"])
 
