@@ -16,7 +16,7 @@ console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint, or a run's folder (its best one).", show_default=False)]
 ModelName = Annotated[str | None, typer.Option("--model", help="Network: see `ecanet models`.", show_default=False)]
 Attention = Annotated[str | None, typer.Option(help="none, eca, se, …", show_default=False)]
-KernelSizes = Annotated[str | None, typer.Option(help="adaptive (the default), official or 3,5,5,7.", show_default=False)]
+KernelSizes = Annotated[str | None, typer.Option(help="adaptive (default), official or 3,5,5,7.", show_default=False)]
 DataName = Annotated[
     str | None, typer.Option("--data", help="digits, fashion-mnist, …, folder:PATH.", show_default=False)
 ]

@@ -22,8 +22,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from ecanet.attention import Attention
 from ecanet.errors import ConfigError, check_positive_int
 from ecanet.models.factory import create_model
-from ecanet.models.resnet import ResNet
 from ecanet.models.kernel_sizes import KernelSizes
+from ecanet.models.resnet import ResNet
 
 __all__ = ["DETECTORS", "Norm", "create_detector", "faster_rcnn", "mask_rcnn", "retinanet"]
 

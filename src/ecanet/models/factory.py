@@ -35,11 +35,17 @@ def create_model(
 ) -> nn.Module:
     """Build the network called ``name`` with ``attention`` in every block.
 
-    ``kernel_sizes`` is "adaptive" (Eq. 12 on each block's output channels, as in `ecanet.attach`), "official" (the
-    released checkpoints'; Eq. 12 where there is none), one integer, or one integer per stage. ``options`` go to the attention
-    (``reduction=4`` for "se"). ``weights`` is None (random), "torchvision" (ImageNet weights in the backbone, gates
-    neutral, so the outputs are the plain network's), or the path of a checkpoint. Two attentions cannot be neutral:
-    "se-var1", which has no parameters, and "gsop", whose last stage keeps its resolution.
+    Args:
+        name: a name from `list_models`.
+        attention: a name from `ecanet.list_attentions`; "none" builds the plain network.
+        kernel_sizes: "adaptive" (Eq. 12 on each block's output channels, as in `ecanet.attach`), "official" (the
+            released checkpoints'; Eq. 12 where there is none), one integer, or one integer per stage.
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        weights: None (random), "torchvision" (ImageNet weights in the backbone and neutral gates, so that the outputs
+            are the plain network's), or the path of a checkpoint. Two attentions cannot be neutral: "se-var1", which
+            has no parameters, and "gsop", whose last stage keeps its resolution.
+        **options: the attention's own, such as ``reduction=4`` for "se".
 
     >>> model = create_model("resnet50")
     >>> sum(p.numel() for p in model.parameters()) - 25_557_032
