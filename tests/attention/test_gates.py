@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import ecanet
-from budget import assert_within_budget, layout, value_and_gradients
 from ecanet.attention import ATTENTIONS, ChannelAttention
 from ecanet.attention.gates import ECA, ECANS, SE, SEGC, SEVar1, SEVar2, SEVar3, adaptive_kernel_size
 from ecanet.errors import AttachError, ConfigError
+from ecanet.testing import assert_within_budget
+from tensors import to_layout, value_and_gradients
 
 SHAPES = [(2, 17), (3, 5, 7), (2, 17, 9, 11), (1, 64, 7, 7), (2, 3, 2, 3, 4), (0, 8, 4, 4), (1, 1, 1, 1), (2, 16, 1, 1)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -113,8 +114,8 @@ def check_against_loops(module, shape, dtype, channels_last):
     oracle = value_and_gradients(lambda *v: loop_attention(module, *v), dy.double(), *(v.double() for v in values))
     plain = value_and_gradients(lambda *v: loop_attention(module, *v), dy.float(), *(v.float() for v in values))
     plain = [p.to(dtype) if dtype != torch.float64 else o for p, o in zip(plain, oracle, strict=True)]
-    values[0] = layout(x, channels_last)
-    actual = value_and_gradients(lambda *v: functional(module, *v), layout(dy, channels_last), *values)
+    values[0] = to_layout(x, channels_last)
+    actual = value_and_gradients(lambda *v: functional(module, *v), to_layout(dy, channels_last), *values)
     for what, a, p, o in zip(("y", "dx", *dict(module.named_parameters())), actual, plain, oracle, strict=True):
         assert a.dtype == dtype
         assert_within_budget(what, a, p, o, roundings=x.numel() if dtype == torch.float64 else 1)

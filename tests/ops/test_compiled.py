@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 
-from budget import layout
 from ecanet import ECA, ops
+from tensors import to_layout
 
 pytest.importorskip("triton")
 
@@ -50,7 +50,7 @@ def test_compiled_is_eager(shortcut, last, backend):
     torch._dynamo.reset()
     block = Block(shortcut).double()
     twin = copy.deepcopy(block)
-    x, dy = (layout(torch.randn(2, 9, 5, 3, dtype=torch.float64), last) for _ in range(2))
+    x, dy = (to_layout(torch.randn(2, 9, 5, 3, dtype=torch.float64), last) for _ in range(2))
     recorder = AotEagerAndRecordGraphs()
     compiled = torch.compile(twin, backend=recorder if backend == "aot_eager" else backend, fullgraph=True)
     expected, actual = step(block, block, x, dy), step(twin, compiled, x, dy)

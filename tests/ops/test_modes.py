@@ -11,9 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import ecanet
-from budget import layout
 from ecanet import ECA, ops
 from ecanet.ops import lean
+from tensors import to_layout
 
 pytest.importorskip("triton")
 
@@ -22,7 +22,7 @@ IMPLS = pytest.mark.parametrize("impl", ["lean", "fused"])
 
 def tensors(shape=(3, 8, 5, 7), last=True, count=3):
     generator = torch.Generator().manual_seed(0)
-    return [layout(torch.randn(shape, generator=generator), last) for _ in range(count)]
+    return [to_layout(torch.randn(shape, generator=generator), last) for _ in range(count)]
 
 
 def gradients(impl, activation, shortcut, side=None):

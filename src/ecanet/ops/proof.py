@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ecanet.ops import reference, tail
 from ecanet.ops.passes import Passes
 from ecanet.ops.reference import Activation
+from ecanet.testing import find_excess
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes in which the kernels are proven; in others networks do not use them by themselves."""
@@ -130,7 +131,7 @@ def _tails(device: torch.device, dtype: torch.dtype) -> str | None:
     for shape in SHAPES:
         for layout in FORMATS:
             for case in CASES:
-                wrong = discrepancy(case, inputs(shape, layout, device, dtype), fused)  # pyright: ignore
+                wrong = find_discrepancy(case, inputs(shape, layout, device, dtype), fused)  # pyright: ignore
                 if wrong is not None:
                     return f"{wrong} ({case}, {shape}, {dtype}, {layout})"
     return None
@@ -139,8 +140,7 @@ def _tails(device: torch.device, dtype: torch.dtype) -> str | None:
 def _expansion(device: torch.device, dtype: torch.dtype) -> str | None:
     from ecanet.ops.triton import expansion
 
-    wrong = expansion.discrepancy(device, dtype)
-    return None if wrong is None else f"{wrong[:-1]}, {dtype})"
+    return expansion.find_discrepancy(device, dtype)
 
 
 @contextmanager
@@ -172,18 +172,16 @@ def inputs(shape: tuple[int, ...], layout: torch.memory_format, device: torch.de
     return Inputs(z, shortcut, (first, second), norm, draw(shape[1]).to(device, torch.float32))
 
 
-def discrepancy(case: Case, given: Inputs, passes: Passes) -> str | None:
+def find_discrepancy(case: Case, given: Inputs, passes: Passes) -> str | None:
     """Which result is farther from float64 than it may be; None if none is."""
     given = without_ties(case, given)
     found, plain, exact = results(case, given, passes), results(case, given, None), results(case, wide(given), None)
-    terms = max(float(way.abs().max()) for way in given.ways)  # sums may leave less than their terms
+    largest = max(float(way.abs().max()) for way in given.ways)  # a sum of such terms can be small, its error is not
     for name, value in exact.items():
-        eps = torch.finfo(found[name].dtype).eps
-        summed = max(1, given.z.numel() // max(1, value.numel()))
-        own, error = (float((x[name].double() - value).abs().max()) for x in (plain, found))
-        allowed = 2 * (own + 4 * math.sqrt(summed) * eps * max(terms, float(value.abs().max())))
-        if not error <= allowed:  # a NaN is wrong
-            return f"{name} is off by {error:.1e}, allowed {allowed:.1e}"
+        roundings = 4 * math.sqrt(max(1, given.z.numel() // max(1, value.numel())))
+        excess = find_excess(name, found[name], plain[name], value, roundings=roundings, magnitude=largest)
+        if excess is not None:
+            return excess
     return None
 
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ecanet.errors import ConfigError
 from ecanet.ops.reference import Activation
 from ecanet.ops.triton.launch import ACTIVATIONS
+from ecanet.testing import bound_sums, find_elementwise_excess
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -237,17 +238,16 @@ TRIED = {
 """Cases by N, K, C, H, W: multiples of nothing; and of 16 channels, as networks have them, in small and large tiles."""
 
 
-def discrepancy(device: torch.device, dtype: torch.dtype) -> str | None:
+def find_discrepancy(device: torch.device, dtype: torch.dtype) -> str | None:
     """How the kernel is wrong on ``device``; None if it is not."""
     for shape, cases in TRIED.items():
         for case in cases:
             given = inputs(shape, case, device, dtype)
             y = _expansion(*given, case.activation)
             expected, allowed = exact(*given, case.activation)
-            error = (y.double() - expected).abs()
-            if not bool((error <= allowed).all()):  # a NaN is wrong
-                worst = float((error / allowed).max())
-                return f"y is off by {float(error.max()):.1e}, {worst:.1f} times as much as allowed ({case}, {shape})"
+            excess = find_elementwise_excess("y", y, expected, allowed)
+            if excess is not None:
+                return f"{excess} ({case}, {shape}, {dtype})"
     return None
 
 
@@ -285,8 +285,6 @@ def exact(
         addend = shortcut.movedim(1, -1).double()
         y, terms = y + addend, terms + addend.abs()
     y = y if activation is None else y.clamp(0, 6 if activation == "relu6" else None)
-    limits = torch.finfo(h.dtype)
-    unit = limits.eps / (1 if INTERPRETED and h.dtype == torch.bfloat16 else 2)  # the interpreter cuts bfloat16 off
-    slack = (h.shape[1] + 4) * torch.finfo(torch.float32).eps * terms
-    allowed = slack + unit * (y.abs() + slack) + limits.eps * limits.smallest_normal
+    truncates = INTERPRETED and h.dtype == torch.bfloat16  # the interpreter does not round to bfloat16, it truncates
+    allowed = bound_sums(y, terms, h.shape[1] + 4, h.dtype, truncates=truncates)
     return y.movedim(-1, 1), allowed.movedim(-1, 1)

@@ -5,7 +5,7 @@ Each check is a relative error and what is allowed; the first that is too large 
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from ecanet.models import load_state_dict, renamed
 from ecanet.studies.bench import layers as bench_layers
 from ecanet.studies.bench.layers import Block
 from ecanet.studies.bench.networks import eval_step, forget, random_images, train_step
+from ecanet.testing import bound_relative_error, describe_excess, measure_relative_error
 
 Check = dict[str, Any]
 
@@ -42,19 +43,10 @@ def check(what: str, error: float, allowed: float) -> Check:
     Raises:
         ConfigError: ``error`` is larger than ``allowed``, or not a number.
     """
-    if not error <= allowed:
-        raise ConfigError(f"{what} is wrong (relative error {error:.1e}, allowed {allowed:.1e}): nothing was timed")
+    excess = describe_excess(what, error, allowed)
+    if excess is not None:
+        raise ConfigError(f"{excess} (relative error): nothing was timed")
     return {"what": what, "error": error, "allowed": allowed}
-
-
-def distance(x: Tensor, y: Tensor) -> float:
-    """Norm of the difference as a share of ``y``'s."""
-    return float((x.double() - y.double()).norm() / y.double().norm().clamp(min=1e-30))
-
-
-def worst(errors: Iterable[float]) -> float:
-    """The largest, or NaN where one of them is: `max` would pass over it."""
-    return float(torch.tensor(list(errors), dtype=torch.float64).max())
 
 
 def check_layers(shapes: list[tuple[int, int, int]], device: str, *, fused: bool) -> list[Check]:
@@ -65,11 +57,11 @@ def check_layers(shapes: list[tuple[int, int, int]], device: str, *, fused: bool
             b = without_ties(bench_layers.block(shape, device, dtype))
             reference = bench_layers.steps(b)["tail reference"]()
             wide = bench_layers.oracle(b, "tail reference")
-            rounding = worst(map(distance, reference, wide)) + 2 * torch.finfo(dtype).eps
+            allowed = bound_relative_error(reference, wide, dtype)
             for name, step in bench_layers.steps(b, fused=fused).items():
                 if dtype == torch.float32 or name not in bench_layers.PEERS:
-                    error = worst(map(distance, step(), bench_layers.oracle(b, name)))
-                    found.append(check(f"{name} {shape} {str(dtype).removeprefix('torch.')}", error, 4 * rounding))
+                    error = measure_relative_error(step(), bench_layers.oracle(b, name))
+                    found.append(check(f"{name} {shape} {str(dtype).removeprefix('torch.')}", error, allowed))
     return found
 
 
@@ -93,15 +85,17 @@ def check_networks(networks: dict[str, nn.Module], image_size: int, device: str)
         load_state_dict(ours, theirs.state_dict())
         logits, gradients = trained(ours, images)
         expected, wanted = trained(theirs, images)
-        found.append(check(f"{mine}: logits in training", distance(logits, expected), 1e-8))
+        found.append(check(f"{mine}: logits in training", measure_relative_error([logits], [expected]), 1e-8))
         wanted = renamed(wanted, ours)
-        error = worst(distance(gradient, wanted[name]) for name, gradient in gradients.items())
+        error = measure_relative_error(gradients.values(), (wanted[name] for name in gradients))
         found.append(check(f"{mine}: gradients", error, 1e-6))
         # with the statistics of that one step
         expected = eval_step(theirs.eval(), images)()
-        found.append(check(f"{mine}: logits in evaluation", distance(eval_step(ours.eval(), images)(), expected), 1e-8))
+        error = measure_relative_error([eval_step(ours.eval(), images)()], [expected])
+        found.append(check(f"{mine}: logits in evaluation", error, 1e-8))
         kind = mine.split()[1]
-        found.append(check(f"optimized {kind}: logits", distance(eval_step(optimize(ours), images)(), expected), 1e-8))
+        error = measure_relative_error([eval_step(optimize(ours), images)()], [expected])
+        found.append(check(f"optimized {kind}: logits", error, 1e-8))
     return found
 
 
@@ -157,16 +151,17 @@ def check_one_compiled(name: str, fast: Any, network: nn.Module, images: Tensor)
     started = time.perf_counter()
     logits = eval_step(fast, images)()
     seconds = time.perf_counter() - started
-    found = [check(f"{name}: logits, batch {len(images)}", distance(logits, wanted), allowed)]
+    found = [check(f"{name}: logits, batch {len(images)}", measure_relative_error([logits], [wanted]), allowed)]
     if any(p.requires_grad for p in network.parameters()):  # not a copy for inference
         network.train()
         wanted = gradients(network, network, images)
-        chaos = distance(gradients(network, network, nudged(images)), wanted)
+        chaos = measure_relative_error([gradients(network, network, nudged(images))], [wanted])
         started = time.perf_counter()
         got = gradients(fast, network, images)
         seconds += time.perf_counter() - started
         allowed_gradient = max(allowed_gradient, 4 * chaos)
-        found.append(check(f"{name}: gradients, batch {len(images)}", distance(got, wanted), allowed_gradient))
+        error = measure_relative_error([got], [wanted])
+        found.append(check(f"{name}: gradients, batch {len(images)}", error, allowed_gradient))
     return found, seconds
 
 
