@@ -35,6 +35,7 @@ def dies(mutant: dict[str, str]) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "src", f"{folder}/src", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "tests", f"{folder}/tests", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / "benchmarks", f"{folder}/benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         path = Path(folder, mutant["file"])
         source = path.read_text()
