@@ -83,7 +83,7 @@ def paper(
 
     check_folder(out)
     tables = paper.run(table, measure=measure.split(","), data=data, weights=weights, device=device)
-    print(paper.to_json(tables) if as_json else paper.markdown(tables), end="")
+    print(paper.to_json(tables) if as_json else paper.to_markdown(tables), end="")
     if out is not None:
         paper.write(tables, out)
 

@@ -1,30 +1,36 @@
-"""What the paper's detectors cost, in the units of its Table 5: trainable parameters, and operations of one image.
+"""Costs of the paper's detectors in the units of its Table 5: trainable parameters, and operations of one image.
 
-The column follows mmdetection's counter of 2019. It runs backbone, pyramid and heads on an image of 1280 x 800, the box
-head on 1,000 regions and the mask head on 100, and counts one per multiply-accumulate and per bias of a convolution (a
-transposed one as if it were an ordinary one of its output, four times its work), 2 per element of a batch norm, 1 per
-element of a ReLU and per element that goes into a pool, and in x out for a linear layer. Functions are not seen:
-sigmoids, products, additions, upsampling, and in that library the ReLU of the region proposals.
+The operations follow mmdetection's counter of 2019. It runs the backbone, the pyramid and the heads on an image of
+1280 x 800, the box head on 1,000 regions and the mask head on 100. It counts
+
+- one for each multiply-accumulate and each added bias of a convolution. A transposed convolution counts like an
+  ordinary one with the same output, which is four times its work;
+- 2 for each element of a batch norm, 1 for each output of a ReLU, and 1 for each element that enters a pool;
+- the product of input and output sizes for a linear layer.
+
+It sees modules only. So the sigmoids, products, additions and upsampling steps that are functions count nothing, and
+neither does the ReLU of the region proposals, which is a function in that library.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.faster_rcnn import TwoMLPHead  # pyright: ignore[reportMissingTypeStubs]
 
 from ecanet.attention import ECA, ChannelAttention
 from ecanet.models import create_detector
-from ecanet.studies.paper.rows import Network
+from ecanet.recipes import DetectorConfig, ModelConfig
 
-__all__ = ["WHY", "DetectorCost", "detector_cost", "operations"]
+__all__ = ["WHY", "DetectorCost", "count_detector", "count_operations"]
 
 WHY = (
     "#Param: trainable parameters in units of 10^6; the stem and the first stage are frozen with their gates. GFLOPs: "
     "units of 10^9 at 1280 x 800, by the rules of mmdetection's counter of 2019, with 1,000 regions for the box head "
-    "and 100 for the mask head; batch norms, ReLUs and pools count, a transposed convolution counts four times. What "
-    "an attention adds is nearly all its average pool."
+    "and 100 for the mask head; batch norms, ReLUs and pools count, a transposed convolution counts four times. Nearly "
+    "all that an attention adds is its average pool."
 )
 
 HEIGHT, WIDTH = 800, 1280
@@ -33,52 +39,60 @@ BOX_REGIONS, MASK_REGIONS = 1000, 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DetectorCost:
-    """What one detector costs for one image."""
+    """The cost of a detector for one image."""
 
     trainable: int
+    """Parameters that are trained."""
     parameters: int
-    """All, the frozen ones too."""
+    """All parameters."""
     operations: int
-    """As counted for Table 5."""
+    """Operations by the rules of Table 5."""
 
 
-def detector_cost(network: Network) -> DetectorCost:
-    """The cost of the row's detector; only shapes are computed, on the meta device.
+def count_detector(model: ModelConfig, detector: DetectorConfig) -> DetectorCost:
+    """Return the cost of the detector ``model.name`` over ``detector.backbone``.
 
-    >>> detector_cost(Network(name="resnet50", detector="retinanet"))
+    The gates of the frozen stages are not counted as trainable, as in the paper. Only shapes are computed, on the meta
+    device.
+
+    >>> count_detector(ModelConfig(name="retinanet", attention="none"), DetectorConfig(backbone="resnet50"))
     DetectorCost(trainable=37743348, parameters=37968692, operations=239316500520)
     """
     with torch.device("meta"), torch.no_grad():
-        model: Any = create_detector(
-            network.detector,
-            network.name,
-            attention=network.attention,
-            kernel_sizes=network.kernel_sizes,
+        network = create_detector(
+            model.name,
+            detector.backbone,
+            attention=model.attention,
+            kernel_sizes=model.kernel_sizes,
             freeze_attention=True,
-            **network.options,
+            **model.options,
         ).eval()
-        counted: list[int] = []
-        for module in _seen(model):
-            module.register_forward_hook(lambda m, args, out: counted.append(operations(m, args[0], out)))
-        _pass(model)
+        counts: list[int] = []
+
+        def count(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            counts.append(count_operations(module, args[0], out))
+
+        for module in _counted_modules(network):
+            module.register_forward_hook(count)
+        _run(network)
     return DetectorCost(
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        parameters=sum(p.numel() for p in model.parameters()),
-        operations=sum(counted),
+        trainable=sum(p.numel() for p in network.parameters() if p.requires_grad),
+        parameters=sum(p.numel() for p in network.parameters()),
+        operations=sum(counts),
     )
 
 
-def operations(module: nn.Module, x: Tensor, out: Tensor) -> int:
-    """Operations of one call of ``module``, from ``x`` to ``out``, by the rules above.
+def count_operations(module: nn.Module, x: Tensor, out: Tensor) -> int:
+    """Return the operations of one call of ``module``, from ``x`` to ``out``, by the rules of this file.
 
-    >>> operations(nn.ConvTranspose2d(2, 3, 2, 2), torch.zeros(1, 2, 4, 4), torch.zeros(1, 3, 8, 8))
+    >>> count_operations(nn.ConvTranspose2d(2, 3, 2, 2), torch.zeros(1, 2, 4, 4), torch.zeros(1, 3, 8, 8))
     1728
     """
     match module:
-        case TwoMLPHead():  # two ReLUs, functions here and modules there
+        case TwoMLPHead():  # mmdetection's box head has two ReLU modules; torchvision's calls a function
             return 2 * out.numel()
         case ChannelAttention():
-            return x.numel() + len(x) * _gate_operations(module)
+            return x.numel() + len(x) * _count_gate(module)
         case nn.Conv1d() | nn.Conv2d() | nn.ConvTranspose2d():
             positions = out.numel() // out.shape[1]
             return positions * (module.weight.numel() + (0 if module.bias is None else module.out_channels))
@@ -94,31 +108,62 @@ def operations(module: nn.Module, x: Tensor, out: Tensor) -> int:
             return 0
 
 
-def _gate_operations(gate: ChannelAttention) -> int:
-    """Those of the layers between pool and sigmoid, for one image."""
+def _count_gate(gate: ChannelAttention) -> int:
+    """Return the operations of the layers between the pool and the sigmoid, for one image."""
     if isinstance(gate, ECA):
         return gate.channels * gate.kernel_size
     layers = [layer for layer in gate.modules() if isinstance(layer, nn.Linear)]
-    # a ReLU after each layer but the last
-    return sum(layer.weight.numel() for layer in layers) + sum(layer.out_features for layer in layers[:-1])
+    relus = sum(layer.out_features for layer in layers[:-1])  # one after each layer but the last
+    return sum(layer.weight.numel() for layer in layers) + relus
 
 
-def _seen(model: Any) -> list[nn.Module]:
-    """The modules that the counter listens to: not a gate's layers, and not the ReLU of the region proposals."""
-    unseen = {part for m in model.modules() if isinstance(m, ChannelAttention) for part in m.modules() if part is not m}
-    if hasattr(model, "rpn"):
-        unseen |= {m for m in model.rpn.head.modules() if isinstance(m, nn.ReLU)}
-    return [m for m in model.modules() if m not in unseen]
+class _RegionProposals(Protocol):
+    head: nn.Module
 
 
-def _pass(model: Any) -> None:
-    """One image through backbone, pyramid and heads, without choosing regions: where they lie costs nothing."""
-    levels = list(model.backbone(torch.empty(1, 3, HEIGHT, WIDTH)).values())
-    if not hasattr(model, "rpn"):
-        model.head(levels)
+class _Heads(Protocol):
+    box_head: nn.Module
+    box_predictor: nn.Module
+    mask_head: nn.Module
+    mask_predictor: nn.Module
+    has_mask: Callable[[], bool]
+
+
+class _TwoStage(Protocol):
+    """The part of torchvision's Faster R-CNN and Mask R-CNN that is used here."""
+
+    rpn: _RegionProposals
+    roi_heads: _Heads
+
+
+def _has_proposals(network: nn.Module) -> bool:
+    """Return whether the detector is a Faster or Mask R-CNN, and not a RetinaNet."""
+    return hasattr(network, "rpn")
+
+
+def _counted_modules(network: nn.Module) -> list[nn.Module]:
+    """Return the modules that are counted: gates as a whole, and no ReLU of the region proposals."""
+    modules = list(network.modules())
+    hidden = {inner for m in modules if isinstance(m, ChannelAttention) for inner in m.modules() if inner is not m}
+    if _has_proposals(network):
+        hidden |= {m for m in cast(_TwoStage, network).rpn.head.modules() if isinstance(m, nn.ReLU)}
+    return [m for m in modules if m not in hidden]
+
+
+def _run(network: nn.Module) -> None:
+    """Run one image through the backbone, the pyramid and the heads.
+
+    The regions are not selected: their number is fixed, and the cost does not depend on where they are.
+    """
+    backbone = network.get_submodule("backbone")
+    features = cast(Mapping[str, Tensor], backbone(torch.empty(1, 3, HEIGHT, WIDTH)))
+    levels: Sequence[Tensor] = list(features.values())
+    if not _has_proposals(network):
+        network.get_submodule("head")(levels)
         return
-    model.rpn.head(levels)
-    width, heads = model.backbone.out_channels, model.roi_heads
+    two_stage, width = cast(_TwoStage, network), levels[0].shape[1]
+    two_stage.rpn.head(levels)
+    heads = two_stage.roi_heads
     heads.box_predictor(heads.box_head(torch.empty(BOX_REGIONS, width, 7, 7)))
     if heads.has_mask():
         heads.mask_predictor(heads.mask_head(torch.empty(MASK_REGIONS, width, 14, 14)))

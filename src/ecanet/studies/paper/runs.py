@@ -1,107 +1,114 @@
-"""The command that trains a row of the paper's tables, and what the checkpoint of such a run scores."""
+"""The command that trains a row of the paper's tables, and the accuracy of the checkpoint that it leaves."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from ecanet.errors import CheckpointError
 from ecanet.models import read_file
-from ecanet.recipes import ModelConfig
-from ecanet.studies.paper.rows import Network, Table
+from ecanet.networks import is_ours
+from ecanet.recipes import DetectorConfig, ModelConfig
+from ecanet.studies.paper.rows import Table, backbone_of, format_kernel_sizes, name_checkpoint
 
-__all__ = ["checkpoint_of", "command", "misfit", "scores"]
+__all__ = ["describe_wrong_data", "evaluate_checkpoint", "find_checkpoint", "write_command"]
 
+ACCURACIES = {"Top-1": "top1", "Top-5": "top5"}
+"""Columns of the ImageNet tables, and the metrics of the classification task that they show."""
 PRECISIONS = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_S": "APS", "AP_M": "APM", "AP_L": "APL"}
 """Columns of Tables 5 and 6, and the metrics of the detection task that they show."""
 
 
-def command(network: Network | None) -> str | None:
-    """The command that trains a row's network by the paper's recipe, into runs/KEY; None where there is none.
+def write_command(model: ModelConfig, detector: DetectorConfig | None = None) -> str | None:
+    """Return the command that trains the network by the paper's recipe into runs/NAME.
 
-    For a detector with the paper's gates it is two lines, the first of which trains the backbone.
+    A detector with SE or ECA needs two lines: the first trains its backbone on ImageNet. The answer is None for
+    networks of torchvision, which the paper did not train either.
+
+    >>> write_command(ModelConfig(name="resnet50", attention="se"))
+    'ecanet train folder:PATH --model resnet50 --attention se --out runs/resnet50-se'
     """
-    if network is None or ":" in network.name:
+    if not is_ours(model.name):
         return None
-    if network.detector:
-        return _detector_command(network)
-    mobile = network.name == "mobilenet_v2"
-    start = "imagenet_mobilenet --set data.name=folder:PATH" if mobile else "folder:PATH"
-    return _line(start, network.name, network)
+    if detector is not None:
+        return _write_detector_command(model, detector)
+    if model.name == "mobilenet_v2":
+        return _write_line("imagenet_mobilenet --set data.name=folder:PATH", model, name_checkpoint(model))
+    return _write_line("folder:PATH", model, name_checkpoint(model))
 
 
-def _line(start: str, name: str, network: Network, *settings: str) -> str:
-    parts = [f"ecanet train {start} --model {name} --attention {network.attention}"]
-    if network.kernel_sizes != "adaptive":
-        sizes = network.kernel_sizes
-        parts.append(f"--kernel-sizes {sizes if isinstance(sizes, str) else ','.join(map(str, sizes))}")
-    changes = (*settings, *(f"model.options.{key}={value}" for key, value in network.options.items()))
-    return " ".join([*parts, *(f"--set {change}" for change in changes), f"--out runs/{network.key}"])
+def _write_line(start: str, model: ModelConfig, run_name: str, *settings: str) -> str:
+    parts = [f"ecanet train {start} --model {model.name} --attention {model.attention}"]
+    if sizes := format_kernel_sizes(model):
+        parts.append(f"--kernel-sizes {sizes}")
+    changes = (*settings, *(f"model.options.{key}={value}" for key, value in model.options.items()))
+    return " ".join([*parts, *(f"--set {change}" for change in changes), f"--out runs/{run_name}"])
 
 
-def _detector_command(network: Network) -> str:
-    settings = [f"detector.backbone={network.name}"]
-    if network.attention not in (
-        "se",
-        "eca",
-    ):  # torchvision's backbone, as the recipe has it; other gates start neutral
-        return _line("coco:PATH", network.detector, network, *settings)
-    backbone = replace(network, detector="")
-    first = _line("folder:IMAGENET", backbone.name, backbone)
-    settings += [f"model.weights=runs/{backbone.key}/checkpoints/best.ckpt", "detector.freeze_attention=true"]
-    return first + "\n" + _line("coco:PATH", network.detector, network, *settings)
+def _write_detector_command(model: ModelConfig, detector: DetectorConfig) -> str:
+    run_name = name_checkpoint(model, detector)
+    settings = [f"detector.backbone={detector.backbone}"]
+    if not detector.freeze_attention:
+        # The recipe starts from torchvision's backbone, in which these attentions change nothing at first.
+        return _write_line("coco:PATH", model, run_name, *settings)
+    backbone = backbone_of(model, detector)
+    first = _write_line("folder:IMAGENET", backbone, name_checkpoint(backbone))
+    settings += [
+        f"model.weights=runs/{name_checkpoint(backbone)}/checkpoints/best.ckpt",
+        "detector.freeze_attention=true",
+    ]
+    return first + "\n" + _write_line("coco:PATH", model, run_name, *settings)
 
 
-def checkpoint_of(network: Network, folder: Path) -> Path | None:
-    """The checkpoint or run in ``folder`` that is named as the row's command names it, if there is one."""
-    named = [p for p in sorted(folder.glob(f"{network.key}*")) if p.name.split(".")[0] == network.key]
-    # an evaluation leaves its results in a folder of nearly the checkpoint's name
-    return next((p for p in named if p.is_file() or (p / "checkpoints").is_dir()), None)
+def find_checkpoint(name: str, folder: Path) -> Path | None:
+    """Return the checkpoint file or run directory called ``name``, with any suffix, in ``folder``; None without one."""
+    candidates = [p for p in sorted(folder.glob(f"{name}*")) if p.name.split(".")[0] == name]
+    # An evaluation leaves its results in a folder whose name begins like the checkpoint's. It has no checkpoints.
+    return next((p for p in candidates if p.is_file() or (p / "checkpoints").is_dir()), None)
 
 
-def misfit(table: Table, data: str | Path) -> str | None:
-    """What is wrong with the folder ``data`` for measuring the accuracies of ``table``, if anything."""
+def describe_wrong_data(table: Table, data: str | Path) -> str | None:
+    """Return why the folder ``data`` cannot measure the accuracies of ``table``, or None if it can."""
     is_coco = Path(data, "annotations", "instances_val2017.json").is_file()
     if "AP" in table.columns and not is_coco:
         return f"{data}: Table {table.name} needs COCO's folder, with annotations/instances_val2017.json and val2017"
     if "Top-1" in table.columns and is_coco:
-        return f"{data}: COCO's folder, and {table.title!r} needs ImageNet's, with val/CLASS/…"
+        return f"{data}: this is COCO's folder, and {table.title!r} needs ImageNet's, with val/CLASS/…"
     return None
 
 
-def scores(network: Network, checkpoint: Path, data: str | Path, *, masks: bool = False) -> dict[str, str]:
-    """What ``checkpoint`` scores on the held-out images in ``data``, by column, as the paper prints it.
+def evaluate_checkpoint(
+    checkpoint: Path, model: ModelConfig, detector: DetectorConfig | None, data: str | Path, *, masks: bool = False
+) -> dict[str, str]:
+    """Return the accuracy of ``checkpoint`` on the held-out images in ``data``, by column, in the paper's format.
 
-    ``masks`` asks for a detector's masks (Table 6) instead of its boxes. A size that no object has is left out.
+    With ``masks``, a detector's masks are evaluated (Table 6) instead of its boxes. A column is left out if no object
+    in the data has its size.
 
     Raises:
-        CheckpointError: the weights are another network's, or a detector's without the run that says how it is built.
-        DataError: data that is missing or broken, or that has other classes than the network.
+        CheckpointError: the checkpoint belongs to another network, or is a detector's weights without its run's recipe.
+        DataError: the data are missing or broken, or have other classes than the network.
     """
     from ecanet.training import evaluate
 
-    model = ModelConfig(
-        name=network.detector or network.name,
-        attention=network.attention,
-        kernel_sizes=network.kernel_sizes,
-        options=network.options,
-    )
-    if not network.detector:
+    if detector is None:
         metrics = evaluate(checkpoint, model=model, data_name=f"folder:{data}")
-        return {c: f"{metrics[m]:.2f}" for c, m in (("Top-1", "top1"), ("Top-5", "top5")) if m in metrics}
-    _check_backbone(network, checkpoint)
+        return {column: f"{metrics[name]:.2f}" for column, name in ACCURACIES.items() if name in metrics}
+    _check_backbone(checkpoint, model, detector)
     metrics = evaluate(checkpoint, model=model, data_name=f"coco:{data}")
-    found = {column: metrics["mask_" * masks + metric] for column, metric in PRECISIONS.items()}
+    found = {column: metrics[f"mask_{name}" if masks else name] for column, name in PRECISIONS.items()}
+    # COCO's evaluation returns -1 for a size that no object has.
     return {column: f"{100 * value:.1f}" for column, value in found.items() if value >= 0}
 
 
-def _check_backbone(network: Network, checkpoint: Path) -> None:
+def _check_backbone(checkpoint: Path, model: ModelConfig, detector: DetectorConfig) -> None:
     path = checkpoint / "checkpoints" / "best.ckpt" if checkpoint.is_dir() else checkpoint
-    content: Any = read_file(path)
-    if not isinstance(content, dict) or "ecanet" not in content:
-        raise CheckpointError(f"{path}: no run's checkpoint; give the folder of a detector's run, or its best.ckpt")
-    recipe = content["ecanet"]["recipe"]
-    kept, wanted = (recipe["model"]["name"], recipe["detector"]["backbone"]), (network.detector, network.name)
-    if kept != wanted:
+    content = read_file(path)
+    saved = cast(dict[str, dict[str, object]], content).get("ecanet") if isinstance(content, dict) else None
+    if saved is None:
+        raise CheckpointError(f"{path}: not the checkpoint of a run; give the folder of a detector's run")
+    recipe = cast(dict[str, dict[str, str]], saved["recipe"])
+    found = (recipe["model"]["name"], recipe["detector"]["backbone"])
+    expected = (model.name, detector.backbone)
+    if found != expected:
         raise CheckpointError(
-            f"{path}: a run of {' over '.join(kept)}, and its name is that of {' over '.join(wanted)}; rename it"
+            f"{path}: its run trained {' over '.join(found)}, but its name says {' over '.join(expected)}; rename it"
         )
