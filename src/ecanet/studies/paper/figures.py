@@ -44,9 +44,3 @@ def draw_figure_4() -> bytes:
     axes.set_xticks([3, 5, 7, 9])
     figure.legend(fontsize=8, ncols=2, loc="outside lower center")
     return figures.to_png(figure)
-
-
-def _to_png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()

@@ -81,5 +81,5 @@ def _time_step(step: Callable[[], object], device: str) -> float:
     started = time.perf_counter()
     step()
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize(torch.device(device))
     return time.perf_counter() - started

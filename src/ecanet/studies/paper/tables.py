@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ecanet.errors import ConfigError, DataError
+from ecanet.networks import find_device
 from ecanet.recipes import suggestion
 from ecanet.report import environment
 from ecanet.studies.cost import WHY as WHY_NETWORKS
@@ -56,7 +57,7 @@ def run(
     '11.148M ✓'
 
     Raises:
-        ConfigError: a table or measure does not exist, or an argument would not be used.
+        ConfigError: a table, measure or device does not exist, or an argument would not be used.
         DataError: ``data`` or ``weights`` is no folder, or the data do not have the layout that the table needs.
     """
     _check_names(name, measure)
@@ -67,6 +68,7 @@ def run(
         raise DataError(wrong)
     if "accuracy" not in measure and (data or weights):
         raise ConfigError("data and weights are used for accuracy only: add it (--measure params,flops,accuracy)")
+    device = str(find_device(device))
     tables = TABLES.values() if name is None else [TABLES[name]]
     return [measure_table(table, measure, data, weights, device) for table in tables]
 
