@@ -1,18 +1,35 @@
-"""Before anything imports Triton: without a GPU its kernels run in the interpreter. And the command line."""
+"""Settings of every test run: the Triton interpreter, the profiles of random tests, and the command line."""
 
 import os
 import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
+# This must be set before anything imports Triton: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The same cases in every run, so that a failure can be repeated; a loaded machine must not fail a test by its speed.
+COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("default", max_examples=100, derandomize=True, **COMMON)
+settings.register_profile("thorough", max_examples=4000, **COMMON)
+settings.load_profile("default")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Count the random tests among the slow ones under ``--hypothesis-profile=thorough``."""
+    if config.getoption("--hypothesis-profile") == "thorough":
+        for item in items:
+            if item.get_closest_marker("random_cases"):
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
 def ecanet(monkeypatch, capsys, tmp_path):
-    """Run a command line in an empty folder; gives exit code, standard output and standard error."""
+    """Return a function that runs a command line in an empty folder: exit code, standard output, standard error."""
     from ecanet.__main__ import main
 
     monkeypatch.chdir(tmp_path)
