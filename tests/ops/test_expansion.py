@@ -126,7 +126,7 @@ def test_passes_over_memory(dtype):
     for channels, times in ((64, 1), (100, 2)):
         given = case((2, 40, channels, 13, 11), dtype)
         h, weight, _, _, shortcut = given
-        with traffic.interpreted() as counted:
+        with traffic.count_interpreted_accesses() as counted:
             y = expansion.expand(*given, "relu")
         one = h.element_size()
         rows = -(-2 * 13 * 11 // 64)

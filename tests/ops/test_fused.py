@@ -223,7 +223,7 @@ def test_passes_over_memory_with_the_fold():
     s.requires_grad_()
     one = z.numel() * z.element_size()
     ways = ops.residual_tail_pair(z, norm, gate.weigh, s, impl="fused")
-    with traffic.interpreted() as backward:
+    with traffic.count_interpreted_accesses() as backward:
         torch.autograd.grad(ways, [z, s], (dy, dy))
     assert backward.moved / one == 4 + 1 / 16 + 3  # two gradients, bits, z, t; t, z, dz
 
@@ -235,9 +235,9 @@ def test_passes_over_memory():
     z.requires_grad_()
     s.requires_grad_()
     one = z.numel() * z.element_size()
-    with traffic.interpreted() as forward:
+    with traffic.count_interpreted_accesses() as forward:
         y = ops.residual_tail(z, norm, gate.weigh, s, impl="fused")
-    with traffic.interpreted() as backward:
+    with traffic.count_interpreted_accesses() as backward:
         torch.autograd.grad(y, [z, s], dy)
     assert forward.moved / one == 1 + 3 + 1 / 16  # z; z, shortcut, y, and one bit for each of 16
     assert backward.moved / one == 3 + 1 / 16 + 3  # dy, bits, z, t; t, z, dz; and autograd's 3
@@ -248,11 +248,11 @@ def test_eager_passes_are_what_the_table_says():
     tensors, norm, gate = case((2, 128, 24, 24), True, torch.float32)
     x = tensors[0].requires_grad_()
     convolution = nn.Conv2d(128, 128, 1)  # so that the block's input has two gradients
-    with traffic.counted(smallest=x.numel()) as forward:
+    with traffic.count_operations(smallest=x.numel()) as forward:
         b = norm(convolution(x))
         g = torch.sigmoid(gate.conv(b.mean((2, 3))[:, None])).flatten(1)[..., None, None]
         y = (b * g + x).relu()
-    with traffic.counted(smallest=x.numel()) as backward:
+    with traffic.count_operations(smallest=x.numel()) as backward:
         torch.autograd.grad(y, x, tensors[2])
     one = x.numel() * x.element_size()
     assert (forward.moved / one + 1, backward.moved / one + 2) == (11, 21)

@@ -1,4 +1,4 @@
-"""The benchmark: what it refuses, how it takes turns, what it divides by what, and what it writes down."""
+"""The benchmark: interleaved timing, ratios, counts of bytes, checks before timing, a whole run, the command."""
 
 import json
 import re
@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from ecanet import ops
+from ecanet import create_model, ops
 from ecanet.errors import ConfigError
 from ecanet.ops import lean
 from ecanet.studies import bench as front_door
 from ecanet.studies.bench import check as bench_check
 from ecanet.studies.bench import layers as bench_layers
-from ecanet.studies.bench import measure
+from ecanet.studies.bench import machine, measure
 from ecanet.studies.bench import networks as bench_networks
 from ecanet.studies.bench import pages as bench_pages
 from ecanet.studies.bench import timing as bench
@@ -32,7 +32,7 @@ def lines():
 
 @pytest.fixture(scope="module")
 def result(lines):
-    """A run of two rounds on small images."""
+    """The result of a run of two rounds on small images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "QUICK", {phase: Budget(seconds=0, least=2) for phase in bench.QUICK})
         patch.setattr(measure, "COPIED", 2**16)
@@ -40,14 +40,14 @@ def result(lines):
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that only the steps of a test advance."""
 
     def __init__(self, monkeypatch):
         self.now = 100.0
         monkeypatch.setattr(measure, "clock", lambda device: self.now)
 
     def step(self, *seconds):
-        """A step whose calls last ``seconds``, one after the other, the last for ever."""
+        """Return a step whose calls take ``seconds`` in turn; all further calls take the last of them."""
         left = list(seconds)
 
         def step():
@@ -56,102 +56,114 @@ class Clock:
         return step
 
 
-# taking turns, and what is divided by what
+# interleaved timing and ratios
 
 
 def test_variants_take_turns_and_the_first_round_is_not_counted(monkeypatch):
     clock, order = Clock(monkeypatch), []
     steps = {name: lambda name=name: order.append(name) for name in "ABC"}
-    times = measure.interleaved(steps, Budget(seconds=0, least=3, most=3), device="cpu", title="")
+    times = measure.interleave(steps, Budget(seconds=0, least=3, most=3), device="cpu", title="")
     assert "".join(order) == "CABABCBCACAB"
     assert times == {name: [0.0] * 3 for name in "ABC"}
     cold = {"A": clock.step(50, 1), "B": clock.step(60, 2, 4, 3)}
-    times = measure.interleaved(cold, Budget(seconds=0, least=3), device="cpu", title="")
+    times = measure.interleave(cold, Budget(seconds=0, least=3), device="cpu", title="")
     assert times == {"A": [1, 1, 1], "B": [2, 4, 3]}
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(10, 10), (10.9, 10), (1, 5), (1000, 20)])
-def test_as_many_rounds_as_fit(monkeypatch, seconds, rounds):
+def test_as_many_rounds_run_as_fit_into_the_time(monkeypatch, seconds, rounds):
     clock = Clock(monkeypatch)
     steps = {"A": clock.step(30, 0.25), "B": clock.step(30, 0.75)}
-    times = measure.interleaved(steps, Budget(seconds=seconds, least=5, most=20), device="cpu", title="")
+    times = measure.interleave(steps, Budget(seconds=seconds, least=5, most=20), device="cpu", title="")
     assert [len(values) for values in times.values()] == [rounds, rounds]
 
 
-def test_a_ratio_is_of_times_in_the_same_round():
-    # the machine is three times slower in the second round and ten times in the third; A always takes half of B
+def test_a_ratio_divides_times_of_the_same_round():
+    # The machine is three times slower in the second round and ten times in the third. A always takes half of B's time.
     a, b = [1.0, 3.0, 10.0, 1.0], [2.0, 6.0, 20.0, 2.0]
-    assert measure.ratio(a, b) == {"median": 0.5, "low": 0.5, "high": 0.5}
-    assert measure.ratio([1.0, 2.0, 6.0], [1.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.5, "high": 2.5}
-    assert measure.spread([7.0]) == {"median": 7.0, "low": 7.0, "high": 7.0}
-    rows = bench.ratios({"x": a, "y": b}, [("x", "y"), ("y", "x"), ("x", "z")], batch_size=4)
+    assert measure.compute_ratio(a, b) == {"median": 0.5, "low": 0.5, "high": 0.5}
+    assert measure.compute_ratio([1.0, 2.0, 6.0], [1.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.5, "high": 2.5}
+    assert measure.compute_spread([7.0]) == {"median": 7.0, "low": 7.0, "high": 7.0}
+    rows = bench.compute_ratios({"x": a, "y": b}, [("x", "y"), ("y", "x"), ("x", "z")], batch_size=4, phase="training")
     assert [(r["first"], r["second"], r["median"], r["batch_size"]) for r in rows] == [
         ("x", "y", 0.5, 4),
         ("y", "x", 2.0, 4),
     ]
 
 
-# what is counted
+# counts of bytes
 
 
-def two_ways(b):
-    ways = ops.residual_tail_pair(b.z, b.norm, b.gate.weigh, b.shortcut)
-    torch.autograd.grad(ways, [b.z, b.shortcut], (b.dy, b.shortcut.detach()))
+def run_tail_pair(b):
+    outputs = ops.residual_tail_pair(b.z, b.norm, b.gate.weigh, b.shortcut)
+    torch.autograd.grad(outputs, [b.z, b.shortcut], (b.dy, b.shortcut.detach()))
 
 
-def test_kernels_are_counted_by_their_tensors():
-    """Ten and, twice, a bit for each element, as the interpreter counts load by load."""
+def test_a_kernel_counts_each_of_its_tensors_once():
+    """Ten tensors and twice one bit for each element, as Triton's interpreter counts load by load."""
     pytest.importorskip("triton")
-    b = bench_layers.block((4, 16, 24, 24), "cpu", torch.float32)
+    b = bench_layers.make_block((4, 16, 24, 24), "cpu", torch.float32)
     with ops.prefer_impl("fused"):
-        assert measure.moved(bench_layers.steps(b)["tail ecanet"]) == pytest.approx((10 + 2 / 32) * b.z.nbytes / 1e6)
-        assert measure.moved(bench_layers.steps(b)["gate ecanet"]) == pytest.approx(7 * b.z.nbytes / 1e6)
+        assert measure.count_moved_mb(bench_layers.make_steps(b)["tail ecanet"]) == pytest.approx(
+            (10 + 2 / 32) * b.z.nbytes / 1e6
+        )
+        assert measure.count_moved_mb(bench_layers.make_steps(b)["gate ecanet"]) == pytest.approx(7 * b.z.nbytes / 1e6)
 
 
-def test_the_end_of_a_block_moves_eleven_times_its_output():
-    b = bench_layers.block((4, 16, 24, 24), "cpu", torch.float32)
-    steps, size = bench_layers.steps(b), b.z.nbytes / 1e6
+def test_a_block_tail_moves_eleven_times_its_output():
+    b = bench_layers.make_block((4, 16, 24, 24), "cpu", torch.float32)
+    steps, size = bench_layers.make_steps(b), b.z.nbytes / 1e6
     # forward: z; z, shortcut, y. Backward: dy, y, z, t; t, z, dz
-    assert measure.moved(steps["tail ecanet"]) == pytest.approx(11 * size)
-    assert measure.moved(lambda: two_ways(b)) == pytest.approx(12 * size)  # one gradient more
-    assert measure.moved(steps["gate ecanet"]) == pytest.approx((1 + 2 + 2 + 2) * size)
-    assert measure.moved(steps["tail timm"]) > measure.moved(steps["tail plain"]) > 11 * size
-    assert lean.moments.__module__ == "ecanet.ops.lean"  # as it was
+    assert measure.count_moved_mb(steps["tail ecanet"]) == pytest.approx(11 * size)
+    assert measure.count_moved_mb(lambda: run_tail_pair(b)) == pytest.approx(12 * size)  # reads a second gradient
+    assert measure.count_moved_mb(steps["gate ecanet"]) == pytest.approx((1 + 2 + 2 + 2) * size)
+    assert measure.count_moved_mb(steps["tail timm"]) > measure.count_moved_mb(steps["tail plain"]) > 11 * size
+    assert lean.moments.__module__ == "ecanet.ops.lean"  # the count has put the pass back
 
 
-def test_a_copy_reads_and_writes(monkeypatch):
+def test_a_copy_counts_what_it_reads_and_what_it_writes(monkeypatch):
     monkeypatch.setattr(measure, "COPIED", 1000)
-    step, size = measure.copy("cpu")
+    step, size = measure.make_copy("cpu")
     assert size == 2 * 4 * 1000
     assert float(step().sum()) == 1000
 
 
-def test_memory_is_what_autograd_keeps():
+def test_memory_on_a_cpu_is_what_autograd_keeps():
     weight = torch.randn(1000, 500, requires_grad=True)
     x = torch.randn(2000, 1000)
-    assert measure.memory(lambda: (x @ weight).sum(), "cpu") == pytest.approx(4 * 2000 * 1000 / 1e6)
+    assert measure.measure_memory(lambda: (x @ weight).sum(), "cpu") == pytest.approx(4 * 2000 * 1000 / 1e6)
 
 
-def test_stages():
+def test_stage_shapes_are_those_of_a_resnet():
     with torch.device("meta"):
-        network = bench_networks.models.create_model("resnet50")
-    assert bench_networks.stages(network, 224) == [(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
-    assert [side for _, side, _ in bench_networks.stages(network, 65)] == [17, 9, 5, 3]  # as strided layers round
+        network = create_model("resnet50")
+    assert bench_networks.list_stage_shapes(network, 224) == [
+        (256, 56, 56),
+        (512, 28, 28),
+        (1024, 14, 14),
+        (2048, 7, 7),
+    ]
+    assert [side for _, side, _ in bench_networks.list_stage_shapes(network, 65)] == [
+        17,
+        9,
+        5,
+        3,
+    ]  # strided layers round up
 
 
-# the gate
+# checks before timing
 
 
-def forgetful(t, z, form, m, dm, dv, grads=lean.grads):
+def forget_dm(t, z, form, m, dm, dv, grads=lean.grads):
     return grads(t, z, form, m, None, dv)
 
 
-def late(z, shortcut, form, apply=lean.apply):
+def scale_output(z, shortcut, form, apply=lean.apply):
     y, kept = apply(z, shortcut, form)
     return y * 1.0001, kept
 
 
-@pytest.mark.parametrize(("name", "bug"), [("grads", forgetful), ("apply", late)])
+@pytest.mark.parametrize(("name", "bug"), [("grads", forget_dm), ("apply", scale_output)])
 def test_a_wrong_tail_is_refused(monkeypatch, name, bug):
     assert bench_check.check_layers([(32, 8, 8)], "cpu", fused=False)
     monkeypatch.setattr(lean, name, bug)
@@ -164,13 +176,13 @@ def test_nothing_is_timed_after_a_failed_check(monkeypatch):
     def unreachable(*args, **options):
         raise AssertionError("timed")
 
-    monkeypatch.setattr(measure, "interleaved", unreachable)
-    monkeypatch.setattr(lean, "grads", forgetful)
+    monkeypatch.setattr(measure, "interleave", unreachable)
+    monkeypatch.setattr(lean, "grads", forget_dm)
     with pytest.raises(ConfigError, match="ecanet eca: gradients is off by.*nothing was timed"):
         bench.run(**TINY, say=lambda line: None)
 
 
-def test_a_wrong_copy_for_inference_is_refused(monkeypatch):
+def test_a_wrong_optimized_network_is_refused(monkeypatch):
     def wrong(model, optimize=bench_check.optimize):
         copied = optimize(model)
         copied.fc.bias.data += 1e-3
@@ -182,7 +194,7 @@ def test_a_wrong_copy_for_inference_is_refused(monkeypatch):
 
 
 class Compiled(nn.Module):
-    """Stands for a compiled network: ``change`` is what the compiler got wrong."""
+    """Stands for a compiled network; ``change`` is the compiler's mistake."""
 
     def __init__(self, network, change):
         super().__init__()
@@ -204,7 +216,7 @@ class Compiled(nn.Module):
 def test_a_wrong_compiled_network_is_refused(change, what):
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10))
     fast = {"plain compiled": Compiled(network, change)}
-    images, said = bench_networks.random_images(4, 8, "cpu"), []
+    images, said = bench_networks.make_images(4, 8, "cpu"), []
     if what is None:
         checks, seconds = bench_check.check_compiled({"plain": network}, fast, images, said.append)
         assert [c["error"] for c in checks] == [0, 0]
@@ -229,7 +241,7 @@ def test_a_run_has_every_row(result):
     assert [(row["shape"], row["variant"]) for row in result["layers"]] == [(s, name) for s in shapes for name in TAILS]
     for row in result["networks"] + result["layers"]:
         assert len(row["seconds"]) == 2
-        assert row["ms"] == measure.spread(1e3 * s for s in row["seconds"])
+        assert row["ms"] == measure.compute_spread(1e3 * s for s in row["seconds"])
         assert 0 < row["ms"]["low"] <= row["ms"]["median"] <= row["ms"]["high"]
     for row in result["networks"]:
         assert row["images_per_second"] == pytest.approx(2e3 / row["ms"]["median"])
@@ -240,10 +252,10 @@ def test_a_run_has_every_row(result):
         assert row["share_of_copy"] == pytest.approx(row["moved_mb"] / row["ms"]["median"] / copied)
 
 
-def test_a_runs_ratios_are_those_of_its_times(result):
+def test_the_ratios_of_a_run_are_those_of_its_times(result):
     def seconds(r, name):
         rows = result["layers"] if r["phase"] == "layers" else result["networks"]
-        (row,) = bench_pages.chosen(
+        (row,) = bench_pages.select_rows(
             rows, variant=name, **{k: r[k] for k in ("phase", "shape") if k in r and r[k] != "layers"}
         )
         return row["seconds"]
@@ -254,22 +266,22 @@ def test_a_runs_ratios_are_those_of_its_times(result):
     assert pairs.count(("layers", "tail ecanet", "tail reference")) == 4
     assert len(pairs) == 5 + 8 + 4 * 4
     for r in result["ratios"]:
-        expected = measure.ratio(seconds(r, r["first"]), seconds(r, r["second"]))
+        expected = measure.compute_ratio(seconds(r, r["first"]), seconds(r, r["second"]))
         assert {k: r[k] for k in expected} == expected
 
 
-def test_a_run_says_where_it_was_made(result, lines):
-    place = result["environment"]
+def test_a_run_describes_its_environment(result, lines):
+    environment = result["environment"]
     for name in ("torch", "torchvision", "timm", "ecanet", "python", "platform", "threads", "device", "date", "dtype"):
-        assert place[name], name
-    assert "commit" in place
-    assert (place["model"], place["image_size"], place["layout"]) == ("resnet18", 64, "channels_last")
+        assert environment[name], name
+    assert "commit" in environment
+    assert (environment["model"], environment["image_size"], environment["layout"]) == ("resnet18", 64, "channels_last")
     assert len(result["checks"]) == 2 * 4 + 5 * len(TAILS)
     assert all(check["error"] <= check["allowed"] for check in result["checks"])
-    assert lines == ["about 1 minutes; first the checks", f"{len(result['checks'])} checks passed"]
+    assert lines == ["checking, then timing for about 1 minutes", f"{len(result['checks'])} checks passed"]
 
 
-def test_less_is_moved_and_kept_than_by_the_peer(result):
+def test_our_networks_move_fewer_bytes_than_timms(result):
     rows = {(row["phase"], row["variant"]): row for row in result["networks"]}
     ours, theirs = rows["training", "ecanet eca"], rows["training", "timm eca"]
     assert ours["moved_mb_per_image"] < theirs["moved_mb_per_image"]
@@ -281,21 +293,21 @@ def test_the_four_minutes_leave_time_for_checks():
     assert sum(budget.seconds for budget in bench.QUICK.values()) <= 180
 
 
-def test_commit_of_this_source_only(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
-    assert bench.commit() is None
+def test_the_commit_is_that_of_this_source_only(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "bench.py"))
+    assert machine.find_commit() is None
 
 
 # the command
 
 
 def test_the_command(ecanet, monkeypatch, result, tmp_path):
-    asked = {}
-    monkeypatch.setattr(front_door, "run", lambda **options: asked.update(options) or result)
+    options = {}
+    monkeypatch.setattr(front_door, "run", lambda **given: options.update(given) or result)
     code, out, err = ecanet("bench", "--quick", "--batch-size", "2,4", "--out", "new/result.json")
     assert (code, err) == (0, "")
-    del asked["say"]
-    assert asked == {"device": "cpu", "quick": True, "compiled": None, "batch_sizes": [2, 4]}
+    del options["say"]
+    assert options == {"device": "cpu", "quick": True, "compiled": None, "batch_sizes": [2, 4]}
     assert json.loads((tmp_path / "new" / "result.json").read_text()) == result
     assert (tmp_path / "new" / "result.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"result.json", "result.png"}
@@ -303,19 +315,19 @@ def test_the_command(ecanet, monkeypatch, result, tmp_path):
     assert len(rows) == 2 * len(NETWORKS) + 4
     assert max(map(len, rows)) <= 80
     assert "…" not in out
-    for r in bench_pages.chosen(result["ratios"], phase="training"):
+    for r in bench_pages.select_rows(result["ratios"], phase="training"):
         assert f"  {r['first']} / {r['second']}: {r['median']:.3f}" in out
     assert out.splitlines()[-1].startswith(
         f"took {result['seconds']:.0f} s; result new/result.json, plot new/result.png"
     )
 
 
-def test_compiling_is_asked_for_and_its_time_is_said(ecanet, monkeypatch, result):
-    asked = {}
+def test_the_command_compiles_on_request_and_prints_how_long_it_took(ecanet, monkeypatch, result):
+    options = {}
     with_time = result | {"compile_seconds": {"a": 30.2, "b": 31.0}}
-    monkeypatch.setattr(front_door, "run", lambda **options: asked.update(options) or with_time)
+    monkeypatch.setattr(front_door, "run", lambda **given: options.update(given) or with_time)
     code, out, _ = ecanet("bench", "--quick", "--compile")
-    assert (code, asked["compiled"], asked["batch_sizes"]) == (0, True, None)
+    assert (code, options["compiled"], options["batch_sizes"]) == (0, True, None)
     assert "compiling took 61 s" in out.splitlines()
 
 
@@ -326,7 +338,7 @@ def test_help_fits_a_screen(ecanet):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--device", "tpu"], "unknown device 'tpu'; write auto, cpu, cuda, cuda:N or mps"),
         (["--batch-size", "0"], "a batch size must be a positive integer, got 0"),
@@ -338,7 +350,7 @@ def test_help_fits_a_screen(ecanet):
         (["--out", "file/deeper/result.json"], "cannot write to file/deeper (Not a directory); choose another --out"),
     ],
 )
-def test_mistakes_are_told_before_the_long_run(ecanet, monkeypatch, tmp_path, arguments, said):
+def test_mistakes_are_reported_before_the_run_begins(ecanet, monkeypatch, tmp_path, arguments, message):
     def unreachable(*args, **options):
         raise AssertionError("began")
 
@@ -347,12 +359,12 @@ def test_mistakes_are_told_before_the_long_run(ecanet, monkeypatch, tmp_path, ar
     (tmp_path / "file").write_text("")
     code, out, err = ecanet("bench", "--quick", *arguments)
     assert (code, out) == (2, "")
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there(ecanet):
+def test_a_missing_gpu_is_reported(ecanet):
     assert ecanet("bench", "--device", "cuda")[2].startswith(
         "ecanet: no device 'cuda' on this machine; choose one of auto, cpu"
     )
@@ -364,20 +376,25 @@ def test_the_benchmark_needs_a_cpu_or_a_cuda_gpu(monkeypatch):
         bench.run(device="mps")
 
 
-def test_a_missing_peer(monkeypatch):
+def test_timm_must_be_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigError, match="compares with timm, which is not installed: pip install timm"):
+    with pytest.raises(ConfigError, match="timm is not installed: pip install timm"):
         bench.run(**TINY, say=lambda line: None)
 
 
-def test_only_a_full_run_compiles_unasked(monkeypatch):
+def test_only_a_full_run_compiles_by_default(monkeypatch):
     def stop(what):
         raise ConfigError(what)
 
     monkeypatch.setattr(bench_check, "check_compiler", lambda: stop("compiles"))
     monkeypatch.setattr(bench_networks, "build", lambda name, device: stop("does not"))
-    wanted = {(True, None): "does not", (True, True): "compiles", (False, None): "compiles", (False, False): "does not"}
-    for (quick, compiled), what in wanted.items():
+    expected = {
+        (True, None): "does not",
+        (True, True): "compiles",
+        (False, None): "compiles",
+        (False, False): "does not",
+    }
+    for (quick, compiled), what in expected.items():
         with pytest.raises(ConfigError, match=what):
             bench.run(quick=quick, compiled=compiled, say=lambda line: None)
 

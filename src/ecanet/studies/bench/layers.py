@@ -1,4 +1,7 @@
-"""The end of one residual block alone, forward and backward: with and without attention, ours and timm's."""
+"""The tail of one residual block alone, forward and backward: without attention, with ours and with timm's.
+
+A tail is everything after the last convolution of the block: batch norm, gate, addition of the shortcut, ReLU.
+"""
 
 import copy
 from collections.abc import Callable
@@ -16,49 +19,52 @@ PAIRS = (
     ("tail ecanet", "tail timm"),
     ("gate ecanet", "gate timm"),
 )
-"""What is divided by what: below 1 the first is faster."""
+"""Pairs whose times are divided. Below 1 the first is faster."""
 
 PEERS = ("tail plain", "tail timm", "gate timm")
-"""What is not this library's."""
+"""Variants that are not this library's."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """What the end of a block works on; ``dy`` is the gradient that comes back."""
+    """The tensors and modules of a block's tail; ``dy`` is the gradient of its output."""
 
-    z: Tensor  # N C H W
+    z: Tensor  # N C H W, the output of the last convolution
     shortcut: Tensor  # N C H W
     dy: Tensor  # N C H W
     norm: nn.BatchNorm2d
     gate: ECA
-    theirs: nn.Module
+    timm_gate: nn.Module
 
     def double(self) -> "Block":
-        """The same numbers in float64."""
+        """Return the same numbers in float64."""
         z, shortcut = (x.detach().double().requires_grad_() for x in (self.z, self.shortcut))
         norm, gate = copy.deepcopy(self.norm).double(), copy.deepcopy(self.gate).double()
-        return Block(z, shortcut, self.dy.double(), norm, gate, copy.deepcopy(self.theirs).double())
+        return Block(z, shortcut, self.dy.double(), norm, gate, copy.deepcopy(self.timm_gate).double())
 
 
-def block(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> Block:
-    """Random numbers of ``shape`` (N, C, H, W), channels-last, and modules in training mode."""
+def make_block(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> Block:
+    """Return random tensors of ``shape`` (N, C, H, W) in channels-last layout, and modules in training mode."""
     from timm.layers import EcaModule  # pyright: ignore[reportPrivateImportUsage]
 
     generator = torch.Generator().manual_seed(0)
     channels = shape[1]
     tensors = [torch.randn(shape, generator=generator) + 0.5 for _ in range(3)]
     z, shortcut, dy = (x.to(device, dtype).contiguous(memory_format=torch.channels_last) for x in tensors)
-    norm, gate, theirs = nn.BatchNorm2d(channels), ECA(channels), EcaModule(channels)
+    norm, gate, timm_gate = nn.BatchNorm2d(channels), ECA(channels), EcaModule(channels)
     with torch.no_grad():
         for parameter in (norm.weight, norm.bias, *gate.parameters()):
             parameter.uniform_(0.2, 1.0, generator=generator)
-    theirs.load_state_dict(gate.state_dict())
+    timm_gate.load_state_dict(gate.state_dict())
     z, shortcut = z.requires_grad_(), shortcut.requires_grad_()
-    return Block(z, shortcut, dy, norm.to(device), gate.to(device), theirs.to(device))
+    return Block(z, shortcut, dy, norm.to(device), gate.to(device), timm_gate.to(device))
 
 
-def steps(b: Block, *, fused: bool = False) -> dict[str, Callable[[], list[Tensor]]]:
-    """What is timed, by name: each gives its output and all gradients."""
+def make_steps(b: Block, *, fused: bool = False) -> dict[str, Callable[[], list[Tensor]]]:
+    """Return the functions that are timed, by variant. Each returns the output and all gradients.
+
+    With ``fused`` there is also a variant that requires the Triton kernels.
+    """
 
     def tail(impl: ops.Impl) -> Callable[[], Tensor]:
         return lambda: ops.residual_tail(b.z, b.norm, b.gate.weigh, b.shortcut, impl=impl)
@@ -66,20 +72,21 @@ def steps(b: Block, *, fused: bool = False) -> dict[str, Callable[[], list[Tenso
     forwards: dict[str, Callable[[], Tensor]] = {
         "tail plain": lambda: (b.norm(b.z) + b.shortcut).relu_(),
         "tail reference": tail("reference"),
-        "tail timm": lambda: (b.theirs(b.norm(b.z)) + b.shortcut).relu_(),
+        "tail timm": lambda: (b.timm_gate(b.norm(b.z)) + b.shortcut).relu_(),
         "tail ecanet": tail("auto"),
-        "gate timm": lambda: b.theirs(b.z),
+        "gate timm": lambda: b.timm_gate(b.z),
         "gate ecanet": lambda: b.gate(b.z),
     }
     if fused:
         forwards["tail fused"] = tail("fused")
-    return {name: _with_backward(forward, b, name) for name, forward in forwards.items()}
+    return {name: _add_backward(forward, b, name) for name, forward in forwards.items()}
 
 
-def _with_backward(forward: Callable[[], Tensor], b: Block, name: str) -> Callable[[], list[Tensor]]:
-    kind, whose = name.split()
-    taps = () if whose == "plain" else (b.theirs if whose == "timm" else b.gate).parameters()
-    inputs = [b.z, *taps] if kind == "gate" else [b.z, b.shortcut, *b.norm.parameters(), *taps]
+def _add_backward(forward: Callable[[], Tensor], b: Block, name: str) -> Callable[[], list[Tensor]]:
+    part, library = name.split()
+    gate_parameters = () if library == "plain" else (b.timm_gate if library == "timm" else b.gate).parameters()
+    tail_inputs = [] if part == "gate" else [b.shortcut, *b.norm.parameters()]
+    inputs = [b.z, *tail_inputs, *gate_parameters]
 
     def step() -> list[Tensor]:
         with torch.autocast(b.z.device.type, torch.bfloat16, enabled=b.z.dtype == torch.bfloat16):
@@ -89,12 +96,12 @@ def _with_backward(forward: Callable[[], Tensor], b: Block, name: str) -> Callab
     return step
 
 
-def oracle(b: Block, name: str) -> list[Tensor]:
-    """What the step called ``name`` gives in float64, by the specification."""
+def compute_oracle(b: Block, name: str) -> list[Tensor]:
+    """Return the output and all gradients of the variant ``name`` in float64, computed by the specification."""
     wide = b.double()
     if name == "tail plain":
-        return steps(wide)[name]()
+        return make_steps(wide)[name]()
     if name.startswith("tail"):
-        return steps(wide)["tail reference"]()
+        return make_steps(wide)["tail reference"]()
     y = ops.squeeze_scale(wide.z, wide.gate.weigh, impl="reference")
     return [y.detach(), *torch.autograd.grad(y, [wide.z, *wide.gate.parameters()], wide.dy)]

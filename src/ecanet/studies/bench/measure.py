@@ -1,15 +1,15 @@
-"""Time, memory and bytes of steps, measured so that what slows the machine slows all variants alike.
+"""Measure time, memory and bytes of steps so that a slow phase of the machine slows all variants alike.
 
-Variants take turns within one run (A B C, B C A, C A B, ...). A ratio is made round by round, of two times of the same
-round; what is given is the median over the rounds, with the quartiles as its spread.
+Variants take turns within one run (A B C, B C A, C A B, ...). A ratio divides two times of the same round. The result
+is the median over the rounds, with the quartiles as its spread.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,30 +17,38 @@ from torch.utils._pytree import tree_leaves
 
 from ecanet.ops import lean, list_implementations
 from ecanet.studies.bench import traffic
+from ecanet.studies.bench.rows import Spread
 
 Step = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
 
 COPIED = 2**26
-"""Elements of the tensor that is copied to measure the memory's bandwidth: 256 MB, more than caches hold."""
+"""Elements of the tensor that is copied to measure memory bandwidth: 256 MB, more than caches hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """As many rounds as fit into ``seconds``, but from ``least`` to ``most``; one more, not counted, warms up."""
+    """As many rounds as fit into ``seconds``, but from ``least`` to ``most``. One more round warms up, uncounted."""
 
     seconds: float
     least: int = 5
     most: int = 100
 
 
-def interleaved(steps: Mapping[Name, Step], budget: Budget, *, device: str, title: str) -> dict[Name, list[float]]:
-    """Seconds of each step in each round; the order turns by one from round to round."""
+def interleave(steps: Mapping[Name, Step], budget: Budget, *, device: str, title: str) -> dict[Name, list[float]]:
+    """Return the seconds of each step in each round; the order of the steps turns by one from round to round.
+
+    Args:
+        steps: Functions by name.
+        budget: How many rounds run.
+        device: "cpu" or "cuda".
+        title: Text of the progress bar.
+    """
     names = list(steps)
     times: dict[Name, list[float]] = {name: [] for name in names}
-    with _bar(title, len(names)) as moved:
+    with _show_progress(title, len(names)) as advance:
         started, rounds = 0.0, -1  # the first round warms up
-        while rounds < budget.least or (rounds < budget.most and _another(clock(device) - started, rounds, budget)):
+        while rounds < budget.least or (rounds < budget.most and _fits(clock(device) - started, rounds, budget)):
             for shift in range(len(names)):
                 name = names[(rounds + shift) % len(names)]
                 begun = clock(device)
@@ -48,29 +56,34 @@ def interleaved(steps: Mapping[Name, Step], budget: Budget, *, device: str, titl
                 seconds = clock(device) - begun
                 if rounds >= 0:
                     times[name].append(seconds)
-                moved(_expected(times, budget))
+                advance(_estimate_rounds(times.values(), budget))
             rounds += 1
             if rounds == 0:
                 started = clock(device)
     return times
 
 
-def _another(spent: float, rounds: int, budget: Budget) -> bool:
+def _fits(spent: float, rounds: int, budget: Budget) -> bool:
+    """Return whether one more round fits, if it takes as long as the ``rounds`` so far did on average."""
     return spent * (rounds + 1) / rounds <= budget.seconds
 
 
-def _expected(times: Mapping[Any, list[float]], budget: Budget) -> int:
-    """Rounds that fit, by the times so far, the one that warms up included."""
-    each = [statistics.median(values) for values in times.values() if values]
-    if not each:
+def _estimate_rounds(times: Iterable[list[float]], budget: Budget) -> int:
+    """Return how many rounds will run, judged by the times so far and including the round that warms up."""
+    times = list(times)
+    medians = [statistics.median(values) for values in times if values]
+    if not medians:
         return 1 + budget.least
-    fit = int(budget.seconds / max(1e-9, len(times) * statistics.mean(each)))
+    fit = int(budget.seconds / max(1e-9, len(times) * statistics.mean(medians)))
     return 1 + min(budget.most, max(budget.least, fit))
 
 
 @contextmanager
-def _bar(title: str, steps: int) -> Iterator[Callable[[int], None]]:
-    """A bar with the remaining time, on a terminal; gives what moves it by a step, told the expected rounds."""
+def _show_progress(title: str, steps: int) -> Generator[Callable[[int], None]]:
+    """Show a progress bar with the remaining time, if this is a terminal.
+
+    Yield a function that advances it by one step; its argument is the expected number of rounds.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -97,43 +110,46 @@ def _bar(title: str, steps: int) -> Iterator[Callable[[int], None]]:
 
 
 def clock(device: str) -> float:
-    """Now, after all that the device was given is done."""
+    """Return the time in seconds, after the device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def spread(values: Iterable[float]) -> dict[str, float]:
-    """Median and quartiles.
+def compute_spread(values: Iterable[float]) -> Spread:
+    """Return the median and the quartiles.
 
-    >>> spread([1.0, 2.0, 3.0, 4.0, 9.0])
+    >>> compute_spread([1.0, 2.0, 3.0, 4.0, 9.0])
     {'median': 3.0, 'low': 2.0, 'high': 4.0}
     """
     found = list(values)
-    low, middle, high = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
-    return {"median": middle, "low": low, "high": high}
+    low, median, high = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
+    return {"median": median, "low": low, "high": high}
 
 
-def ratio(first: Iterable[float], second: Iterable[float]) -> dict[str, float]:
-    """Median and quartiles of ``first / second``, round by round: below 1 the first is faster.
+def compute_ratio(first: Iterable[float], second: Iterable[float]) -> Spread:
+    """Return the median and the quartiles of ``first / second``, round by round. Below 1 the first is faster.
 
-    >>> ratio([2.0, 3.0, 40.0], [4.0, 4.0, 80.0])["median"]
+    >>> compute_ratio([2.0, 3.0, 40.0], [4.0, 4.0, 80.0])["median"]
     0.5
     """
-    return spread(x / y for x, y in zip(first, second, strict=True))
+    return compute_spread(x / y for x, y in zip(first, second, strict=True))
 
 
-def copy(device: str) -> tuple[Step, int]:
-    """A copy of a large tensor, and the bytes that it moves."""
+def make_copy(device: str) -> tuple[Step, int]:
+    """Return a function that copies a large tensor, and the bytes that it reads and writes."""
     source = torch.ones(COPIED, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * source.nbytes
 
 
-def memory(step: Step, device: str) -> float:
-    """MB that ``step`` needs beside what is there: CUDA's peak, or on a CPU what autograd keeps for the backward."""
+def measure_memory(step: Step, device: str) -> float:
+    """Return the MB that ``step`` needs beside what is allocated before it.
+
+    On a GPU it is the peak of the allocator, on a CPU what autograd keeps for the backward.
+    """
     if device != "cuda":
-        return traffic.saved(step) / 1e6
+        return traffic.count_saved_bytes(step) / 1e6
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -142,54 +158,61 @@ def memory(step: Step, device: str) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def moved(step: Step, smallest: int = 4096) -> float:
-    """MB that ``step`` reads and writes, by count: each operation's tensors once, convolutions left out.
+def count_moved_mb(step: Step, smallest: int = 4096) -> float:
+    """Return the MB that ``step`` reads and writes, by count: each operation's tensors once, without convolutions.
 
-    On a CPU the lean passes count as one operation each: their groups of samples stay in the cache. So do the kernels'
-    passes, which read and write each of their tensors once: `traffic.interpreted` counts that load by load.
+    On a CPU each of the lean passes counts as one operation, because its groups of samples stay in the cache. Each pass
+    of the kernels does, too: it reads and writes each of its tensors once, and `traffic.count_interpreted_accesses`
+    shows it. Tensors of fewer than ``smallest`` elements do not count.
     """
-    with traffic.counted(smallest) as count, _whole_passes(count, smallest):
+    with traffic.count_operations(smallest) as count, _count_whole_passes(count, smallest):
         step()
     return count.moved / 1e6
 
 
 @contextmanager
-def _whole_passes(count: traffic.Traffic, smallest: int) -> Iterator[None]:
-    """Count each pass of the kernels and, on a CPU, of `lean` as one operation."""
+def _count_whole_passes(count: traffic.Traffic, smallest: int) -> Generator[None]:
+    """Count each pass of the kernels as one operation, and on a CPU each pass of `lean`."""
     names = ("moments", "apply", "reduce", "grads")
-    passes = {(kind, name): getattr(kind, name) for kind in list_implementations() for name in names}
+    passes = {
+        (kind, name): cast(Callable[..., object], getattr(kind, name))
+        for kind in list_implementations()
+        for name in names
+    }
 
-    def counting(kind: Any, name: str) -> Callable[..., Any]:
-        def counted(*args: Any) -> Any:
+    def counting(kind: object, name: str, run: Callable[..., object]) -> Callable[..., object]:
+        def run_and_count(*args: object) -> object:
             before = count.read, count.written
-            out = passes[kind, name](*args)
-            if kind is not lean or args[0].device.type == "cpu":
-                read, written = large(_read(name, args), smallest), large(out, smallest)
+            out = run(*args)
+            if kind is not lean or cast(Tensor, args[0]).device.type == "cpu":
+                read = find_large_tensors(_select_read(name, args), smallest)
+                written = find_large_tensors(out, smallest)
+                # replaces what the operations inside the pass have added
                 count.read = before[0] + sum(read.values())
-                count.written = before[1] + sum(size for at, size in written.items() if at not in read)
+                count.written = before[1] + sum(size for address, size in written.items() if address not in read)
             return out
 
-        return counted
+        return run_and_count
 
-    for kind, name in passes:
-        setattr(kind, name, counting(kind, name))
+    for (kind, name), run in passes.items():
+        setattr(kind, name, counting(kind, name, run))
     try:
         yield
     finally:
-        for (kind, name), function in passes.items():
-            setattr(kind, name, function)
+        for (kind, name), run in passes.items():
+            setattr(kind, name, run)
 
 
-def _read(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What the pass reads of its arguments: see `ecanet.ops.passes.Passes`."""
+def _select_read(name: str, args: tuple[object, ...]) -> tuple[object, ...]:
+    """Return the arguments that the pass ``name`` reads: see `ecanet.ops.passes.Passes`."""
     if name == "moments" and args[1] == 0:
         return ()
-    if name == "grads" and args[-1] is None and args[2].activation is None:
+    if name == "grads" and args[-1] is None and getattr(args[2], "activation", None) is None:
         return args[:1]
     return args
 
 
-def large(tree: Any, smallest: int) -> dict[int, int]:
-    """Address and bytes of each tensor of at least ``smallest`` elements, each once."""
+def find_large_tensors(tree: object, smallest: int) -> dict[int, int]:
+    """Return the address and the bytes of each tensor in ``tree`` that has at least ``smallest`` elements."""
     tensors = [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.numel() >= smallest]
     return {x.data_ptr(): x.nbytes for x in tensors}

@@ -1,14 +1,13 @@
-"""The networks that the benchmark puts side by side, and the steps that are timed."""
+"""The networks that the benchmark compares, and the steps that it times."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ecanet import models
-from ecanet.errors import ConfigError
 from ecanet.inference import optimize
+from ecanet.networks import find
 
 PAIRS = (
     ("ecanet eca", "ecanet plain"),
@@ -20,76 +19,84 @@ PAIRS = (
     ("optimized eca", "ecanet eca"),
     ("optimized eca", "timm eca"),
 )
-"""What is divided by what, where both were timed: below 1 the first is faster."""
+"""Pairs whose times are divided, if both were timed. Below 1 the first network is faster."""
 
 
 def build(name: str, device: str) -> dict[str, nn.Module]:
-    """The ResNet called ``name``, 1000 classes: this library's, timm's and torchvision's, all channels-last.
+    """Return the ResNet called ``name`` of this library, timm and torchvision, with 1000 classes, in channels-last.
 
     Raises:
-        ConfigError: timm is not installed.
+        ConfigError: timm or torchvision is not installed or does not have the network.
     """
-    try:
-        import timm
-    except ImportError:
-        raise ConfigError("the benchmark compares with timm, which is not installed: pip install timm") from None
-    import torchvision
-
-    torch.manual_seed(0)
-    networks: dict[str, nn.Module] = {
-        "ecanet plain": models.create_model(name, attention="none"),
-        "ecanet eca": models.create_model(name, attention="eca", kernel_sizes="adaptive"),  # timm's kernel sizes
-        "timm eca": timm.create_model(name, block_args={"attn_layer": "eca"}),
-        "timm se": timm.create_model(name, block_args={"attn_layer": "se"}),
-        "torchvision plain": torchvision.models.get_model(name),
+    torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
+    timm_se = find(f"timm:se{name}")  # first, because it raises if timm is not installed
+    networks = {
+        "ecanet plain": find(name, attention="none"),
+        "ecanet eca": find(name, attention="eca", kernel_sizes="adaptive"),  # timm's kernel sizes
+        "timm eca": _build_timm_eca(name),
+        "timm se": timm_se,
+        "torchvision plain": find(f"torchvision:{name}"),
     }
-    return {name: placed(network, device) for name, network in networks.items()}
+    return {variant: move_to_device(network, device) for variant, network in networks.items()}
 
 
-def placed(network: nn.Module, device: str) -> nn.Module:
-    """``network`` on ``device``, channels-last."""
-    return network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+def _build_timm_eca(name: str) -> nn.Module:
+    """Return timm's ResNet with ECA. It has no name of its own: "ecaresnet50d" and the like have another stem, too."""
+    import timm
+
+    return timm.create_model(name, block_args={"attn_layer": "eca"})
 
 
-def optimized(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """This library's networks as `optimize` makes them for inference."""
+def move_to_device(network: nn.Module, device: str) -> nn.Module:
+    """Move ``network`` to ``device`` in channels-last layout and return it."""
+    moved = network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue,reportUnknownVariableType]
+    return cast(nn.Module, moved)
+
+
+def optimize_ours(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the copies for inference that `ecanet.optimize` makes of this library's networks."""
     return {f"optimized {kind}": optimize(networks[f"ecanet {kind}"]) for kind in ("plain", "eca")}
 
 
-def compiled(networks: dict[str, nn.Module]) -> dict[str, Any]:
-    """The same networks (their weights are shared), compiled at their first call."""
-    return {f"{name} compiled": torch.compile(network, dynamic=False) for name, network in networks.items()}
+def compile_networks(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the networks wrapped by `torch.compile`. They share the weights, and compile at their first call."""
+    return {
+        f"{name} compiled": cast(nn.Module, torch.compile(network, dynamic=False)) for name, network in networks.items()
+    }
 
 
-def set_mode(networks: dict[str, nn.Module], training: bool) -> None:
-    """Training or evaluation, for all."""
-    for network in networks.values():
+def set_mode(networks: Iterable[nn.Module], training: bool) -> None:
+    """Put all ``networks`` in training or evaluation mode."""
+    for network in networks:
         network.train(training)
 
 
-def random_images(count: int, side: int, device: str) -> Tensor:
-    """(count, 3, side, side), channels-last."""
+def make_images(count: int, side: int, device: str) -> Tensor:
+    """Return random images (count, 3, side, side) in channels-last layout."""
     images = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
     return images.to(device).contiguous(memory_format=torch.channels_last)
 
 
-def train_step(network: Any, images: Tensor) -> Callable[[], Tensor]:
-    """Forward, loss and backward (no optimizer: it is the same for all); the step gives the logits."""
+def make_train_step(network: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    """Return a function that runs forward, loss and backward, and returns the logits (N, classes).
+
+    There is no optimizer step: it would be the same for all networks.
+    """
     labels = torch.arange(len(images), device=images.device)
 
     def step() -> Tensor:
-        forget(network)
+        clear_gradients(network)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            logits = network(images)
+            logits = cast(Tensor, network(images))
             loss = nn.functional.cross_entropy(logits, labels)
-        loss.backward()
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
         return logits.detach()
 
     return step
 
 
-def eval_step(network: Any, images: Tensor) -> Callable[[], Tensor]:
-    """Forward without gradients; the step gives the logits."""
+def make_eval_step(network: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    """Return a function that runs forward without gradients, and returns the logits (N, classes)."""
 
     def step() -> Tensor:
         with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
@@ -98,14 +105,14 @@ def eval_step(network: Any, images: Tensor) -> Callable[[], Tensor]:
     return step
 
 
-def forget(network: Any) -> None:
+def clear_gradients(network: nn.Module) -> None:
     """Free the gradients of ``network``."""
     for parameter in network.parameters():
         parameter.grad = None
 
 
-def stages(network: nn.Module, image_size: int) -> list[tuple[int, int, int]]:
-    """(channels, height, width) that leave the four stages of a ResNet."""
-    last = network.fc.in_features  # pyright: ignore[reportAttributeAccessIssue]
+def list_stage_shapes(network: nn.Module, image_size: int) -> list[tuple[int, int, int]]:
+    """Return the output shapes (channels, height, width) of the four stages of a ResNet."""
+    channels = cast(nn.Linear, network.fc).in_features
     sides = [-(-image_size // 2**stage) for stage in (2, 3, 4, 5)]
-    return [(last // 2 ** (3 - stage), side, side) for stage, side in enumerate(sides)]
+    return [(channels // 2 ** (3 - stage), side, side) for stage, side in enumerate(sides)]

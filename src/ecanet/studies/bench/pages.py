@@ -1,10 +1,10 @@
-"""What the benchmark found: tables on a terminal, a JSON file, and a plot beside it."""
+"""Show and write the benchmark's result: tables on a terminal, a JSON file, and a plot beside it."""
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from rich import box
 from rich.console import Console
@@ -12,12 +12,15 @@ from rich.table import Table
 
 from ecanet.errors import ConfigError
 from ecanet.report import figures, write_file
-from ecanet.studies.bench.measure import ratio
+from ecanet.studies.bench.measure import compute_ratio
+from ecanet.studies.bench.rows import LayerRow, NetworkRow, Result
 
 __all__ = ["check_out", "plot", "show", "write"]
 
+Row = TypeVar("Row", bound=Mapping[str, object])
+
 BASE = "torchvision plain"
-"""The plain network that the others' times are divided by in the tables; further ratios follow below them."""
+"""The network by whose time the tables divide the others' times. Further ratios are printed below the tables."""
 
 COLOURS = {"ecanet eca": "#0b5cad", "optimized eca": "#0b5cad", "timm eca": "#e08a1e", "timm se": "#b9a7cf"}
 TAILS = {"tail reference": "#c4cbd3", "tail timm": "#e08a1e", "tail ecanet": "#0b5cad", "tail fused": "#46a35a"}
@@ -25,10 +28,10 @@ PLAIN = "#9aa4ae"
 
 
 def check_out(out: Path) -> None:
-    """Before a long run, see that its result can be written to ``out``, and a plot beside it.
+    """Check before a long run that its result can be written to ``out``, and a plot beside it.
 
     Raises:
-        ConfigError: ``out`` does not end in .json, is a folder, or lies where nothing can be written.
+        ConfigError: ``out`` does not end in .json, is a folder, or is in a folder that cannot be written to.
     """
     if out.suffix != ".json":
         raise ConfigError(f"the result is JSON, and the plot goes beside it: --out must end in .json, got {out}")
@@ -43,8 +46,11 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"cannot write to {out.parent} ({why}); choose another --out") from None
 
 
-def write(result: dict[str, Any], out: Path) -> Path:
-    """Write the result as JSON to ``out`` and its plot beside it, each whole or not at all; gives the plot's path."""
+def write(result: Result, out: Path) -> Path:
+    """Write the result as JSON to ``out`` and its plot beside it; return the plot's path.
+
+    Each file is written completely or not at all.
+    """
     write_file(out, json.dumps(result, indent=1, allow_nan=False) + "\n")
     picture = out.with_suffix(".png")
     write_file(picture, plot(result))
@@ -54,97 +60,98 @@ def write(result: dict[str, Any], out: Path) -> Path:
 # tables
 
 
-def show(result: dict[str, Any], console: Console) -> None:
-    """Print the tables: networks by batch size and phase, then the ends of the blocks."""
+def show(result: Result, console: Console) -> None:
+    """Print the tables: networks by batch size and phase, then the block tails."""
     console.print(
-        f"{headline(result)}. Times are medians over the rounds; ratios are of times in the same round, "
+        f"{format_headline(result)}. Times are medians over the rounds; ratios are of times in the same round, "
         "± half the distance of their quartiles."
     )
-    for size in sizes_of(result):
+    for size in list_batch_sizes(result):
         for phase in ("training", "inference"):
-            rows = chosen(result["networks"], batch_size=size, phase=phase)
-            console.print(networks_table(rows, f"{phase}, batch {size}"))
-            for r in chosen(result["ratios"], batch_size=size, phase=phase):
+            rows = select_rows(result["networks"], batch_size=size, phase=phase)
+            console.print(make_networks_table(rows, f"{phase}, batch {size}"))
+            for r in select_rows(result["ratios"], batch_size=size, phase=phase):
                 quartiles = f"{r['low']:.3f} to {r['high']:.3f}"
                 console.print(f"  {r['first']} / {r['second']}: {r['median']:.3f} ({quartiles}) of the time")
-        copied = chosen(result["copy"], batch_size=size)[0]["gb_per_second"]["median"]
-        title = f"end of one block, forward and backward, batch {size} (a copy moves {copied:.1f} GB/s)"
-        console.print(layers_table(chosen(result["layers"], batch_size=size), title))
+        copied = select_rows(result["copy"], batch_size=size)[0]["gb_per_second"]["median"]
+        title = f"block tail, forward and backward, batch {size} (a copy moves {copied:.1f} GB/s)"
+        console.print(make_layers_table(select_rows(result["layers"], batch_size=size), title))
 
 
-def headline(result: dict[str, Any]) -> str:
-    """What ran where."""
-    place = result["environment"]
+def format_headline(result: Result) -> str:
+    """Return the network, the settings and the machine in one line."""
+    found = result["environment"]
     return (
-        f"{place['model']}, {place['image_size']} pixels, {place['dtype']}; {place['device']}, "
-        f"{place['threads']} thread{'s' * (place['threads'] > 1)}, torch {place['torch']}"
+        f"{found['model']}, {found['image_size']} pixels, {found['dtype']}; {found['device']}, "
+        f"{found['threads']} thread{'s' * (cast(int, found['threads']) > 1)}, torch {found['torch']}"
     )
 
 
-def networks_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """One row a network: time, rate, time as a share of the plain one's, memory, bytes."""
-    table = narrow(title, "network", "ms", "images/s", "/ plain", "MB held", "MB moved/image")
+def make_networks_table(rows: Sequence[NetworkRow], title: str) -> Table:
+    """Return a table with one row for each network: time, rate, ratio to the plain one, memory, bytes."""
+    table = make_table(title, "network", "ms", "images/s", "/ plain", "MB held", "MB moved/image")
     for row in rows:
-        held, moved = row.get("memory_mb"), row.get("moved_mb_per_image")
+        held, moved = row.get("memory_mb"), row["moved_mb_per_image"]
         table.add_row(
             row["variant"],
-            three_digits(row["ms"]["median"]),
-            three_digits(row["images_per_second"]),
-            ratio_to(row, chosen(rows, variant=BASE)[0]),
+            format_three_digits(row["ms"]["median"]),
+            format_three_digits(row["images_per_second"]),
+            format_ratio(row, select_rows(rows, variant=BASE)[0]),
             "" if held is None else f"{held:.0f}",
             "" if moved is None else f"{moved:.0f}",
         )
     return table
 
 
-def layers_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """One row a shape and variant: time, bytes by count, their share of the copy's bandwidth, ratios."""
-    table = narrow(title, "shape", "what", "ms", "MB moved", "of copy", "/ plain", "/ timm")
+def make_layers_table(rows: Sequence[LayerRow], title: str) -> Table:
+    """Return a table with one row for each shape and variant: time, bytes by count, share of the copy, ratios."""
+    table = make_table(title, "shape", "variant", "ms", "MB moved", "of copy", "/ plain", "/ timm")
     for at, row in enumerate(rows):
-        kind = row["variant"].split()[0]
-        peers = [chosen(rows, shape=row["shape"], variant=f"{kind} {peer}") for peer in ("plain", "timm")]
-        new = at == 0 or row["shape"] != rows[at - 1]["shape"]
+        part = row["variant"].split()[0]
+        peers = [select_rows(rows, shape=row["shape"], variant=f"{part} {peer}") for peer in ("plain", "timm")]
+        is_new = at == 0 or row["shape"] != rows[at - 1]["shape"]
         table.add_row(
-            "x".join(map(str, row["shape"][1:])) if new else "",
+            "x".join(map(str, row["shape"][1:])) if is_new else "",
             row["variant"],
-            three_digits(row["ms"]["median"]),
-            three_digits(row["moved_mb"]),
+            format_three_digits(row["ms"]["median"]),
+            format_three_digits(row["moved_mb"]),
             f"{row['share_of_copy']:.0%}",
-            *(ratio_to(row, peer[0]) if peer else "" for peer in peers),
+            *(format_ratio(row, peer[0]) if peer else "" for peer in peers),
         )
     return table
 
 
-def narrow(title: str, *columns: str) -> Table:
-    """A table without lines between columns, names to the left, numbers to the right."""
+def make_table(title: str, *columns: str) -> Table:
+    """Return an empty table without vertical lines: names are left-aligned, numbers right-aligned."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in columns:
-        left = column in ("network", "shape", "what")
+        left = column in ("network", "shape", "variant")
         table.add_column(column, justify="left" if left else "right", no_wrap=True)
     return table
 
 
-def chosen(rows: Sequence[dict[str, Any]], **what: Any) -> list[dict[str, Any]]:
-    """The rows that say ``what``."""
-    return [row for row in rows if all(row.get(key) == value for key, value in what.items())]
+def select_rows(rows: Sequence[Row], **values: object) -> list[Row]:
+    """Return the rows that have these ``values``."""
+    return [row for row in rows if all(row.get(key) == value for key, value in values.items())]
 
 
-def sizes_of(result: dict[str, Any]) -> list[int]:
-    """The batch sizes, in order."""
+def list_batch_sizes(result: Result) -> list[int]:
+    """Return the batch sizes in the order in which they were timed."""
     return list(dict.fromkeys(row["batch_size"] for row in result["networks"]))
 
 
-def ratio_to(row: dict[str, Any], base: dict[str, Any]) -> str:
-    """Time of ``row`` over that of ``base`` with its spread; empty where they are one."""
+def format_ratio(row: NetworkRow | LayerRow, base: NetworkRow | LayerRow) -> str:
+    """Return the time of ``row`` over that of ``base`` with its spread, or nothing if they are the same row."""
     if row is base:
         return ""
-    r = ratio(row["seconds"], base["seconds"])
+    r = compute_ratio(row["seconds"], base["seconds"])
     return f"{r['median']:.2f} ±{(r['high'] - r['low']) / 2:.2f}"
 
 
-def three_digits(x: float) -> str:
-    """
-    >>> three_digits(1234.5), three_digits(12.345), three_digits(0.5)
+def format_three_digits(x: float) -> str:
+    """Return ``x`` with three digits, or more if it is 1000 or larger.
+
+    >>> format_three_digits(1234.5), format_three_digits(12.345), format_three_digits(0.5)
     ('1234', '12.3', '0.50')
     """
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
@@ -153,51 +160,54 @@ def three_digits(x: float) -> str:
 # plot
 
 
-def plot(result: dict[str, Any]) -> bytes:
-    """A PNG: images per second in training and inference, and the ends of the blocks; one row a batch size."""
+def plot(result: Result) -> bytes:
+    """Return a PNG: images per second in training and inference, and the block tails; one row for each batch size."""
     from matplotlib.figure import Figure
 
-    sizes = sizes_of(result)
-    most = max(len(chosen(result["networks"], batch_size=sizes[0], phase=p)) for p in ("training", "inference"))
-    figure = Figure(figsize=(14, len(sizes) * (1.6 + 0.34 * most)), layout="constrained")
+    sizes = list_batch_sizes(result)
+    most = max(len(select_rows(result["networks"], batch_size=sizes[0], phase=p)) for p in ("training", "inference"))
+    figure: Any = Figure(figsize=(14, len(sizes) * (1.6 + 0.34 * most)), layout="constrained")
     grid = figure.subplots(len(sizes), 3, squeeze=False)
     for size, (training, inference, layers) in zip(sizes, grid, strict=True):
         for axes, phase in ((training, "training"), (inference, "inference")):
-            draw_networks(axes, chosen(result["networks"], batch_size=size, phase=phase), f"{phase}, batch {size}")
-        draw_layers(layers, chosen(result["layers"], batch_size=size), f"end of a block, batch {size}")
-    figure.suptitle(f"{headline(result)}. Bars are medians, lines quartiles.")
+            rows = select_rows(result["networks"], batch_size=size, phase=phase)
+            _draw_networks(axes, rows, f"{phase}, batch {size}")
+        _draw_layers(layers, select_rows(result["layers"], batch_size=size), f"block tail, batch {size}")
+    figure.suptitle(f"{format_headline(result)}. Bars are medians, lines quartiles.")
     return figures.to_png(figure)
 
 
-def draw_networks(axes: Any, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Images per second, a bar a network, ECA in colour, compiled ones hatched."""
+def _draw_networks(axes: Any, rows: Sequence[NetworkRow], title: str) -> None:
+    """Draw images per second, one bar for each network: ECA in colour, compiled networks hatched."""
     for at, row in enumerate(rows):
         size, ms, rate = row["batch_size"], row["ms"], row["images_per_second"]
         name = row["variant"].removesuffix(" compiled")
         hatch = "//" if name != row["variant"] else None
         whiskers = [[rate - 1e3 * size / ms["high"]], [1e3 * size / ms["low"] - rate]]
         axes.barh(at, rate, color=COLOURS.get(name, PLAIN), hatch=hatch, edgecolor="white", xerr=whiskers, capsize=2)
-        axes.text(0, at, f" {three_digits(rate)}", va="center", color="white", fontweight="bold")
+        axes.text(0, at, f" {format_three_digits(rate)}", va="center", color="white", fontweight="bold")
     axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
     axes.invert_yaxis()
     axes.set(title=title, xlabel="images per second (longer is faster)")
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_layers(axes: Any, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Time as a multiple of the end without attention, bars grouped by shape."""
+def _draw_layers(axes: Any, rows: Sequence[LayerRow], title: str) -> None:
+    """Draw time as a multiple of the tail without attention, bars grouped by shape."""
     shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
-    names = [name for name in TAILS if chosen(rows, variant=name)]
+    names = [name for name in TAILS if select_rows(rows, variant=name)]
     for at, name in enumerate(names):
         multiples = [
-            ratio(*(chosen(rows, shape=list(shape), variant=v)[0]["seconds"] for v in (name, "tail plain")))
+            compute_ratio(
+                *(select_rows(rows, shape=list(shape), variant=v)[0]["seconds"] for v in (name, "tail plain"))
+            )
             for shape in shapes
         ]
-        places = [i + 0.8 * ((at + 0.5) / len(names) - 0.5) for i in range(len(shapes))]
-        middle = [m["median"] for m in multiples]
+        positions = [i + 0.8 * ((at + 0.5) / len(names) - 0.5) for i in range(len(shapes))]
+        medians = [m["median"] for m in multiples]
         whiskers = [[m["median"] - m["low"] for m in multiples], [m["high"] - m["median"] for m in multiples]]
         label = name.removeprefix("tail ")
-        axes.bar(places, middle, 0.8 / len(names), yerr=whiskers, color=TAILS[name], label=label, capsize=2)
+        axes.bar(positions, medians, 0.8 / len(names), yerr=whiskers, color=TAILS[name], label=label, capsize=2)
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_xticks(range(len(shapes)), [f"{c}\n{h}×{w}" for _, c, h, w in shapes])
     axes.set(title=title, ylabel="time / without attention (lower is faster)")
