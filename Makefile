@@ -30,8 +30,8 @@ demo: $(READY)  ## train an ECA-ResNet on real digits, write a report, recognise
 test: $(READY)  ## the default tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-test-slow: $(READY)  ## the tests that take minutes
-	$(BIN)/python -m pytest -q -m slow
+test-slow: $(READY)  ## the tests that take minutes, and the random tests with thousands of cases each
+	$(BIN)/python -m pytest -q -m slow --hypothesis-profile=thorough
 
 sweep: $(READY)  ## attach to a hundred networks of other libraries (installs them)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[sweep]'
