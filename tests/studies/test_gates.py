@@ -1,4 +1,4 @@
-"""What `inspect` says of gates whose behaviour is known beforehand."""
+"""`ecanet inspect`: its records of gates whose behaviour is known beforehand, and its page."""
 
 import json
 
@@ -9,8 +9,7 @@ from torch import Tensor, nn
 import ecanet
 from ecanet.attention import CBAM, ECA, SEVar2
 from ecanet.errors import ConfigError
-from ecanet.studies.gates import pages as inspect_pages
-from ecanet.studies.gates import records as inspect
+from ecanet.studies.gates import pages, records
 
 
 def images(n: int, channels: int = 4) -> Tensor:
@@ -18,11 +17,11 @@ def images(n: int, channels: int = 4) -> Tensor:
 
 
 def test_sums_by_class_are_the_plain_averages():
-    """Three uneven batches, two classes of three, against the weights all at once."""
+    """Three uneven batches with two of three classes must give the averages over all images at once."""
     model, x = nn.Sequential(SEVar2(4)), images(10)
     labels = torch.tensor([0, 2, 2, 0, 0, 2, 2, 2, 0, 0])
     batches = [(x[:3], labels[:3]), (x[3:4], labels[3:4]), (x[4:], labels[4:])]
-    (found,) = inspect.record(model, batches, classes=3)
+    (found,) = records.record(model, batches, classes=3)
     weights = torch.sigmoid(model[0].weight.detach() * x.mean((2, 3)))
     close = torch.testing.assert_close
     close(found.mean, weights.mean(0))
@@ -38,69 +37,69 @@ def test_sums_by_class_are_the_plain_averages():
 
 
 def gate_with(logits: list[float]) -> nn.Sequential:
-    """A gate that gives sigmoid(logits) to an input of ones."""
+    """Return a network of one gate whose weights are sigmoid(logits) for an input of ones."""
     model = nn.Sequential(SEVar2(4))
     model[0].weight.data = torch.tensor(logits, dtype=torch.float32)
     return model
 
 
-def test_alarms():
+def test_alarms_name_dead_saturated_and_constant_gates():
     ones, labels = torch.ones(6, 4, 2, 2), torch.zeros(6, dtype=torch.long)
-    (healthy,) = inspect.record(gate_with([0.5, -1, 1, 2]), [(images(6), labels)], 1)
-    assert healthy.alarms() == []
-    (dead,) = inspect.record(gate_with([-9, 1, -9, 1]), [(ones * torch.rand(6, 1, 1, 1).add(0.9), labels)], 1)
+    (healthy,) = records.record(gate_with([0.5, -1, 1, 2]), [(images(6), labels)], 1)
+    assert healthy.find_alarms() == []
+    (dead,) = records.record(gate_with([-9, 1, -9, 1]), [(ones * torch.rand(6, 1, 1, 1).add(0.9), labels)], 1)
     assert dead.dead.tolist() == [True, False, True, False]
     assert dead.saturated == 0.5
-    assert "2 of 4 channels are shut on every image" in dead.alarms()
-    assert any(alarm.startswith("50% of the weights") for alarm in dead.alarms())
-    (constant,) = inspect.record(gate_with([1, 2, -1, -2]), [(ones, labels)], 1)
-    assert constant.alarms() == ["the weights are the same for every image: a constant could take this gate's place"]
-    (wide_open,) = inspect.record(gate_with([9, 9, 9, 0]), [(ones, labels)], 1)
+    assert "2 of 4 channels are shut on every image" in dead.find_alarms()
+    assert any(alarm.startswith("50% of the weights") for alarm in dead.find_alarms())
+    (constant,) = records.record(gate_with([1, 2, -1, -2]), [(ones, labels)], 1)
+    assert constant.find_alarms() == ["the weights are the same for every image: a constant could replace this gate"]
+    (wide_open,) = records.record(gate_with([9, 9, 9, 0]), [(ones, labels)], 1)
     assert wide_open.saturated == 0.75
     assert not wide_open.dead.any()
 
 
-def test_a_gain_of_two_moves_the_ends():
+def test_a_gain_of_two_doubles_the_range():
     model = gate_with([0, 0, 0, 0])
     model[0].set_gain(2.0)
-    (found,) = inspect.record(model, [(torch.ones(2, 4, 2, 2), torch.zeros(2, dtype=torch.long))], 1)
+    (found,) = records.record(model, [(torch.ones(2, 4, 2, 2), torch.zeros(2, dtype=torch.long))], 1)
     assert found.mean.tolist() == [1, 1, 1, 1]
-    assert found.saturated == 0  # 1 is half way, not an end
+    assert found.saturated == 0  # 1 is the middle of the range, not an end
 
 
 @pytest.mark.parametrize("gate", [ECA(8), CBAM(8, reduction=2)], ids=["eca", "cbam"])
 def test_weights_are_what_the_gate_multiplies_by(gate):
     x = images(3, 8)
-    weights = inspect.weights_for(nn.Sequential(gate), x)["0"]
+    weights = records.compute_image_weights(nn.Sequential(gate), x)["0"]
     y = gate(x)
     if isinstance(gate, CBAM):
-        gate.spatial.weight.data.zero_()  # the spatial half is then a half everywhere
+        gate.spatial.weight.data.zero_()  # the spatial gate is then 0.5 everywhere
         y = 2 * gate(x)
     torch.testing.assert_close(y, x * weights[:, :, None, None])
 
 
-def test_a_gate_held_at_its_mean():
-    """Held, a gate gives every image the same weights; the module is then as it was before."""
+def test_a_gate_can_be_held_at_its_mean():
+    """A held gate gives every image the same weights; afterwards the module is as it was before."""
     model, x = nn.Sequential(ECA(4)), images(6)
     labels = torch.zeros(6, dtype=torch.long)
     before = model(x)
-    records = inspect.record(model, [(x, labels)], 1)
-    held = inspect.without(model, x[:2], records)["0"]
-    torch.testing.assert_close(held, x[:2] * records[0].mean[:, None, None])
+    found = records.record(model, [(x, labels)], 1)
+    held = records.run_with_held_gates(model, x[:2], found)["0"]
+    torch.testing.assert_close(held, x[:2] * found[0].mean[:, None, None])
     assert torch.equal(model(x), before)
     assert not torch.allclose(held, before[:2])
 
 
 def test_a_network_without_gates_is_refused():
     with pytest.raises(ConfigError, match="no channel gates"):
-        inspect.record(ecanet.create_model("resnet8", attention="none"), [], 10)
+        records.record(ecanet.create_model("resnet8", attention="none"), [], 10)
     with pytest.raises(ConfigError, match="no images"):
-        inspect.record(nn.Sequential(ECA(4)), [], 10)
+        records.record(nn.Sequential(ECA(4)), [], 10)
 
 
 @pytest.fixture(scope="module")
 def trained_folder(tmp_path_factory):
-    """Two epochs of digits, with the examples that a run keeps."""
+    """The folder of a run of two epochs on digits, with its example images."""
     from ecanet import recipes
     from ecanet.training import trainer as train
 
@@ -113,7 +112,7 @@ def trained_folder(tmp_path_factory):
 
 def test_from_a_checkpoint_to_a_page(trained_folder, tmp_path):
     picture = sorted((trained_folder / "examples").glob("*.png"))[0]
-    found = inspect_pages.run(trained_folder, tmp_path, classes=["3", "8"], image=picture)
+    found = pages.run(trained_folder, tmp_path, classes=["3", "8"], image=picture)
     assert [one.name for one in found.records] == ["layer1.0.eca", "layer2.0.eca", "layer3.0.eca"]
     assert int(found.records[0].counts.sum()) == 360  # the held-out digits
     assert found.classes == [3, 8]
@@ -128,20 +127,20 @@ def test_from_a_checkpoint_to_a_page(trained_folder, tmp_path):
     assert picture.name in page
 
 
-def test_the_picture_is_seen_as_the_network_sees_it(trained_folder, tmp_path):
-    """A held-out image, from its file, gets the weights that it has in the data."""
-    from ecanet.training import trained
+def test_an_image_file_is_prepared_as_the_data_are(trained_folder, tmp_path):
+    """A held-out image must get the same answer from its file as in the data set."""
+    from ecanet.training import predict
 
     picture = sorted((trained_folder / "examples").glob("*.png"))[0]
-    found = inspect_pages.run(trained_folder, tmp_path, image=picture)
-    (said,) = trained.predict(found.task, [picture])
-    assert found.answer == f"{picture.name}: {said.classes[0][0]}, {said.classes[0][1]:.1%}"
-    share = said.classes[0][1]
+    found = pages.run(trained_folder, tmp_path, image=picture)
+    (prediction,) = predict(found.task, [picture])
+    assert found.answer == f"{picture.name}: {prediction.classes[0][0]}, {prediction.classes[0][1]:.1%}"
+    share = prediction.classes[0][1]
     for effect in found.effects:
         assert effect.log_odds == pytest.approx(torch.tensor(share, dtype=torch.float64).logit().item(), rel=1e-3)
         assert effect.held != effect.log_odds
 
 
-def test_a_class_that_does_not_exist(trained_folder, tmp_path):
+def test_a_class_that_does_not_exist_is_refused(trained_folder, tmp_path):
     with pytest.raises(ConfigError, match="no class 'three'"):
-        inspect_pages.run(trained_folder, tmp_path, classes=["three"])
+        pages.run(trained_folder, tmp_path, classes=["three"])

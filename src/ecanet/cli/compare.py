@@ -149,7 +149,7 @@ def inspect(
         table.add_row(one.name, str(one.channels), *(f"{number:.3f}" for number in numbers), *shares)
     console.print(table)
     for one in found.records:
-        for alarm in one.alarms():
+        for alarm in one.find_alarms():
             console.print(f"alarm: {one.name}: {alarm}")
     if found.answer:
         console.print(found.answer)

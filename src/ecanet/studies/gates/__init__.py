@@ -1,6 +1,7 @@
-"""What the gates of a trained network do.
+"""Show how the gates of a trained network behave.
 
-Read downward: `pages` (`run`: records, draws, writes), `records` (records what gates compute, and raises alarms).
+Read downward: `pages` (`run`, and the files that it writes), `drawings` (figures), `records` (records what gates
+compute, and finds what looks wrong).
 """
 
 from ecanet.studies.gates.pages import run

@@ -1,12 +1,13 @@
-"""What the gates of a network do: their weights by layer and class, alarms for gates that do nothing, one image.
+"""Record what the gates of a network do: their weights by class, their extremes, and what looks wrong.
 
-`record` runs images through a network and keeps, for each channel gate, sums by class: memory does not grow with the
-number of images. `inspect_pages` draws what it found.
+`record` runs images through a network and keeps sums by class for each channel gate, so memory does not grow with the
+number of images.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,18 @@ from ecanet.attention import CBAM, ECA, ChannelAttention, highest
 from ecanet.errors import ConfigError
 from ecanet.ops import reference
 
+Gate = ChannelAttention | CBAM
+
 NEAR = 0.01
-"""A weight this near to 0 or to its highest value, as a share of that, is saturated there: its gradient is gone."""
+"""A weight is saturated if it is within this share of the gate's range of 0 or of the highest value.
+
+Its gradient is then almost zero.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateRecord:
-    """What one gate did over many images; weights are of the gate's own range, 0 to ``gain``."""
+    """The behaviour of one gate over many images. Weights are in the gate's own range, 0 to ``gain``."""
 
     name: str
     gain: float
@@ -32,17 +38,19 @@ class GateRecord:
     mean: Tensor
     """Mean weight of each channel over all images (C)."""
     deviation: Tensor
-    """Standard deviation over all images (C)."""
+    """Standard deviation of each channel's weight over all images (C)."""
     lowest: Tensor
+    """Lowest weight of each channel (C)."""
     highest: Tensor
+    """Highest weight of each channel (C)."""
     saturated: float
-    """Share of all weights, of images and channels, that stand at an end of their range."""
+    """Share of the weights, over images and channels, that are saturated."""
     kernel: Tensor | None
-    """ECA's 1-D kernel (k)."""
+    """ECA's 1-D kernel (k); None for other gates."""
 
     @property
     def channels(self) -> int:
-        """How many channels the gate weighs."""
+        """Number of channels that the gate weighs."""
         return len(self.mean)
 
     @property
@@ -53,37 +61,41 @@ class GateRecord:
 
     @property
     def dead(self) -> Tensor:
-        """Which channels the gate shuts on every image (C)."""
+        """Boolean mask of the channels that the gate shuts on every image (C)."""
         return self.highest < NEAR * self.gain
 
-    def alarms(self) -> list[str]:
-        """What looks wrong with this gate, one sentence each."""
-        found = []
+    def find_alarms(self) -> list[str]:
+        """Return one sentence for each thing that looks wrong with this gate."""
+        found: list[str] = []
         if self.saturated > 0.1:
-            found.append(
-                f"{self.saturated:.0%} of the weights stand at an end of their range, where nothing is learned"
-            )
+            found.append(f"{self.saturated:.0%} of the weights are at an end of their range, where gradients vanish")
         if int(self.dead.sum()):
             found.append(f"{int(self.dead.sum())} of {self.channels} channels are shut on every image")
         if float(self.deviation.max()) < 1e-3 * self.gain:
-            found.append("the weights are the same for every image: a constant could take this gate's place")
+            found.append("the weights are the same for every image: a constant could replace this gate")
         return found
 
 
-def gates(model: nn.Module) -> dict[str, ChannelAttention | CBAM]:
-    """The channel gates of ``model`` by name: the paper's Table 2 modules, and CBAM's channel half.
+def to_list(x: Tensor) -> list[float]:
+    """Return the numbers of a 1-D tensor."""
+    return cast(list[float], x.tolist())  # pyright: ignore[reportUnknownMemberType]
+
+
+def find_gates(model: nn.Module) -> dict[str, Gate]:
+    """Return the channel gates of ``model`` by name: the modules of the paper's Table 2, and CBAM (its channel gate).
 
     Raises:
         ConfigError: there is none.
     """
-    found = {name: m for name, m in model.named_modules() if isinstance(m, ChannelAttention | CBAM)}
+    modules = cast(Iterable[tuple[str, nn.Module]], model.named_modules())
+    found = {name: module for name, module in modules if isinstance(module, ChannelAttention | CBAM)}
     if not found:
-        raise ConfigError("this network has no channel gates to inspect")
+        raise ConfigError("this network has no channel gates to inspect; ecanet.attach adds them")
     return found
 
 
-def weights_of(gate: ChannelAttention | CBAM, x: Tensor) -> Tensor:
-    """The channel weights (N, C) that ``gate`` gives to ``x`` (N, C, ...), in float32 or wider."""
+def compute_weights(gate: Gate, x: Tensor) -> Tensor:
+    """Return the channel weights (N, C) of ``gate`` for ``x`` (N, C, ...), in float32 or wider."""
     means = reference.squeeze(x)
     if isinstance(gate, CBAM):
         return gate.gain * gate.channel_gate(means.to(x.dtype), highest(x, None)).to(means.dtype)
@@ -92,9 +104,9 @@ def weights_of(gate: ChannelAttention | CBAM, x: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def record(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> list[GateRecord]:
-    """Run ``batches`` of (images, labels below ``classes``) through ``model`` and say what each gate did.
+    """Run ``batches`` of images and labels (below ``classes``) through ``model`` and return what each gate did.
 
-    The model's mode is left as it is: put it in evaluation mode before.
+    The model's mode is not changed: put it in evaluation mode first.
 
     >>> from ecanet import create_model
     >>> batches = [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 1, 0]))]
@@ -105,50 +117,66 @@ def record(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: 
     Raises:
         ConfigError: the network has no channel gates, or there are no images.
     """
-    sums = {name: _Sums(gate, classes) for name, gate in gates(model).items()}
-    with _watched(model, lambda name, gate, x: sums[name].take(weights_of(gate, x))):
+    sums = {name: _Sums(gate, classes) for name, gate in find_gates(model).items()}
+
+    def add(name: str, gate: Gate, x: Tensor) -> None:
+        sums[name].add(compute_weights(gate, x))
+
+    with _observe_gates(model, add):
         for images, labels in batches:
             for one in sums.values():
                 one.labels = labels
             model(images)
-    return [one.record(name) for name, one in sums.items()]
+    return [one.make_record(name) for name, one in sums.items()]
 
 
 @torch.inference_mode()
-def weights_for(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Each gate's weights (N, C) for ``images``."""
+def compute_image_weights(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Return the weights (N, C) of each gate for ``images``."""
     found: dict[str, Tensor] = {}
-    with _watched(model, lambda name, gate, x: found.update({name: weights_of(gate, x)})):
+
+    def keep(name: str, gate: Gate, x: Tensor) -> None:
+        found[name] = compute_weights(gate, x)
+
+    with _observe_gates(model, keep):
         model(images)
     return found
 
 
 @torch.inference_mode()
-def without(model: nn.Module, images: Tensor, records: Sequence[GateRecord]) -> dict[str, Tensor]:
-    """The model's outputs when one gate at a time is held at its mean weights over the recorded images.
+def run_with_held_gates(model: nn.Module, images: Tensor, records: Sequence[GateRecord]) -> dict[str, Tensor]:
+    """Return the model's outputs by gate, when that gate is held at its mean weights over the recorded images.
 
-    The difference to the plain output is what that gate's reaction to *these* images did.
+    The difference to the plain output is the effect of the gate's reaction to these images.
     """
-    found, modules = {}, gates(model)
+    found: dict[str, Tensor] = {}
+    modules = find_gates(model)
     for one in records:
-        gate, share = modules[one.name], (one.mean / one.gain).to(images.device)
+        gate = modules[one.name]
         method = "channel_gate" if isinstance(gate, CBAM) else "gate"
-        setattr(gate, method, lambda means, *maxima, share=share: share.to(means.dtype).expand(means.shape))
+        setattr(gate, method, _make_constant_gate((one.mean / one.gain).to(images.device)))
         try:
             found[one.name] = model(images)
         finally:
-            delattr(gate, method)  # the class's own again
+            delattr(gate, method)  # uncovers the method of the class
     return found
 
 
+def _make_constant_gate(weights: Tensor) -> Callable[..., Tensor]:
+    def gate(means: Tensor, *maxima: Tensor) -> Tensor:
+        return weights.to(means.dtype).expand(means.shape)
+
+    return gate
+
+
 @contextmanager
-def _watched(model: nn.Module, see) -> Iterator[None]:
-    """Call ``see(name, gate, input)`` whenever a gate of ``model`` is called."""
+def _observe_gates(model: nn.Module, observe: Callable[[str, Gate, Tensor], None]) -> Generator[None]:
+    """Call ``observe(name, gate, input)`` before each call of a gate of ``model``."""
 
-    def watch(name: str):
-        return lambda module, args: see(name, module, args[0])
+    def make_hook(name: str, gate: Gate) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: observe(name, gate, args[0])
 
-    handles = [gate.register_forward_pre_hook(watch(name)) for name, gate in gates(model).items()]
+    handles = [gate.register_forward_pre_hook(make_hook(name, gate)) for name, gate in find_gates(model).items()]
     try:
         yield
     finally:
@@ -159,17 +187,17 @@ def _watched(model: nn.Module, see) -> Iterator[None]:
 class _Sums:
     """Running sums of one gate's weights, in float64."""
 
-    def __init__(self, gate: ChannelAttention | CBAM, classes: int):
+    def __init__(self, gate: Gate, classes: int) -> None:
         self.gate, self.gain, c = gate, float(gate.gain), gate.channels
         self.labels = torch.empty(0, dtype=torch.long)
         self.counts = torch.zeros(classes)
         self.totals = torch.zeros(classes, c, dtype=torch.float64)
         self.squares = torch.zeros(c, dtype=torch.float64)
         self.lowest, self.highest = torch.full((c,), torch.inf), torch.full((c,), -torch.inf)
-        self.ends = 0
+        self.saturated = 0
 
-    def take(self, weights: Tensor) -> None:
-        """Add the weights (N, C) of images whose labels are ``labels``."""
+    def add(self, weights: Tensor) -> None:
+        """Add the weights (N, C) of images whose labels are ``self.labels``."""
         weights = weights.double().cpu()
         labels = self.labels.cpu()
         self.counts.index_add_(0, labels, torch.ones(len(labels)))
@@ -178,13 +206,13 @@ class _Sums:
         if len(weights):
             self.lowest = torch.minimum(self.lowest, weights.amin(0).float())
             self.highest = torch.maximum(self.highest, weights.amax(0).float())
-        self.ends += int(((weights < NEAR * self.gain) | (weights > (1 - NEAR) * self.gain)).sum())
+        self.saturated += int(((weights < NEAR * self.gain) | (weights > (1 - NEAR) * self.gain)).sum())
 
-    def record(self, name: str) -> GateRecord:
-        """What the sums come to."""
+    def make_record(self, name: str) -> GateRecord:
+        """Return the means, deviations and shares that follow from the sums."""
         n = int(self.counts.sum())
         if not n:
-            raise ConfigError("there are no images to inspect")
+            raise ConfigError("there are no images to inspect; choose other data with --data")
         mean = self.totals.sum(0) / n
         variance = (self.squares / n - mean.square()).clamp(min=0)
         return GateRecord(
@@ -196,6 +224,6 @@ class _Sums:
             deviation=variance.sqrt().float(),
             lowest=self.lowest,
             highest=self.highest,
-            saturated=self.ends / (n * len(mean)),
+            saturated=self.saturated / (n * len(mean)),
             kernel=self.gate.conv.weight.detach().flatten().cpu() if isinstance(self.gate, ECA) else None,
         )
