@@ -131,7 +131,7 @@ def test_what_is_wrong_is_seen():
     assert violations("training.trainer", "from ecanet.data.images import fitted") == [
         "data.images:fitted is behind the front door"
     ]
-    assert violations("inference.block", "from ecanet.ops import dispatch") == [
+    assert violations("inference.fusion", "from ecanet.ops import dispatch") == [
         "ops.dispatch: is behind the front door"
     ]
     assert violations("training.trainer", "from ecanet import data\nfrom ecanet.errors import ConfigError") == []

@@ -38,7 +38,17 @@ def check_positive_int(name: str, value: object) -> int:
     Raises:
         ConfigError: ``value`` is not an integer of at least 1; the message calls it ``name``.
     """
+    return check_int(name, value, least=1)
+
+
+def check_int(name: str, value: object, *, least: int) -> int:
+    """Return ``value`` as an int of at least ``least``, which is 0 or 1; NumPy's integers are accepted.
+
+    Raises:
+        ConfigError: ``value`` is something else; the message calls it ``name``.
+    """
     # True and False are integers to Python, and never meant as a count.
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ConfigError(f"{name} must be {expected}, got {value!r}")
     return int(value)

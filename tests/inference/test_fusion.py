@@ -13,7 +13,7 @@ import ecanet
 from ecanet import ops
 from ecanet.errors import ConfigError
 from ecanet.inference.fusion import FusedBlock
-from ecanet.models.tail import Stage
+from ecanet.models import Stage
 
 NETWORKS = {
     "torchvision resnet18": lambda: torchvision.models.resnet18(num_classes=5),

@@ -11,7 +11,8 @@ from torchvision.ops import FrozenBatchNorm2d
 import ecanet
 from ecanet.attention import AugmentedConv2d
 from ecanet.errors import ConfigError
-from ecanet.inference.optimization import InferenceBlock, squeezed
+from ecanet.inference.optimization import InferenceBlock
+from ecanet.models.execution import predict_means
 from ecanet.models.detection import create_detector
 from ecanet.models.resnet import BOTTLENECK, ResNet
 from ecanet.models.slots import Slot
@@ -224,7 +225,7 @@ def test_the_gate_reads_the_narrower_tensor(monkeypatch):
 def test_means_through_a_convolution():
     convolution = nn.Conv2d(8, 32, 1).double()
     h = torch.randn(3, 8, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(squeezed(convolution, h), convolution(h).mean((2, 3)), rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(predict_means(convolution, h), convolution(h).mean((2, 3)), rtol=1e-13, atol=1e-14)
 
 
 def test_what_is_listened_to_is_still_called():

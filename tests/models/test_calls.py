@@ -99,6 +99,18 @@ def test_a_block_changed_afterwards_is_what_it_was_changed_to(change, make):
     assert_same(model, expected)
 
 
+@pytest.mark.parametrize("make", SHORT.values(), ids=SHORT)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_block_changed_after_its_first_run(change, make):
+    """A block remembers that its parts may be run: a later change must be noticed."""
+    expected, model = plain(), make()
+    outputs(model)
+    model.load_state_dict(expected.state_dict())  # running statistics have moved
+    for network in (expected, model):
+        change(network.layer1[0])
+    assert_same(model, outputs(expected))
+
+
 @pytest.mark.parametrize("short", [ecanet.fuse, ecanet.optimize])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_block_changed_before_is_left_alone(change, short):

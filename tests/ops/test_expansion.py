@@ -11,9 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ecanet import ops
 from ecanet.errors import ConfigError
-from ecanet.inference import optimization as inference
-from ecanet.inference.block import parts_of
-from ecanet.inference.optimization import InferenceBlock
+from ecanet.inference.optimization import InferenceBlock, describe_for_copy
+from ecanet.models import execution
 from ecanet.models.resnet import BOTTLENECK, ResNet
 from ecanet.models.slots import Slot
 from ecanet.ops import dispatch, proof
@@ -213,7 +212,7 @@ def optimized(name):
     make, channels, _ = BLOCKS[name]
     block = lively(make())
     channels = block.get_submodule("conv1").in_channels if hasattr(block, "conv1") else channels
-    parts = parts_of(block.requires_grad_(False))
+    parts = describe_for_copy(block.requires_grad_(False))
     assert parts is not None
     return InferenceBlock(parts).eval().to(memory_format=LAST), to_layout(torch.randn(2, channels, 3, 5), True)
 
@@ -289,7 +288,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(room, "runs_on_gpu", lambda x: True)
     monkeypatch.setattr(proof, "_passed", {})
     monkeypatch.setattr(expansion, "TRIED", dict([next(iter(expansion.TRIED.items()))]))
-    monkeypatch.setattr(inference, "rounds_to_tf32", lambda: False)
+    monkeypatch.setattr(execution, "rounds_to_tf32", lambda: False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -309,7 +308,7 @@ def test_used_after_one_proof(gpu, ran, monkeypatch):
         block(x)
     assert proofs == [(CPU, torch.float32)]
     assert len(ran) == tried + 1
-    monkeypatch.setattr(inference, "rounds_to_tf32", lambda: True)
+    monkeypatch.setattr(execution, "rounds_to_tf32", lambda: True)
     block(x)  # tensor cores do it there, and not here
     assert len(ran) == tried + 1
 

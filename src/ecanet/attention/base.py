@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ecanet import ops
 from ecanet.errors import ConfigError, check_positive_int
 
 
@@ -22,8 +23,8 @@ class Attention(nn.Module):
         raise NotImplementedError
 
     def check_channels(self, x: Tensor) -> None:
-        """Raise ConfigError unless axis 1 of ``x`` has this module's channels."""
-        if x.dim() >= 2 and x.shape[1] != self.channels:
+        """Raise ConfigError unless axis 1 of ``x`` has this module's channels; a tensor traced by torch.fx passes."""
+        if not ops.is_traced(x) and x.dim() >= 2 and x.shape[1] != self.channels:
             raise ConfigError(
                 f"{type(self).__name__}(channels={self.channels}) got {x.shape[1]} channels "
                 f"(shape {tuple(x.shape)}); channels are axis 1"

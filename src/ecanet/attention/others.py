@@ -95,7 +95,7 @@ class GlobalContext(Attention):
         weights = masked(self.key(points), mask).softmax(-1)  # N 1 L
         context = (points @ weights.mT)[..., 0]  # N C
         update = self.fc2(self.norm(self.fc1(context)).relu())
-        return x + update.reshape(update.shape + (1,) * (x.dim() - 2)).to(x.dtype)
+        return add_everywhere(x, update)
 
     def neutralize(self) -> None:
         """Zero the last layer: nothing is added."""
@@ -140,6 +140,13 @@ class GSoP(Gated):
         return self.fc.parameters()
 
 
+@ops.record_as_one_node
+def add_everywhere(x: Tensor, update: Tensor) -> Tensor:
+    """Return ``x`` (N, C, ...) plus ``update`` (N, C) at every position, in ``x``'s dtype."""
+    return x + update.reshape(update.shape + (1,) * (x.dim() - 2)).to(x.dtype)
+
+
+@ops.record_as_one_node
 def covariance(z: Tensor, mask: Tensor | None = None) -> Tensor:
     """Covariance (N, d, d) of the rows of ``z`` (N, d, L) over the positions that count, divided by their number."""
     inside = z.new_ones(z.shape[0], 1, z.shape[2]) if mask is None else mask.flatten(1)[:, None].to(z.dtype)
@@ -148,17 +155,20 @@ def covariance(z: Tensor, mask: Tensor | None = None) -> Tensor:
     return centred @ centred.mT / count
 
 
+@ops.record_as_one_node
 def present(x: Tensor, mask: Tensor | None) -> Tensor:
     """``x`` with zeros where ``mask`` says that nothing counts, whatever stands there."""
     return x if mask is None else torch.where(mask[:, None], x, 0)
 
 
+@ops.record_as_one_node
 def positions(x: Tensor, mask: Tensor | None) -> Tensor:
     """``present(x, mask)`` with one axis for all positions: (N, C, ...) -> (N, C, L)."""
     x = present(x, mask)
     return x.flatten(2) if x.dim() > 2 else x[..., None]
 
 
+@ops.record_as_one_node
 def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
     """``logits`` (N, any, L) with the lowest value where ``mask`` (N, ...) says that nothing counts."""
     if mask is None:
@@ -166,6 +176,7 @@ def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits.masked_fill(~mask.flatten(1)[:, None], torch.finfo(logits.dtype).min)
 
 
+@ops.record_as_one_node
 def highest(x: Tensor, mask: Tensor | None) -> Tensor:
     """Maximum over the spatial axes: (N, C, ...) -> (N, C); 0 where no position counts."""
     axes = tuple(range(2, x.dim()))
@@ -177,6 +188,8 @@ def highest(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def check_input(module: Attention, x: Tensor, mask: Tensor | None, ranks: tuple[int, ...] = (2, 3, 4, 5)) -> None:
     """Raise ConfigError unless ``x`` has ``module``'s channels and one of ``ranks``, and ``mask`` fits it."""
+    if ops.is_traced(x):  # its rank and shape are not known
+        return
     ops.check_input(x, mask)
     module.check_channels(x)
     if x.dim() not in ranks:

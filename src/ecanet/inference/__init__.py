@@ -1,7 +1,7 @@
 """Faster forms of whole networks.
 
-Read downward: `fusion` (`fuse`: torchvision's and timm's blocks on this library's passes), `optimization`
-(`optimize`: a copy for inference), `block` (what a residual block is made of).
+Read downward: `fusion` (`fuse`: runs torchvision's and timm's blocks by their parts), `optimization` (`optimize`:
+makes a copy for inference). What a block is made of, and how it is run, is described in `ecanet.models`.
 """
 
 from ecanet.inference.fusion import fuse

@@ -1,17 +1,20 @@
 """Networks with an attention slot in every block.
 
 Read downward: `detection` (detectors over these networks), `factory` (`create_model`), `checkpoints` (reads other
-people's files), `mobilenet`, `resnet` (the networks), `tail` (the end of a residual block), `placement` (attentions
-that stand elsewhere), `slots` (which attention a block holds), `kernel_sizes` (the one table of the released sizes).
+people's files), `mobilenet`, `resnet` (the networks), `network` (timm's interface), `execution` (runs a residual
+block), `block` (what it is made of), `placement` (attentions that stand elsewhere), `slots` (which attention a block
+holds), `kernel_sizes` (the one table of the released sizes).
 """
 
 from typing import TYPE_CHECKING
 
+from ecanet.models.block import DescribesItself, Layer, Parts, describe, gate_of, runnable_parts
 from ecanet.models.checkpoints import LoadReport, load_checkpoint, load_state_dict, read_file, renamed
+from ecanet.models.execution import Stage, call, is_eager, run
 from ecanet.models.factory import create_model, list_models
 from ecanet.models.kernel_sizes import KernelSizes, find_release, resolve_kernel_sizes
+from ecanet.models.network import FeatureInfo, FeatureNetwork, Network
 from ecanet.models.resnet import LAYERS
-from ecanet.models.tail import Stage, Twins, activated, is_gate, plain_relu
 
 if TYPE_CHECKING:
     from ecanet.models.detection import DETECTORS, create_detector
@@ -19,22 +22,30 @@ if TYPE_CHECKING:
 __all__ = [
     "DETECTORS",
     "LAYERS",
+    "DescribesItself",
+    "FeatureInfo",
+    "FeatureNetwork",
     "KernelSizes",
+    "Layer",
     "LoadReport",
+    "Network",
+    "Parts",
     "Stage",
-    "Twins",
-    "activated",
+    "call",
     "create_detector",
     "create_model",
+    "describe",
     "find_release",
-    "is_gate",
+    "gate_of",
+    "is_eager",
     "list_models",
     "load_checkpoint",
     "load_state_dict",
-    "plain_relu",
     "read_file",
     "renamed",
     "resolve_kernel_sizes",
+    "run",
+    "runnable_parts",
 ]
 
 

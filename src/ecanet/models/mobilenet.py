@@ -6,6 +6,8 @@ addition and the 7 without. The rest has torchvision's names.
 
 from torch import Tensor, nn
 
+from ecanet.errors import check_int
+from ecanet.models.network import FeatureInfo, FeatureNetwork, Level, Network
 from ecanet.models.slots import Slot
 
 SETTINGS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -43,26 +45,70 @@ def conv_norm_relu(in_channels: int, out_channels: int, kernel: int, stride: int
     )
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Network):
     """MobileNetV2 of width 1; dropout 0.25 before the classifier, as in the authors' code."""
 
     def __init__(self, slot: Slot, *, num_classes: int, in_channels: int):
         super().__init__()
-        channels = 32
+        channels, reduction = 32, 2
         features: list[nn.Module] = [conv_norm_relu(in_channels, channels, 3, 2)]
+        self.feature_info = FeatureInfo()
         for stage, (expansion, out_channels, blocks, first_stride) in enumerate(SETTINGS):
             for index in range(blocks):
                 stride = first_stride if index == 0 else 1
                 features.append(InvertedResidual(channels, out_channels, stride, expansion, slot, stage))
-                channels = out_channels
-        features.append(conv_norm_relu(channels, 1280, 1))
+                channels, reduction = out_channels, reduction * stride
+                level = Level(module=f"features.{len(features) - 1}", num_chs=channels, reduction=reduction)
+                if self.feature_info and self.feature_info[-1]["reduction"] == reduction:
+                    self.feature_info.pop()  # a level is the last block of its resolution
+                self.feature_info.append(level)
+        self.level_ends = [int(name.removeprefix("features.")) for name in self.feature_info.module_name()]
+        self.num_features = 1280
+        features.append(conv_norm_relu(channels, self.num_features, 1))
         self.features = nn.Sequential(*features)
-        self.classifier = nn.Sequential(nn.Dropout(0.25), nn.Linear(1280, num_classes))
+        self.reset_classifier(num_classes)
         initialize(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (N, in_channels, H, W) -> logits (N, num_classes)."""
-        return self.classifier(self.features(x).mean((2, 3)))
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map images (N, in_channels, H, W) to the last feature map (N, num_features, h, w)."""
+        return self.features(x)
+
+    def forward_levels(self, x: Tensor) -> list[Tensor]:
+        """Map images (N, in_channels, H, W) to the feature maps of the last block of each resolution."""
+        levels: list[Tensor] = []
+        for index, module in enumerate(self.features):
+            x = module(x)
+            if index in self.level_ends:
+                levels.append(x)
+        return levels
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify a feature map (N, num_features, h, w); with ``pre_logits`` only pool it."""
+        x = x.mean((2, 3))
+        return x if pre_logits else self.classifier(x)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the linear layer in ``classifier``, or an identity where there is none."""
+        return self.classifier[1] if isinstance(self.classifier, nn.Sequential) else self.classifier
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace ``classifier``, dropout and a linear layer, by a new one for ``num_classes``; 0 removes it."""
+        self.num_classes = check_int("num_classes", num_classes, least=0)
+        linear = nn.Linear(self.num_features, num_classes) if num_classes else None
+        self.classifier = nn.Identity() if linear is None else nn.Sequential(nn.Dropout(0.25), linear)
+        if linear is not None:
+            nn.init.normal_(linear.weight, 0, 0.01)
+            nn.init.zeros_(linear.bias)
+
+    def drop_after(self, level: Level) -> None:
+        """Remove the head and the blocks after ``level``."""
+        del self.classifier
+        last = int(level["module"].removeprefix("features."))
+        self.features = nn.Sequential(*list(self.features)[: last + 1])
+
+
+class MobileNetV2Features(FeatureNetwork, MobileNetV2):
+    """A MobileNetV2 that returns its feature maps."""
 
 
 def initialize(model: nn.Module) -> None:
@@ -70,7 +116,3 @@ def initialize(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out")
-    classifier = model.get_submodule("classifier.1")
-    assert isinstance(classifier, nn.Linear)
-    nn.init.normal_(classifier.weight, 0, 0.01)
-    nn.init.zeros_(classifier.bias)

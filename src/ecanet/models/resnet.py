@@ -9,9 +9,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ecanet.errors import check_int
 from ecanet.models import placement
+from ecanet.models.block import DescribesItself, Layer, Parts
+from ecanet.models.execution import Stage, forward_block, normalize
+from ecanet.models.network import FeatureInfo, FeatureNetwork, Level, Network
 from ecanet.models.slots import Slot
-from ecanet.models.tail import Stage, Twins, activated, finish
 
 BASIC, BOTTLENECK = "basic", "bottleneck"
 
@@ -29,7 +32,7 @@ LAYERS: dict[str, tuple[str, tuple[int, ...]]] = {
 """Block kind and blocks per stage; three stages mean the small-image network (3x3 stem, 16 to 64 channels)."""
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(DescribesItself):
     """Two 3x3 convolutions and a shortcut (ResNet-18, 34, 20, 56)."""
 
     expansion = 1
@@ -52,17 +55,16 @@ class BasicBlock(nn.Module):
         return self.get_submodule(self.gate_key)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, width, H / stride, W / stride)."""
-        return self.twice(x, x, False)[0]
+        """Map (N, C, H, W) to (N, width, H / stride, W / stride)."""
+        return forward_block(self, x)
 
-    def twice(self, x: Tensor, twin: Tensor, wanted: bool) -> Twins:
-        """The same, two times if ``wanted``, from the block before's output ``x`` and its ``twin``; see `Stage`."""
-        branch = activated(self.conv1(x), self.bn1, self.relu)
-        branch = self.conv2(branch)
-        return finish(branch, self.bn2, self.attention, twin, self.downsample, self.relu, wanted)
+    def parts(self) -> Parts:
+        """Return what the block is made of."""
+        branch = (Layer(self.conv1, self.bn1, self.relu), Layer(self.conv2, self.bn2, None))
+        return Parts(branch, attention_in(self), self.downsample, self.relu)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(DescribesItself):
     """1x1, 3x3 (with the stride, as in torchvision and the authors' code) and 1x1 convolutions, and a shortcut."""
 
     expansion = 4
@@ -88,15 +90,22 @@ class Bottleneck(nn.Module):
         return self.get_submodule(self.gate_key)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, 4 * width, H / stride, W / stride)."""
-        return self.twice(x, x, False)[0]
+        """Map (N, C, H, W) to (N, 4 * width, H / stride, W / stride)."""
+        return forward_block(self, x)
 
-    def twice(self, x: Tensor, twin: Tensor, wanted: bool) -> Twins:
-        """The same, two times if ``wanted``, from the block before's output ``x`` and its ``twin``; see `Stage`."""
-        branch = activated(self.conv1(x), self.bn1, self.relu)
-        branch = activated(self.conv2(branch), self.bn2, self.relu)
-        branch = self.conv3(branch)
-        return finish(branch, self.bn3, self.attention, twin, self.downsample, self.relu, wanted)
+    def parts(self) -> Parts:
+        """Return what the block is made of."""
+        branch = (
+            Layer(self.conv1, self.bn1, self.relu),
+            Layer(self.conv2, self.bn2, self.relu),
+            Layer(self.conv3, self.bn3, None),
+        )
+        return Parts(branch, attention_in(self), self.downsample, self.relu)
+
+
+def attention_in(block: BasicBlock | Bottleneck) -> nn.Module | None:
+    """Return the block's gate, None if it holds none."""
+    return None if isinstance(block.attention, nn.Identity) else block.attention
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -109,7 +118,7 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     )
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """Four stages after a 7x7 stem for images of about 224 px, or three after a 3x3 stem for 8 to 64 px."""
 
     def __init__(self, kind: str, layers: Sequence[int], slot: Slot, *, num_classes: int, in_channels: int):
@@ -122,8 +131,10 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
+        # the stem of a small-image network has the resolution of its first stage, so it is no level of its own
+        self.feature_info = FeatureInfo([] if small else [Level(module="relu", num_chs=channels, reduction=2)])
         self.stages: list[str] = []
-        width = channels
+        width, reduction = channels, 1 if small else 4
         for stage, depth in enumerate(layers):
             blocks: OrderedDict[str, nn.Module] = OrderedDict()
             for index in range(depth):
@@ -131,22 +142,60 @@ class ResNet(nn.Module):
                 here = block(channels, width, stride, placement.in_branch(slot, index, depth), stage)
                 placement.augment(slot, stage, here, block.conv3x3)
                 blocks[str(index)] = here
-                channels = width * block.expansion
+                channels, reduction = width * block.expansion, reduction * stride
                 if placement.stands_after(slot, stage, index, depth):
                     blocks[f"{index}_{slot.key}"] = slot.build(channels, stage)  # torchvision's names stay as they are
-            self.add_module(f"layer{stage + 1}", Stage(blocks))
-            self.stages.append(f"layer{stage + 1}")
+            name = f"layer{stage + 1}"
+            self.add_module(name, Stage(blocks))
+            self.stages.append(name)
+            self.feature_info.append(Level(module=name, num_chs=channels, reduction=reduction))
             width *= 2
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, num_classes)
+        self.num_features = channels
+        self.reset_classifier(num_classes)
         initialize(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (N, in_channels, H, W) -> logits (N, num_classes)."""
-        x = self.maxpool(activated(self.conv1(x), self.bn1, self.relu))
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map images (N, in_channels, H, W) to the last feature map (N, num_features, h, w)."""
+        x = self.maxpool(normalize(self.conv1(x), self.bn1, self.relu))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
-        return self.fc(self.avgpool(x).flatten(1))
+        return x
+
+    def forward_levels(self, x: Tensor) -> list[Tensor]:
+        """Map images (N, in_channels, H, W) to the feature maps of the stem (large networks) and of every stage."""
+        x = normalize(self.conv1(x), self.bn1, self.relu)
+        levels = [] if isinstance(self.maxpool, nn.Identity) else [x]
+        x = self.maxpool(x)
+        for stage in self.stages:
+            x = self.get_submodule(stage)(x)
+            levels.append(x)
+        return levels
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify a feature map (N, num_features, h, w); with ``pre_logits`` only pool it."""
+        x = self.avgpool(x).flatten(1)
+        return x if pre_logits else self.fc(x)
+
+    def get_classifier(self) -> nn.Module:
+        """Return ``fc``."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace ``fc`` by a new layer for ``num_classes``; 0 removes it."""
+        self.num_classes = check_int("num_classes", num_classes, least=0)
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def drop_after(self, level: Level) -> None:
+        """Remove the head and the stages after ``level``; without stages the pool of the stem goes, too."""
+        last = self.stages.index(level["module"]) + 1 if level["module"] in self.stages else 0
+        for name in ("avgpool", "fc", *self.stages[last:]):
+            delattr(self, name)
+        self.stages = self.stages[:last]
+
+
+class ResNetFeatures(FeatureNetwork, ResNet):
+    """A ResNet that returns its feature maps."""
 
 
 def initialize(model: nn.Module) -> None:

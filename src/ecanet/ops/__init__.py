@@ -7,7 +7,7 @@ passes), `nodes` (the autograd functions around it), `passes` (what an implement
 """
 
 from ecanet.ops import lean, proof, reference
-from ecanet.ops.calls import genuine, has_any_global_hook, hooks_of, replaced, watched
+from ecanet.ops.calls import has_original_forward, hook_dictionaries, must_be_called, overrides_forward
 from ecanet.ops.dispatch import (
     Impl,
     check_input,
@@ -32,21 +32,20 @@ __all__ = [
     "check_input",
     "expand",
     "find_mode_obstacle",
-    "genuine",
-    "has_any_global_hook",
-    "hooks_of",
+    "has_original_forward",
+    "hook_dictionaries",
     "is_frozen_norm",
     "lean",
     "list_implementations",
+    "must_be_called",
+    "overrides_forward",
     "prefer_impl",
     "proof",
     "reference",
-    "replaced",
     "requested_impl",
     "residual_tail",
     "residual_tail_pair",
     "runs_on_gpu",
     "squeeze_scale",
     "uses_kernels",
-    "watched",
 ]

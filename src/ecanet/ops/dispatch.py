@@ -18,9 +18,10 @@ from torch.autograd import forward_ad
 
 from ecanet.errors import ConfigError
 from ecanet.ops import lean, proof, reference, tail
-from ecanet.ops.calls import genuine, watched
+from ecanet.ops.calls import has_original_forward, must_be_called
 from ecanet.ops.passes import Passes
 from ecanet.ops.reference import Activation, Gate
+from ecanet.ops.tracing import is_traced
 
 __all__ = ["Activation", "Gate", "Impl", "prefer_impl", "residual_tail", "residual_tail_pair", "squeeze_scale"]
 
@@ -90,6 +91,8 @@ def squeeze_scale(x: Tensor, gate: Gate, *, mask: Tensor | None = None, impl: Im
         ConfigError: ``impl`` is unknown or does not apply, ``x`` is not a float tensor of 2 to 5 axes, or ``mask``
             does not fit it.
     """
+    if is_traced(x):  # its rank and dtype are not known
+        return reference.squeeze_scale(x, gate, mask)
     check_input(x, mask)
     passes = choose(impl, x, "a mask needs it" if mask is not None else None)
     if passes is None:
@@ -225,7 +228,7 @@ def _obstacle(norm: nn.Module) -> str | None:
     """Why the norm must be called as a module, if it must: it is no batch norm, or something listens to it."""
     if type(norm) not in KNOWN_NORMS and not is_frozen_norm(norm):
         return f"{type(norm).__name__} is not a batch norm it knows"
-    if watched(norm) or not genuine(norm):
+    if must_be_called(norm) or not has_original_forward(norm):
         return "the norm has hooks or another forward"
     return None
 

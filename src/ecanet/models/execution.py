@@ -1,0 +1,229 @@
+"""Run a residual block: by its parts, in few passes over memory, or module by module.
+
+`run` gives what `call` gives, within float rounding. It serves this library's blocks, those of torchvision and timm
+after `ecanet.fuse`, and the copies of `ecanet.optimize`, whose norms are folded into the convolutions.
+"""
+
+from typing import TypeGuard, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from ecanet import ops
+from ecanet.models.block import ENDS, DescribesItself, Layer, Parts, gate_of, runnable_parts
+
+
+def call(parts: Parts, x: Tensor) -> Tensor:
+    """Call every module of the block once, in order, as plain PyTorch would: (N, C, H, W) -> (N, C', H', W')."""
+    y = x
+    for layer in parts.branch:
+        y = layer.convolution(y)
+        y = y if layer.norm is None else layer.norm(y)
+        y = y if layer.activation is None else layer.activation(y)
+    y = y if parts.attention is None else parts.attention(y)
+    return parts.end(y if parts.shortcut is None else y + parts.shortcut(x))
+
+
+def run(parts: Parts, x: Tensor, shortcut_x: Tensor, second_output: bool = False) -> tuple[Tensor, Tensor]:
+    """Run the block by its parts and return its output twice: for the next block's branch, and for its shortcut.
+
+    ``x`` goes into the branch and ``shortcut_x``, the same tensor or the second output of the block before, into the
+    shortcut. With ``second_output`` the two outputs are separate outputs of one autograd node, so that the backward
+    kernel adds their gradients and autograd does not. Each then carries only one path's gradient.
+    """
+    *first, last = parts.branch
+    for layer in first:
+        x = _run_layer(layer, x)
+    if last.norm is None:
+        y = _end_folded(parts, last.convolution, x, shortcut_x)
+        return y, y
+    z = last.convolution(x)
+    gate = gate_of(parts.attention)
+    if parts.attention is not None and gate is None:  # of another form: it must see the whole tensor
+        y = parts.attention(last.norm(z))
+        y = parts.end(y if parts.shortcut is None else y.add(parts.shortcut(shortcut_x)))
+        return y, y
+    shortcut, shortcut_norm = _split_shortcut(parts.shortcut, shortcut_x)
+    end = ENDS[type(parts.end)]
+    return ops.residual_tail_pair(z, last.norm, gate, shortcut, shortcut_norm, end, second_output=second_output)
+
+
+def _run_layer(layer: Layer, x: Tensor) -> Tensor:
+    z = layer.convolution(x)
+    if layer.norm is not None:
+        return normalize(z, layer.norm, cast(nn.Module, layer.activation))
+    return z if layer.activation is None else layer.activation(z)
+
+
+def normalize(z: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
+    """Return ``activation(norm(z))``; in one kernel where `ops` uses kernels and the activation is a plain ReLU."""
+    if ops.uses_kernels(z) and type(activation) is nn.ReLU and not ops.must_be_called(activation):
+        return ops.residual_tail(z, norm)
+    return activation(norm(z))
+
+
+def _split_shortcut(shortcut: nn.Module | None, x: Tensor) -> tuple[Tensor | None, nn.Module | None]:
+    """Return the shortcut of ``x`` without its last norm, and that norm, which the tail applies."""
+    if shortcut is None:
+        return None, None
+    if type(shortcut) is nn.Sequential and len(shortcut) > 1 and isinstance(shortcut[-1], nn.BatchNorm2d):
+        for module in shortcut[:-1]:
+            x = module(x)
+        return x, shortcut[-1]
+    return shortcut(x), None
+
+
+# the end of a block without norms
+
+
+def _end_folded(parts: Parts, convolution: nn.Module, h: Tensor, shortcut_x: Tensor) -> Tensor:
+    """Run the last convolution on ``h``, then gate, addition and activation.
+
+    The gate takes its channel means from ``h`` where that has fewer channels than the output: a 1x1 convolution maps
+    means to means, ``mean(W h + b) = W mean(h) + b``.
+    """
+    gate = gate_of(parts.attention)
+    early = gate is not None and widens(convolution)
+    worth = early or (parts.shortcut is not None and parts.attention is None)
+    if worth and may_expand(h, convolution, parts.end):
+        g = _factors(parts, predict_means(convolution, h)) if early else None
+        shortcut = None if parts.shortcut is None else parts.shortcut(shortcut_x)
+        return _expand(cast(nn.Conv2d, convolution), h, g, shortcut, ENDS[type(parts.end)])
+    g = _factors(parts, predict_means(convolution, h)) if early else None
+    y = convolution(h)
+    if g is None and gate is not None:
+        g = _factors(parts, ops.reference.squeeze(y))
+    if gate is None and parts.attention is not None:
+        y = parts.attention(y)
+    return parts.end(_scale_and_add(y, g, None if parts.shortcut is None else parts.shortcut(shortcut_x)))
+
+
+def _factors(parts: Parts, p: Tensor) -> Tensor:
+    """Return the gate's factors (N, C, 1, 1) for channel means ``p`` (N, C)."""
+    gate = gate_of(parts.attention)
+    assert gate is not None
+    with ops.reference.without_autocast(p):
+        return gate(p)[..., None, None]
+
+
+def _scale_and_add(y: Tensor, g: Tensor | None, shortcut: Tensor | None) -> Tensor:
+    """Return ``y * g + shortcut``, in ``y``'s memory where no gradient needs it.
+
+    Scaling the weights of the convolution before it by g instead is no faster.
+    """
+    if g is None:
+        return y if shortcut is None else y.add_(shortcut)
+    g = g.to(y.dtype)
+    if shortcut is None:
+        return y.mul_(g)
+    if isinstance(y, fx.Proxy) or y.requires_grad:
+        return torch.addcmul(shortcut, y, g)
+    return torch.addcmul(shortcut, y, g, out=y)
+
+
+def widens(convolution: nn.Module) -> bool:
+    """Return whether ``convolution`` is a 1x1 convolution with more channels out than in."""
+    return is_pointwise(convolution) and convolution.in_channels < convolution.out_channels
+
+
+def is_pointwise(convolution: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Return whether ``convolution`` is a matrix product over the channels at each position."""
+    if not isinstance(convolution, nn.Conv2d) or convolution.groups > 1:
+        return False
+    return convolution.kernel_size == convolution.stride == (1, 1) and convolution.padding == (0, 0)
+
+
+def predict_means(convolution: nn.Module, h: Tensor) -> Tensor:
+    """Return the channel means (N, C') of a 1x1 convolution's output, computed from those of its input ``h``."""
+    assert isinstance(convolution, nn.Conv2d)
+    weight, bias = convolution.weight.flatten(1), convolution.bias
+    with ops.reference.without_autocast(h):
+        p = ops.reference.squeeze(h)
+        return F.linear(p, weight.to(p.dtype), None if bias is None else bias.to(p.dtype))
+
+
+# the Triton kernel of a last convolution
+
+
+def may_expand(h: Tensor, convolution: nn.Module, end: nn.Module) -> bool:
+    """Return whether one kernel shall run ``convolution`` of ``h``, the gate, the addition and ``end``.
+
+    `ops.prefer_impl` decides where it is used. Without it the kernel runs on a GPU after its proof, but not in float32
+    where PyTorch's convolution may round to TF32: the kernel keeps full precision and would be slower.
+    """
+    if not is_pointwise(convolution) or type(end) not in ENDS or type(h) not in (Tensor, nn.Parameter):
+        return False
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or ops.find_mode_obstacle(h):
+        return False
+    dtype, weight = compute_dtype(h), convolution.weight
+    cast_by_autocast = torch.is_autocast_enabled(h.device.type)
+    fits = {dtype, h.dtype, weight.dtype} <= set(ops.proof.DTYPES) and (cast_by_autocast or weight.dtype == h.dtype)
+    dense = h.is_contiguous(memory_format=torch.channels_last)
+    if not dense or not fits or ops.must_be_called(convolution) or ops.must_be_called(end):
+        return False
+    requested = ops.requested_impl()
+    if requested is not None:
+        return requested == "fused"
+    if not ops.runs_on_gpu(h) or (dtype == torch.float32 and rounds_to_tf32()):
+        return False
+    return ops.proof.passed(h.device, dtype, "expansion")
+
+
+def rounds_to_tf32() -> bool:
+    """Return whether PyTorch's convolutions on a GPU may round float32 inputs to TF32, which is its default."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def compute_dtype(h: Tensor) -> torch.dtype:
+    """Return the dtype in which a convolution of ``h`` is computed: autocast's where that is on."""
+    device = h.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+
+
+def _expand(
+    convolution: nn.Conv2d, h: Tensor, g: Tensor | None, shortcut: Tensor | None, end: ops.Activation
+) -> Tensor:
+    dtype = compute_dtype(h)
+    bias = None if convolution.bias is None else convolution.bias.to(dtype)
+    shortcut = None if shortcut is None else shortcut.contiguous(memory_format=torch.channels_last)
+    return ops.expand(h.to(dtype), convolution.weight.to(dtype), bias, g, shortcut, end)
+
+
+# blocks in a network
+
+
+def forward_block(block: DescribesItself, x: Tensor) -> Tensor:
+    """Run ``block`` by its parts where that is the same as calling them, else call them."""
+    parts = runnable_parts(block) if is_eager(x) else None
+    return call(block.parts(), x) if parts is None else run(parts, x, x)[0]
+
+
+def is_eager(x: Tensor) -> bool:
+    """Return whether ``x`` is a plain tensor that neither a compiler nor a tracer records.
+
+    Compilers and tracers get the plain modules: a compiler fuses them itself, and a trace shows every module.
+    """
+    return type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._get_tracing_state()
+
+
+class Stage(nn.Sequential):
+    """Residual blocks, one after the other.
+
+    Each block hands the next one its output twice, so that the backward kernel adds the two gradients and autograd does
+    not. A block that must be called as a module gets one tensor, and returns one, with all of its gradient.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Run the blocks: (N, C, H, W) -> (N, C', H', W')."""
+        if not is_eager(x):
+            return super().forward(x)
+        known = [runnable_parts(block) for block in self]
+        follows = [*(parts is not None for parts in known[1:]), False]
+        shortcut_x = x
+        for block, parts, pair in zip(self, known, follows, strict=True):
+            if parts is None:
+                x = shortcut_x = block(x)
+            else:
+                x, shortcut_x = run(parts, x, shortcut_x, pair and torch.is_grad_enabled())
+        return x
