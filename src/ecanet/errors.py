@@ -9,7 +9,15 @@ EcanetError (a ValueError)
 
 from numbers import Integral
 
-__all__ = ["AttachError", "CheckpointError", "ConfigError", "DataError", "EcanetError", "check_positive_int"]
+__all__ = [
+    "AttachError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EcanetError",
+    "check_int",
+    "check_positive_int",
+]
 
 
 class EcanetError(ValueError):

@@ -12,8 +12,8 @@ import ecanet
 from ecanet.attention import AugmentedConv2d
 from ecanet.errors import ConfigError
 from ecanet.inference.optimization import InferenceBlock
-from ecanet.models.execution import predict_means
 from ecanet.models.detection import create_detector
+from ecanet.models.execution import predict_means
 from ecanet.models.resnet import BOTTLENECK, ResNet
 from ecanet.models.slots import Slot
 from ecanet.ops import reference

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ecanet import ops
 from ecanet.attention.base import Attention, zero
 from ecanet.attention.others import check_input, masked, positions
 from ecanet.errors import AttachError, ConfigError, check_positive_int
@@ -46,13 +47,19 @@ class NonLocal(Attention):
         check_input(self, x, mask)
         points = positions(x, mask)  # N C L
         query, key, value = self.theta(points).mT, self.phi(points).mT, self.g(points).mT  # N L C/2
-        keep = None if mask is None else masked(query.new_zeros(len(x), 1, points.shape[2]), mask)
+        keep = key_mask(points, mask)
         seen = F.scaled_dot_product_attention(query, key, value, attn_mask=keep, scale=1.0)
         return x + self.out(seen.mT).reshape(x.shape).to(x.dtype)
 
     def neutralize(self) -> None:
         """Zero the last layer: nothing is added."""
         zero(self.out.parameters())
+
+
+@ops.record_as_one_node
+def key_mask(points: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Return what is added to the logits of ``points`` (N, C, L) as keys: (N, 1, L), lowest where ``mask`` is False."""
+    return None if mask is None else masked(points.new_zeros(len(points), 1, points.shape[2]), mask)
 
 
 class DoubleAttention(Attention):
@@ -131,38 +138,18 @@ class AugmentedConv2d(Attention):
         Raises:
             ConfigError: ``x`` is not (N, in_channels, H, W), or there is a ``mask``: a convolution has none.
         """
+        if ops.is_traced(x):  # its rank and shape are not known, and a mask is None when the graph runs
+            return self._augment(x)
         if mask is not None:
             raise ConfigError("an attention-augmented convolution takes no mask")
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ConfigError(f"AugmentedConv2d takes (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
+        return self._augment(x)
+
+    def _augment(self, x: Tensor) -> Tensor:
         local = self.conv(x)
-        seen = self.attend(self.pool(x))
-        if seen.shape[2:] != local.shape[2:]:
-            seen = F.interpolate(seen, local.shape[2:], mode="bilinear", align_corners=False)
-        return torch.cat([local, seen], dim=1)
-
-    def pool(self, x: Tensor) -> Tensor:
-        """``x`` averaged by the stride, and halved until it is at most 14 x 14."""
-        if self.stride > 1:
-            x = F.avg_pool2d(x, 3, self.stride, padding=1)
-        while max(x.shape[2:]) > self.LARGEST:
-            x = F.avg_pool2d(x, 3, 2, padding=1)
-        return x
-
-    def attend(self, x: Tensor) -> Tensor:
-        """Multi-head self-attention with relative positions: (N, in_channels, H, W) -> (N, values, H, W)."""
-        height, width = x.shape[2:]
-        depth = self.rows.shape[1]
-        sizes = [self.heads * depth, self.heads * depth, self.out.in_channels]
-        query, key, value = (
-            part.flatten(2).unflatten(1, (self.heads, -1)).mT for part in self.qkv(x).split(sizes, dim=1)
-        )  # N h L d
-        grid = query.unflatten(2, (height, width))  # N h H W d
-        by_row = torch.einsum("nhyxd,yjd->nhyxj", grid, offsets(self.rows, height))
-        by_column = torch.einsum("nhyxd,xjd->nhyxj", grid, offsets(self.columns, width))
-        position = (by_row[..., :, None] + by_column[..., None, :]).flatten(4).flatten(2, 3)  # N h L L
-        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=position * depth**-0.5)
-        return self.out(seen.mT.flatten(1, 2).unflatten(2, (height, width)))
+        attended = self.out(attend(self.qkv(shrink(x, self.stride, self.LARGEST)), self.rows, self.columns, self.heads))
+        return torch.cat([local, resize_like(attended, local)], dim=1)
 
     def neutralize(self) -> None:
         """Refuse: it stands in for a convolution."""
@@ -170,6 +157,43 @@ class AugmentedConv2d(Attention):
             "attention 'aa' replaces 3x3 convolutions, so it cannot be inserted losslessly; "
             "build the network with create_model(..., attention='aa')"
         )
+
+
+@ops.record_as_one_node
+def shrink(x: Tensor, stride: int, largest: int) -> Tensor:
+    """Average ``x`` (N, C, H, W) by ``stride``, then halve it until neither side is longer than ``largest``."""
+    if stride > 1:
+        x = F.avg_pool2d(x, 3, stride, padding=1)
+    while max(x.shape[2:]) > largest:
+        x = F.avg_pool2d(x, 3, 2, padding=1)
+    return x
+
+
+@ops.record_as_one_node
+def attend(qkv: Tensor, rows: Tensor, columns: Tensor, heads: int) -> Tensor:
+    """Compute multi-head self-attention with relative positions: (N, 2 heads d + values, H, W) -> (N, values, H, W).
+
+    ``qkv`` holds queries and keys of d channels a head, then the values. ``rows`` and ``columns`` (2 largest - 1, d)
+    are the learned vectors for each distance in rows and in columns.
+    """
+    height, width = qkv.shape[2:]
+    depth = rows.shape[1]
+    sizes = [heads * depth, heads * depth, qkv.shape[1] - 2 * heads * depth]
+    query, key, value = (part.flatten(2).unflatten(1, (heads, -1)).mT for part in qkv.split(sizes, dim=1))  # N h L d
+    grid = query.unflatten(2, (height, width))  # N h H W d
+    by_row = torch.einsum("nhyxd,yjd->nhyxj", grid, offsets(rows, height))
+    by_column = torch.einsum("nhyxd,xjd->nhyxj", grid, offsets(columns, width))
+    position = (by_row[..., :, None] + by_column[..., None, :]).flatten(4).flatten(2, 3)  # N h L L
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=position * depth**-0.5)
+    return attended.mT.flatten(1, 2).unflatten(2, (height, width))
+
+
+@ops.record_as_one_node
+def resize_like(x: Tensor, like: Tensor) -> Tensor:
+    """Return ``x`` resized bilinearly to the height and width of ``like``."""
+    if x.shape[2:] == like.shape[2:]:
+        return x
+    return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
 
 
 def offsets(table: Tensor, size: int) -> Tensor:

@@ -103,7 +103,7 @@ def _factors(parts: Parts, p: Tensor) -> Tensor:
     """Return the gate's factors (N, C, 1, 1) for channel means ``p`` (N, C)."""
     gate = gate_of(parts.attention)
     assert gate is not None
-    with ops.reference.without_autocast(p):
+    with ops.reference.disable_autocast(p):
         return gate(p)[..., None, None]
 
 
@@ -138,7 +138,7 @@ def predict_means(convolution: nn.Module, h: Tensor) -> Tensor:
     """Return the channel means (N, C') of a 1x1 convolution's output, computed from those of its input ``h``."""
     assert isinstance(convolution, nn.Conv2d)
     weight, bias = convolution.weight.flatten(1), convolution.bias
-    with ops.reference.without_autocast(h):
+    with ops.reference.disable_autocast(h):
         p = ops.reference.squeeze(h)
         return F.linear(p, weight.to(p.dtype), None if bias is None else bias.to(p.dtype))
 

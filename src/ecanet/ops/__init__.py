@@ -3,7 +3,8 @@
 Read downward: `dispatch` (chooses the implementation), `proof` (checks the kernels on a device before networks use
 them), `triton` (the passes as kernels for a GPU), `lean` (the passes in PyTorch), `tail` (the algebra between the
 passes), `nodes` (the autograd functions around it), `passes` (what an implementation of the passes must offer),
-`reference` (the specification, in plain PyTorch), `calls` (must a module be called, or may its parts be used?).
+`reference` (the specification, in plain PyTorch), `tracing` (lets torch.fx record a function as one node), `calls`
+(must a module be called, or may its parts be used?).
 """
 
 from ecanet.ops import lean, proof, reference
@@ -24,6 +25,7 @@ from ecanet.ops.dispatch import (
     uses_kernels,
 )
 from ecanet.ops.reference import Activation, Gate
+from ecanet.ops.tracing import is_traced, record_as_one_node
 
 __all__ = [
     "Activation",
@@ -35,12 +37,14 @@ __all__ = [
     "has_original_forward",
     "hook_dictionaries",
     "is_frozen_norm",
+    "is_traced",
     "lean",
     "list_implementations",
     "must_be_called",
     "overrides_forward",
     "prefer_impl",
     "proof",
+    "record_as_one_node",
     "reference",
     "requested_impl",
     "residual_tail",

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ecanet.ops.tracing import is_traced, record_as_one_node
+
 Gate = Callable[[Tensor], Tensor]
 """Maps channel means (N, C) to channel weights (N, C)."""
 
@@ -24,11 +26,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def disable_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast leaves ``x``'s device alone (none when it is off: exports stay free of it)."""
+    if is_traced(x):
+        return nullcontext()
     kind = x.device.type
     enabled = kind != "meta" and torch.is_autocast_enabled(kind)  # asked about "meta", torch raises
     return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
+@record_as_one_node
 def squeeze(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over the spatial axes: (N, C, ...) -> (N, C), float32 or wider.
 
@@ -44,6 +49,7 @@ def squeeze(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return x.mean(axes, dtype=wide) if axes else x.to(wide)
 
 
+@record_as_one_node
 def scale(x: Tensor, g: Tensor) -> Tensor:
     """Multiply each channel of ``x`` (N, C, ...) by its weight in ``g`` (N, C); dtype and layout are ``x``'s."""
     g = g[(..., *(None,) * (x.dim() - 2))]  # N C 1 ...; no shape is asked for, so exports have none
