@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import ecanet
 from ecanet.attention import CBAM, AugmentedConv2d, DoubleAttention, GlobalContext, GSoP, NonLocal
+from ecanet.attention.long_range import shrink
 from ecanet.errors import AttachError, ConfigError
 from ecanet.studies.cost import count, find_attention_modules
 
@@ -180,7 +181,10 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 def test_augmented_convolution_looks_at_small_maps_only():
     module = AugmentedConv2d(16, 32, stride=2)
-    assert shrink(torch.zeros(1, 16, 56, 56), 2, module.LARGEST).shape[2:] == (14, 14)  # 28 x 28 outputs are seen at half size
+    assert shrink(torch.zeros(1, 16, 56, 56), 2, module.LARGEST).shape[2:] == (
+        14,
+        14,
+    )  # 28 x 28 outputs are seen at half size
     assert shrink(torch.zeros(1, 16, 28, 28), 2, module.LARGEST).shape[2:] == (14, 14)
     assert module(torch.randn(2, 16, 57, 41)).shape == (2, 32, 29, 21)
 

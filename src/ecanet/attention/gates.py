@@ -106,7 +106,7 @@ class ECA(ChannelAttention):
         r = self.kernel_size // 2
         if self.padding_mode == "circular":
             p, r = F.pad(p[:, None], (r, r), mode="circular")[:, 0], 0
-        if torch._C._get_tracing_state() or torch.compiler.is_exporting():
+        if ops.is_jit_tracing() or torch.compiler.is_exporting():
             return F.conv1d(p[:, None], self.conv.weight.to(p.dtype), padding=r).squeeze(1).sigmoid()
         # elsewhere a matrix product over k taps: the weight gradient of F.conv1d is slow on a CPU
         padded = F.pad(p, (r, r))

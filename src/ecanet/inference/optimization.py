@@ -1,6 +1,7 @@
 """Make a copy of a network for inference: norms folded, gates computed early, additions and activations in place."""
 
 import copy
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import TypeGuard, cast
 
@@ -38,7 +39,7 @@ def optimize(model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: ``model`` is no network, or has no block of a kind that this function knows.
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"optimize takes a network (a torch.nn.Module), got {model!r}")
     result = copy.deepcopy(model).eval().requires_grad_(False)
     found = False
@@ -106,10 +107,10 @@ def _has_foreign_hooks(module: nn.Module) -> bool:
 
 def _attached_gate(block: nn.Module, parts: Parts) -> nn.Module | None:
     """Return the gate that `ecanet.attach` put behind the last norm of ``block``, if that is all it put there."""
-    names = {module: name for name, module in block.named_modules()}
+    names = {module: name for name, module in cast(Iterable[tuple[str, nn.Module]], block.named_modules())}
     gates = [(m, record) for m in block.modules() if (record := getattr(m, "attachment", None)) is not None]
     hooked = [(gate, record) for gate, record in gates if record.mode == "hook"]
-    if len(hooked) != 1 or names.get(cast(nn.Module, parts.branch[-1].norm)) != hooked[0][1].target:
+    if len(hooked) != 1 or names.get(parts.branch[-1].norm or block) != hooked[0][1].target:
         return None
     gate = hooked[0][0]
     return gate if any(gate is child for child in block.children()) else None
@@ -134,19 +135,20 @@ def fold_norm(layer: Layer) -> nn.Module:
 def can_fold(convolution: nn.Module, norm: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Return whether ``norm`` is a batch norm with running statistics, and ``convolution`` a plain convolution."""
     known = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or ops.is_frozen_norm(norm)
-    return type(convolution) is nn.Conv2d and known and norm.running_mean is not None
+    return type(convolution) is nn.Conv2d and known and getattr(norm, "running_mean", None) is not None
 
 
 def fold_norms(model: nn.Module) -> None:
     """Fold each norm that directly follows a convolution, in a Sequential or as conv1 and bn1 of a ResNet."""
     for parent in list(model.modules()):
-        in_order = type(parent).forward is nn.Sequential.forward
+        in_order = isinstance(parent, nn.Sequential) and ops.has_original_forward(
+            parent, or_from=nn.Sequential.__module__
+        )
         resnet = type(parent).__name__ in ("ResNet", "ResNetFeatures", "IntermediateLayerGetter")  # the last: detectors
-        for first, second in pairwise(list(parent._modules)):
-            convolution, norm = parent._modules[first], parent._modules[second]
+        for (first, convolution), (second, norm) in pairwise(list(parent.named_children())):
             follows = in_order or (resnet and (first, second) == ("conv1", "bn1"))
-            if convolution is None or norm is None or not follows or not can_fold(convolution, norm):
+            if not follows or not can_fold(convolution, norm):
                 continue
             if not (ops.must_be_called(convolution) or ops.must_be_called(norm)):
-                parent._modules[first] = fold_norm(Layer(convolution, norm, None))
-                parent._modules[second] = nn.Identity()
+                parent.register_module(first, fold_norm(Layer(convolution, norm, None)))
+                parent.register_module(second, nn.Identity())

@@ -4,13 +4,12 @@ There is one description for this library's blocks, for torchvision's and timm's
 `ecanet.optimize` makes; `execution` runs it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple, TypeGuard, cast
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook  # pyright: ignore[reportPrivateUsage]
 
 from ecanet import ops
 from ecanet.attention import Attention, ChannelAttention
@@ -138,7 +137,7 @@ def runnable_parts(block: nn.Module) -> Parts | None:
     It is not the same if something in the block has hooks, a patched forward or another module in its place. The
     answer is remembered: a later call only checks that no module of the block has changed since.
     """
-    if _has_any_global_hook():
+    if ops.has_global_hooks():
         return None
     answer = _answers.get(block)
     if answer is not None and answer.state == _state((block, *answer.inner)):
@@ -150,20 +149,8 @@ def runnable_parts(block: nn.Module) -> Parts | None:
     return parts
 
 
-def _state(modules: tuple[nn.Module, ...]) -> list[tuple[object, ...]]:
-    """Return what decides whether ``modules`` may be used without being called, in a form that is quick to compare."""
-    return [
-        (
-            module.__class__,
-            module.__class__.forward,
-            module.__dict__.get("forward"),
-            module.__dict__.get("_compiled_call_impl"),
-            len(module._forward_hooks) + len(module._forward_pre_hooks),
-            len(module._backward_hooks) + len(module._backward_pre_hooks),
-            *module._modules.values(),
-        )
-        for module in modules
-    ]
+def _state(modules: Iterable[nn.Module]) -> list[tuple[object, ...]]:
+    return [ops.call_state(module) for module in modules]
 
 
 # gates
@@ -187,14 +174,14 @@ def gate_of(attention: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
     kind = type(attention)
     if not kind.__module__.startswith("timm.layers"):
         return None
-    eca = kind.__name__ == "EcaModule" and attention.conv2 is None
-    se = kind.__name__ == "SEModule" and not attention.add_maxpool
+    eca = kind.__name__ == "EcaModule" and getattr(attention, "conv2", None) is None
+    se = kind.__name__ == "SEModule" and not getattr(attention, "add_maxpool", False)
     return partial(_weigh_like_timm, attention) if eca or se else None
 
 
 def _weigh_like_timm(attention: nn.Module, p: Tensor) -> Tensor:
     """Compute the factors (N, C) of timm's ECA or SE from channel means ``p`` (N, C), in the dtype of its weights."""
-    layers = cast(dict[str, Callable[[Tensor], Tensor]], attention._modules)
+    layers = cast(dict[str, Callable[[Tensor], Tensor]], dict(attention.named_children()))
     q = p.to(next(attention.parameters()).dtype)
     if "fc1" in layers:
         q = layers["fc2"](layers["act"](layers["bn"](layers["fc1"](q[..., None, None]))))

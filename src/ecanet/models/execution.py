@@ -167,12 +167,13 @@ def may_expand(h: Tensor, convolution: nn.Module, end: nn.Module) -> bool:
         return requested == "fused"
     if not ops.runs_on_gpu(h) or (dtype == torch.float32 and rounds_to_tf32()):
         return False
-    return ops.proof.passed(h.device, dtype, "expansion")
+    return ops.proof.is_proven(h.device, dtype, "expansion")
 
 
 def rounds_to_tf32() -> bool:
     """Return whether PyTorch's convolutions on a GPU may round float32 inputs to TF32, which is its default."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    convolutions = cast(object, getattr(torch.backends.cudnn, "conv"))  # noqa: B009 - unknown to type checkers
+    return getattr(convolutions, "fp32_precision") == "tf32"  # noqa: B009
 
 
 def compute_dtype(h: Tensor) -> torch.dtype:
@@ -204,7 +205,7 @@ def is_eager(x: Tensor) -> bool:
 
     Compilers and tracers get the plain modules: a compiler fuses them itself, and a trace shows every module.
     """
-    return type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._get_tracing_state()
+    return type(x) is Tensor and not torch.compiler.is_compiling() and not ops.is_jit_tracing()
 
 
 class Stage(nn.Sequential):
@@ -216,9 +217,8 @@ class Stage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Run the blocks: (N, C, H, W) -> (N, C', H', W')."""
-        if not is_eager(x):
-            return super().forward(x)
-        known = [runnable_parts(block) for block in self]
+        eager = is_eager(x)
+        known = [runnable_parts(block) if eager else None for block in self]
         follows = [*(parts is not None for parts in known[1:]), False]
         shortcut_x = x
         for block, parts, pair in zip(self, known, follows, strict=True):

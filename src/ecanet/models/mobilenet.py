@@ -107,7 +107,7 @@ class MobileNetV2(Network):
         self.features = nn.Sequential(*list(self.features)[: last + 1])
 
 
-class MobileNetV2Features(FeatureNetwork, MobileNetV2):
+class MobileNetV2Features(FeatureNetwork, MobileNetV2):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A MobileNetV2 that returns its feature maps."""
 
 

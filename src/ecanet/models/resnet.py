@@ -194,7 +194,7 @@ class ResNet(Network):
         self.stages = self.stages[:last]
 
 
-class ResNetFeatures(FeatureNetwork, ResNet):
+class ResNetFeatures(FeatureNetwork, ResNet):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A ResNet that returns its feature maps."""
 
 

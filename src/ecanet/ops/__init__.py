@@ -8,7 +8,14 @@ passes), `nodes` (the autograd functions around it), `passes` (what an implement
 """
 
 from ecanet.ops import lean, proof, reference
-from ecanet.ops.calls import has_original_forward, hook_dictionaries, must_be_called, overrides_forward
+from ecanet.ops.calls import (
+    call_state,
+    has_global_hooks,
+    has_original_forward,
+    hook_dictionaries,
+    must_be_called,
+    overrides_forward,
+)
 from ecanet.ops.dispatch import (
     Impl,
     check_input,
@@ -25,18 +32,21 @@ from ecanet.ops.dispatch import (
     uses_kernels,
 )
 from ecanet.ops.reference import Activation, Gate
-from ecanet.ops.tracing import is_traced, record_as_one_node
+from ecanet.ops.tracing import is_jit_tracing, is_traced, record_as_one_node
 
 __all__ = [
     "Activation",
     "Gate",
     "Impl",
+    "call_state",
     "check_input",
     "expand",
     "find_mode_obstacle",
+    "has_global_hooks",
     "has_original_forward",
     "hook_dictionaries",
     "is_frozen_norm",
+    "is_jit_tracing",
     "is_traced",
     "lean",
     "list_implementations",

@@ -4,10 +4,21 @@ Fused operations read a norm's or a gate's parameters and never call the module.
 do nothing else: no hook listens, and nobody has replaced its ``forward``.
 """
 
-from torch import nn
-from torch.nn.modules.module import _has_any_global_hook  # pyright: ignore[reportPrivateUsage]
+from typing import cast
 
-__all__ = ["has_original_forward", "must_be_called"]
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+__all__ = [
+    "call_state",
+    "has_global_hooks",
+    "has_original_forward",
+    "hook_dictionaries",
+    "must_be_called",
+    "overrides_forward",
+]
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def must_be_called(module: nn.Module) -> bool:
@@ -16,19 +27,38 @@ def must_be_called(module: nn.Module) -> bool:
     It may if the module has hooks, if hooks are registered for all modules, or if its own ``forward`` was patched or
     compiled.
     """
-    return any(hook_dictionaries(module)) or overrides_forward(module) or bool(_has_any_global_hook())
+    return any(hook_dictionaries(module)) or overrides_forward(module) or has_global_hooks()
 
 
-def hook_dictionaries(module: nn.Module) -> tuple[dict[int, object], ...]:
+def has_global_hooks() -> bool:
+    """Return whether hooks are registered for the calls of all modules."""
+    return bool(torch_module._has_any_global_hook())  # pyright: ignore[reportPrivateUsage, reportUnknownArgumentType]
+
+
+def hook_dictionaries(module: nn.Module) -> tuple[dict[object, object], ...]:
     """Return the dictionaries in which ``module`` keeps its hooks, one for each kind."""
-    kept = vars(module)
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return tuple(kept[kind] for kind in kinds)
+    attributes = cast(dict[str, dict[object, object]], vars(module))
+    return tuple(attributes[kind] for kind in HOOKS)
 
 
 def overrides_forward(module: nn.Module) -> bool:
     """Return whether ``module`` itself, not its class, has another forward: a patched or a compiled one."""
-    return "forward" in vars(module) or module._compiled_call_impl is not None
+    attributes = vars(module)
+    return "forward" in attributes or attributes.get("_compiled_call_impl") is not None
+
+
+def call_state(module: nn.Module) -> tuple[object, ...]:
+    """Return what decides whether ``module`` must be called, and its children, in a form that is quick to compare."""
+    attributes = cast(dict[str, dict[object, object]], vars(module))
+    kind = type(module)
+    return (
+        kind,
+        kind.forward,
+        attributes.get("forward"),
+        attributes.get("_compiled_call_impl"),
+        *(len(attributes[hooks]) for hooks in HOOKS),
+        *attributes["_modules"].values(),
+    )
 
 
 def has_original_forward(module: nn.Module, *, or_from: str = "") -> bool:

@@ -21,7 +21,7 @@ from ecanet.ops import lean, proof, reference, tail
 from ecanet.ops.calls import has_original_forward, must_be_called
 from ecanet.ops.passes import Passes
 from ecanet.ops.reference import Activation, Gate
-from ecanet.ops.tracing import is_traced
+from ecanet.ops.tracing import is_jit_tracing, is_traced
 
 __all__ = ["Activation", "Gate", "Impl", "prefer_impl", "residual_tail", "residual_tail_pair", "squeeze_scale"]
 
@@ -71,7 +71,7 @@ def requested_impl() -> Literal["lean", "fused"] | None:
 
 def uses_kernels(x: Tensor) -> bool:
     """Whether ``impl="auto"`` means "fused" for ``x``."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+    if torch.compiler.is_compiling() or is_jit_tracing():
         return False
     if _requests:
         return requested_impl() == "fused"
@@ -215,7 +215,7 @@ def find_mode_obstacle(x: Tensor) -> str | None:
         return "an exported graph consists of PyTorch's operations"
     if torch.compiler.is_compiling():
         return None
-    if torch._C._get_tracing_state():
+    if is_jit_tracing():
         return "a traced graph consists of PyTorch's operations"
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms need operations they know"

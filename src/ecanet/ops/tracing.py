@@ -7,10 +7,11 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+import torch
 from torch import fx
 from torch.overrides import handle_torch_function
 
-__all__ = ["is_traced", "record_as_one_node"]
+__all__ = ["is_jit_tracing", "is_traced", "record_as_one_node"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -19,6 +20,11 @@ Result = TypeVar("Result")
 def is_traced(x: object) -> bool:
     """Return whether ``x`` stands for a tensor in a graph that `torch.fx` is recording."""
     return isinstance(x, fx.Proxy)
+
+
+def is_jit_tracing() -> bool:
+    """Return whether `torch.jit.trace`, or an exporter built on it, is recording."""
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def record_as_one_node(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
