@@ -17,7 +17,7 @@ import torch
 import torchvision
 
 from ecanet import recipes, training
-from ecanet.data.boxes import boxes
+from ecanet.data.boxes import load_boxes
 from ecanet.data.pictures import read_image
 from ecanet.errors import DataError
 from ecanet.recipes.config import Recipe, to_dict
@@ -74,7 +74,7 @@ def folder_of(model: str, attention: str, seed: int) -> Path:
 def picture(run: Path, file: Path, columns: int = 3, rows: int = 2) -> None:
     """What the detector of ``run`` finds on the first held-out scenes, side by side."""
     task = training.restore(str(run))
-    held_out = boxes(task.recipe.data, train=False).held_out.annotations.pictures[: columns * rows]
+    held_out = load_boxes(task.recipe.data, train=False).held_out.annotations.pictures[: columns * rows]
     with tempfile.TemporaryDirectory() as folder:
         found = detect(task, [scene.path for scene in held_out], folder)
         drawn = [read_image(answer["picture"], 3) for answer in found if not isinstance(answer, DataError)]

@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from ecanet.data.annotations import _run_lengths, decode, read_annotations
-from ecanet.data.boxes import Batches, Boxes, boxes, flipped
+from ecanet.data.annotations import read_annotations
+from ecanet.data.boxes import DetectionDataset, flip_sample, load_boxes
+from ecanet.data.coco import decode_mask, decode_run_lengths
+from ecanet.data.samplers import GroupedBatchSampler
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes.config import DataConfig
 
@@ -55,7 +57,7 @@ def test_a_target_is_what_the_file_says(tmp_path):
     crowd = annotation(3, box=(0, 0, 20, 12), iscrowd=1, segmentation={"size": [12, 20], "counts": [0, 240]})
     found = read(folder(tmp_path, [annotation(), annotation(2, category=3, box=(0, 0, 4, 4)), crowd]))
     assert found.class_names == ("cat", "cup")
-    image, target = Boxes(found)[0, False]
+    image, target = DetectionDataset(found)[0, False]
     assert image.shape == (3, 12, 20)
     assert image.dtype == torch.uint8
     assert target["boxes"].tolist() == [[2, 3, 7, 9], [0, 0, 4, 4]]
@@ -65,18 +67,18 @@ def test_a_target_is_what_the_file_says(tmp_path):
     expected[3:9, 2:7] = 1
     assert torch.equal(target["masks"][0], expected)
     # evaluation knows the crowd
-    assert [a["iscrowd"] for a in found.ground_truth().dataset["annotations"]] == [0, 0, 1]
+    assert [a["iscrowd"] for a in found.to_coco().dataset["annotations"]] == [0, 0, 1]
 
 
 def test_an_image_without_objects_has_an_empty_target(tmp_path):
-    _, target = Boxes(read(folder(tmp_path, [annotation()])))[1, True]
+    _, target = DetectionDataset(read(folder(tmp_path, [annotation()])))[1, True]
     assert target["boxes"].shape == (0, 4)
     assert target["labels"].shape == (0,)
     assert target["masks"].shape == (0, 30, 10)
 
 
 def test_flips_take_boxes_and_masks_along(tmp_path):
-    data = Boxes(read(folder(tmp_path, [annotation()])))
+    data = DetectionDataset(read(folder(tmp_path, [annotation()])))
     image, target = data[0, False]
     mirrored, moved = data[0, True]
     assert torch.equal(mirrored, image.flip(-1))
@@ -84,23 +86,23 @@ def test_flips_take_boxes_and_masks_along(tmp_path):
     assert moved["boxes"].tolist() == [[13, 3, 18, 9]]
     rows, columns = moved["masks"][0].nonzero().unbind(1)
     assert [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] == [13, 3, 18, 9]
-    assert torch.equal(flipped(mirrored, moved)[1]["boxes"], target["boxes"])
+    assert torch.equal(flip_sample(mirrored, moved)[1]["boxes"], target["boxes"])
 
 
 def test_targets_are_clipped_and_the_evaluation_has_the_files_boxes(tmp_path):
     hanging, outside = annotation(2, box=(15, -4, 10, 8)), annotation(3, box=(30, 2, 5, 5))
     path = folder(tmp_path, [annotation(), hanging, outside, annotation(4, box=(19.5, 2, 5, 5))])
     found = read(path)
-    _, target = Boxes(found)[0, False]
+    _, target = DetectionDataset(found)[0, False]
     assert target["boxes"].tolist() == [[2, 3, 7, 9], [15, 0, 20, 4]]
     assert len(target["labels"]) == len(target["masks"]) == 2
-    assert found.degenerate == 2
+    assert found.count_clipped_away() == 2
     written = json.loads((path / "annotations" / "instances_val2017.json").read_text())["annotations"]
-    assert found.ground_truth().dataset["annotations"] == written
+    assert found.to_coco().dataset["annotations"] == written
 
 
 BROKEN = {
-    "no such image": annotation(9, image=5),
+    "its image is not in the file": annotation(9, image=5),
     "unknown category 4": annotation(9, category=4),
     r"not four finite numbers": annotation(9, box=(1, 2, math.nan, 4)),
     r"box \[1, 2, 0, 4\] has no area": annotation(9, box=(1, 2, 0, 4)),
@@ -109,9 +111,9 @@ BROKEN = {
     "as x, y, x, y": annotation(9, segmentation=[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]]),
     "coordinates are not all finite": annotation(9, segmentation=[[1.0, 2.0, 3.0, 4.0, 5.0, math.inf]]),
     "it has no mask": annotation(9, segmentation=[]),
-    "which mask_rcnn learns from": annotation(9, segmentation=None),
+    "which mask_rcnn needs for training": annotation(9, segmentation=None),
     r"the box \[1, 2, 1000": annotation(9, box=(1, 2, 10**400, 4)),
-    "there is no such image": annotation(9, image=[1]),
+    "image is not in the file": annotation(9, image=[1]),
     r"mask's size is \[5, 5\]": annotation(9, segmentation={"size": [5, 5], "counts": [25]}),
     "sum to 250, not to its 240": annotation(9, segmentation={"size": [12, 20], "counts": [10, 240]}),
     "run lengths cannot be read": annotation(9, segmentation={"size": [12, 20], "counts": "Q"}),
@@ -150,12 +152,12 @@ IMAGE = {"id": 1, "file_name": "1.png", "width": 20, "height": 12}
         ("{", "cannot be read as JSON"),
         ("[]", "no list called 'images'"),
         ('{"images": [{"id": 1}]}', "no 'file_name'"),
-        (json.dumps({"images": [IMAGE | {"id": "1"}]}), "an id that is no whole number: '1'"),
-        (json.dumps({"images": [IMAGE | {"width": None}]}), "a width that is no number of pixels: 'None'"),
-        (json.dumps({"images": [IMAGE | {"height": "90"}]}), "a height that is no number of pixels: '90'"),
-        (json.dumps({"images": [IMAGE | {"height": 90.5}]}), "a height that is no number of pixels"),
-        (json.dumps({"images": [IMAGE | {"file_name": None}]}), "no text for a file_name"),
-        (json.dumps({"images": [IMAGE], "categories": [{"id": "a", "name": "b"}]}), "an id that is no whole number"),
+        (json.dumps({"images": [IMAGE | {"id": "1"}]}), "an id that is not an integer: '1'"),
+        (json.dumps({"images": [IMAGE | {"width": None}]}), "a width that is not a number of pixels: 'None'"),
+        (json.dumps({"images": [IMAGE | {"height": "90"}]}), "a height that is not a number of pixels: '90'"),
+        (json.dumps({"images": [IMAGE | {"height": 90.5}]}), "a height that is not a number of pixels"),
+        (json.dumps({"images": [IMAGE | {"file_name": None}]}), "a file_name that is not a text"),
+        (json.dumps({"images": [IMAGE], "categories": [{"id": "a", "name": "b"}]}), "an id that is not an integer"),
     ],
 )
 def test_a_file_of_another_kind_is_said_to_be(tmp_path, content, complaint):
@@ -168,7 +170,7 @@ def test_a_file_of_another_kind_is_said_to_be(tmp_path, content, complaint):
 def test_an_image_of_another_size_than_annotated_is_named(tmp_path):
     path = folder(tmp_path, [annotation()])
     Image.new("RGB", (5, 5)).save(path / "val2017" / "1.png")
-    assert "5 × 5 pixels, its annotation says 20 × 12" in Boxes(read(path))[0, False].message
+    assert "5 × 5 pixels, its annotation says 20 × 12" in DetectionDataset(read(path))[0, False].message
 
 
 def test_compressed_run_lengths_are_read_as_pycocotools_writes_them():
@@ -176,25 +178,25 @@ def test_compressed_run_lengths_are_read_as_pycocotools_writes_them():
     for side in (1, 7, 200):
         mask = (random.random((side, side + 3)) < 0.3).astype(np.uint8)
         text = coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
-        lengths = list(_run_lengths(text))
+        lengths = list(decode_run_lengths(text))
         runs = np.concatenate([np.full(n, value % 2, np.uint8) for value, n in enumerate(lengths)])
         assert np.array_equal(runs.reshape(mask.shape, order="F"), mask)
-        assert np.array_equal(decode({"size": list(mask.shape), "counts": text}, *mask.shape), mask)
+        assert np.array_equal(decode_mask({"size": list(mask.shape), "counts": text}, *mask.shape), mask)
 
 
 def test_batches_are_of_one_shape_and_repeat_by_epoch(tmp_path):
     shapes = [(i, 20 if i % 2 else 10, 15) for i in range(1, 17)]
-    pictures = read(folder(tmp_path, [], images=shapes)).pictures
+    wide = [width > height for _, width, height in shapes]
 
     def epoch(number, rank=0, world=1, flip=True):
-        batches = Batches(pictures, 4, flip=flip, seed=3, rank=rank, world=world)
+        batches = GroupedBatchSampler(wide, 4, flip=flip, seed=3, rank=rank, world=world)
         batches.set_epoch(number)
         return list(batches)
 
     assert epoch(0) == epoch(0)
     assert epoch(0) != epoch(1)
     for batch in epoch(0):
-        assert len({pictures[place].width for place, _ in batch}) == 1
+        assert len({wide[place] for place, _ in batch}) == 1
     places = [place for batch in epoch(5) for place, _ in batch]
     assert sorted(places) == list(range(16))
     assert {mirror for batch in epoch(0) for _, mirror in batch} == {True, False}
@@ -205,7 +207,7 @@ def test_batches_are_of_one_shape_and_repeat_by_epoch(tmp_path):
 
 def test_a_coco_folder_becomes_batches(tmp_path, capsys):
     path = folder(tmp_path, [annotation(), BROKEN["unknown category 4"], annotation(5, box=(30, 2, 5, 5))])
-    data = boxes(DataConfig(name=f"coco:{path}", batch_size=2, workers=0, on_corrupt="skip"))
+    data = load_boxes(DataConfig(name=f"coco:{path}", batch_size=2, workers=0, on_corrupt="skip"))
     said = capsys.readouterr().err.splitlines()
     assert sum("skipped: annotation 9" in line for line in said) == 2
     assert sum(line.startswith("not trained on: 1 boxes") for line in said) == 1
@@ -222,10 +224,10 @@ def test_without_masks_segmentations_are_not_looked_at(tmp_path):
     path = folder(tmp_path, [annotation(segmentation=[]), annotation(2, segmentation=[[1.0]]), bare])
     found = read(path, masks=False)
     assert found.problems == []
-    _, target = Boxes(found)[0, False]
+    _, target = DetectionDataset(found)[0, False]
     assert len(target["boxes"]) == 3
     assert "masks" not in target
-    truth = found.ground_truth().dataset["annotations"][2]
+    truth = found.to_coco().dataset["annotations"][2]
     assert (truth["iscrowd"], truth["area"]) == (0, 30)
     with pytest.raises(DataError, match="has no mask"):
         read(path)
@@ -238,7 +240,7 @@ def test_a_file_of_which_nothing_can_be_used_is_refused(tmp_path):
     for each in content["annotations"]:
         each["category_id"] = 4
     file.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="not one of its 2 annotations can be used .*unknown category 4"):
+    with pytest.raises(DataError, match="none of its 2 annotations can be used .*unknown category 4"):
         read(path, skip=True)
 
 
@@ -246,7 +248,7 @@ def test_sizes_written_as_fractions(tmp_path):
     path = folder(tmp_path, [annotation()])
     file = path / "annotations" / "instances_val2017.json"
     file.write_text(file.read_text().replace('"width": 20', '"width": 20.0'))
-    assert Boxes(read(path))[0, False][1]["masks"].shape == (1, 12, 20)
+    assert DetectionDataset(read(path))[0, False][1]["masks"].shape == (1, 12, 20)
 
 
 def test_images_too_thin_for_any_network_are_named(tmp_path):
@@ -269,14 +271,14 @@ def test_photographs_are_turned_as_their_camera_says(tmp_path, orientation, upri
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(path / "val2017" / "1.png", exif=exif)
-    image, _ = Boxes(read(path))[0, False]
+    image, _ = DetectionDataset(read(path))[0, False]
     assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
 
 
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"root": "elsewhere"}, "--data-dir means nothing"),
+        ({"root": "elsewhere"}, "--data-dir elsewhere has no meaning"),
         ({"crop_padding": 4}, "data.crop_padding is for classification"),
         ({"random_augment": 9}, "data.random_augment is for classification"),
         ({"eval_crop": 0.5}, "data.eval_crop is for classification"),
@@ -284,12 +286,12 @@ def test_photographs_are_turned_as_their_camera_says(tmp_path, orientation, upri
 )
 def test_settings_that_mean_nothing_here_are_refused(tmp_path, settings, complaint):
     with pytest.raises(ConfigError, match=complaint):
-        boxes(DataConfig(name=f"coco:{folder(tmp_path, [annotation()])}", **settings))
+        load_boxes(DataConfig(name=f"coco:{folder(tmp_path, [annotation()])}", **settings))
 
 
 def test_sound_pixels_are_read_though_their_exif_is_broken(tmp_path):
     path = folder(tmp_path, [annotation()], ((1, 20, 12),))
     picture = Image.open(path / "val2017" / "1.png")
     picture.save(path / "val2017" / "1.png", exif=b"Exif\x00\x00garbage!")
-    image, _ = Boxes(read(path))[0, False]
+    image, _ = DetectionDataset(read(path))[0, False]
     assert image.shape == (3, 12, 20)

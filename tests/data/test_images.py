@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ecanet import data
 from ecanet.data import sources
-from ecanet.data.images import fitted, mirrored, shifted
+from ecanet.data.images import build_eval_transform, flip_images, shift_images
 from ecanet.data.pictures import read_image
-from ecanet.data.sources import FASHION_FOLDER, SMALL_SETS, DataSpec, load_fashion_mnist, read_idx
+from ecanet.data.sources import DEBIAN_FASHION_MNIST, SMALL_SETS, DataSpec, load_fashion_mnist, read_idx
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes.config import DataConfig
-from ecanet.report.figures import png
+from ecanet.report.figures import to_png
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -42,7 +42,7 @@ def photos(tmp_path):
             folder.mkdir(parents=True)
             for at in range(count):
                 image = some_images(3, 40 + at, 50, seed=label * 100 + at)
-                (folder / f"{at}.png").write_bytes(png(image))
+                (folder / f"{at}.png").write_bytes(to_png(image))
     return tmp_path
 
 
@@ -72,7 +72,7 @@ def test_digits_are_split_once_and_for_all():
 def test_pixels_undo_normalize():
     for small in SMALL_SETS.values():
         images = torch.arange(256, dtype=torch.uint8).expand(2, small.spec.channels, 3, 256)
-        assert torch.equal(small.spec.pixels(small.spec.normalize(images)), images)
+        assert torch.equal(small.spec.denormalize(small.spec.normalize(images)), images)
 
 
 def test_names_of_classes_are_all_different():
@@ -127,7 +127,7 @@ def test_fashion_mnist_nowhere_says_both_ways_to_get_it(tmp_path, monkeypatch):
     def offline(*_: Any, **__: Any) -> None:
         raise RuntimeError("Error downloading\nmany lines")
 
-    monkeypatch.setattr(sources, "FASHION_FOLDER", tmp_path / "debian")
+    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", offline)
     with pytest.raises(DataError) as caught:
@@ -165,7 +165,7 @@ def test_broken_idx_files(tmp_path):
         load_fashion_mnist(str(tmp_path), True)
 
 
-@pytest.mark.skipif(not FASHION_FOLDER.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_the_real_fashion_mnist():
     for train, count in ((True, 60_000), (False, 10_000)):
         images, labels = load_fashion_mnist(None, train)
@@ -180,10 +180,10 @@ def test_the_real_fashion_mnist():
 # augmentation
 
 
-def test_shifted_moves_each_image_on_its_own():
+def test_shift_images_moves_each_image_on_its_own():
     images = some_images(200, 2, 5, 6)
     torch.manual_seed(0)
-    moved = shifted(images, 2)
+    moved = shift_images(images, 2)
     seen = set()
     for image, result in zip(images, moved, strict=True):
         wide = torch.zeros(2, 9, 10, dtype=torch.uint8)
@@ -195,10 +195,10 @@ def test_shifted_moves_each_image_on_its_own():
     assert len(seen) == 25
 
 
-def test_mirrored_flips_half():
+def test_flip_images_flips_half():
     images = some_images(400, 1, 3, 4)
     torch.manual_seed(0)
-    result = mirrored(images)
+    result = flip_images(images)
     flipped = [torch.equal(a, b.flip(-1)) for a, b in zip(result, images, strict=True)]
     assert all(f or torch.equal(a, b) for f, a, b in zip(flipped, result, images, strict=True))
     # mean 200, deviation 10
@@ -224,17 +224,17 @@ def test_each_augmentation_does_something(option):
     module.trainer = SimpleNamespace(training=True)
     torch.manual_seed(0)
     images = module.train.images[:50]
-    assert not torch.equal(module.spec.pixels(module.on_after_batch_transfer((images, images), 0)[0]), images)
+    assert not torch.equal(module.spec.denormalize(module.on_after_batch_transfer((images, images), 0)[0]), images)
 
 
 def test_evaluation_takes_the_middle():
     spec = DataSpec(class_names=("a",), channels=1, size=8, mean=(0.0,), std=(1.0,), crop=0.5)
     # a ramp from left to right stays one under resizing; its middle half is left of 3/4 and right of 1/4
     ramp = torch.arange(32, dtype=torch.uint8).expand(1, 32, 32) * 8
-    result = fitted(spec)(ramp)
+    result = build_eval_transform(spec)(ramp)
     assert result.shape == (1, 8, 8)
     assert result[0, 0].tolist() == pytest.approx([8 * (8 + 2 * at + 0.5) for at in range(8)], abs=4)
-    assert fitted(spec)(some_images(1, 20, 60)).shape == (1, 8, 8)
+    assert build_eval_transform(spec)(some_images(1, 20, 60)).shape == (1, 8, 8)
 
 
 # order
@@ -314,7 +314,7 @@ def test_a_folder_of_photographs(photos):
     assert (len(module.train), len(module.held_out)) == (12, 4)
     [(images, labels)] = batches(module, module.val_dataloader())
     assert labels.tolist() == [0, 0, 1, 1]
-    assert torch.equal(images[2], fitted(module.spec)(read_image(photos / "val/dog/0.png", 3)))
+    assert torch.equal(images[2], build_eval_transform(module.spec)(read_image(photos / "val/dog/0.png", 3)))
     for images, labels in batches(module, module.train_dataloader()):
         assert images.shape == (4, 3, 16, 16)
         assert images.dtype == torch.uint8
@@ -338,7 +338,7 @@ def test_folders_that_do_not_hold_what_they_should(photos):
     with pytest.raises(DataError, match="nowhere: no such folder"):
         data.build(folder_config(photos / "nowhere"))
     (photos / "val" / "horse").mkdir()
-    with pytest.raises(DataError, match="horse: a class that train/ does not have"):
+    with pytest.raises(DataError, match="horse: train/ has no such class"):
         data.build(folder_config(photos))
     (photos / "train" / "horse").mkdir()
     with pytest.raises(DataError, match="train/horse: no images in this class folder"):

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from ecanet.data.annotations import decode, read_annotations
-from ecanet.data.scenes import FEWEST_VISIBLE, SceneConfig, _inked, _scene, _sprites, scenes
+from ecanet.data.annotations import read_annotations
+from ecanet.data.coco import decode_mask
+from ecanet.data.scenes import MIN_VISIBLE, SceneConfig, _draw_scene, _load_sprites, _render_sprite, make_scenes
 from ecanet.data.sources import SMALL_SETS
 from ecanet.errors import ConfigError
 
@@ -17,7 +18,7 @@ FEW = SceneConfig(train=6, held_out=60)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return scenes(FEW, tmp_path_factory.mktemp("scenes"))
+    return make_scenes(FEW, tmp_path_factory.mktemp("scenes"))
 
 
 def content(place, split="val2017"):
@@ -28,7 +29,7 @@ def test_the_folder_is_cocos_and_nothing_is_wrong_with_it(place):
     for split, count in (("train2017", 6), ("val2017", 60)):
         found = read_annotations(place / "annotations" / f"instances_{split}.json", place / split)
         assert len(found.pictures) == count
-        assert found.degenerate == 0
+        assert found.count_clipped_away() == 0
         assert found.class_names == tuple("0123456789")
 
 
@@ -47,7 +48,7 @@ def test_one_to_eight_objects_of_all_sizes(place):
 def test_boxes_hold_their_masks_tightly_and_masks_do_not_overlap(place):
     seen = {}
     for a in content(place)["annotations"]:
-        mask = decode(a["segmentation"], 128, 128)
+        mask = decode_mask(a["segmentation"], 128, 128)
         rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
         x, y, width, height = a["bbox"]
         assert (x, y, x + width, y + height) == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
@@ -58,23 +59,23 @@ def test_boxes_hold_their_masks_tightly_and_masks_do_not_overlap(place):
 
 
 def test_some_objects_are_hidden_in_part_and_none_too_much():
-    sprites, labels = _sprites(FEW, train=False)
+    sprites, labels = _load_sprites(FEW, train=False)
     hidden = 0
     for n in range(40):
-        _, objects = _scene(FEW, sprites, labels, np.random.default_rng(n))
+        _, objects = _draw_scene(FEW, sprites, labels, np.random.default_rng(n))
         boxes = [np.argwhere(mask) for _, mask in objects]
         spans = [(at.min(0), at.max(0)) for at in boxes]
         hidden += any(
             (np.maximum(a[0], b[0]) <= np.minimum(a[1], b[1])).all() for i, a in enumerate(spans) for b in spans[:i]
         )
         # a digit's ink covers some tenth of its box at the very least
-        assert all(len(at) >= FEWEST_VISIBLE * 0.1 * np.ptp(at, axis=0).prod() for at in boxes)
+        assert all(len(at) >= MIN_VISIBLE * 0.1 * np.ptp(at, axis=0).prod() for at in boxes)
     assert hidden >= 10
 
 
 def test_the_same_seed_makes_the_same_files(place, tmp_path):
-    again = scenes(FEW, tmp_path)
-    other = scenes(SceneConfig(train=6, held_out=60, seed=1), tmp_path)
+    again = make_scenes(FEW, tmp_path)
+    other = make_scenes(SceneConfig(train=6, held_out=60, seed=1), tmp_path)
     assert content(again) == content(place)
     assert content(other)["annotations"] != content(place)["annotations"]
     first = [np.asarray(Image.open(p / "val2017" / "000000000001.png")) for p in (place, again, other)]
@@ -84,36 +85,36 @@ def test_the_same_seed_makes_the_same_files(place, tmp_path):
 
 
 def test_made_once(place, monkeypatch):
-    monkeypatch.setattr("ecanet.data.scenes._scene", None)
-    assert scenes(FEW, place.parent) == place
+    monkeypatch.setattr("ecanet.data.scenes._draw_scene", None)
+    assert make_scenes(FEW, place.parent) == place
 
 
 def test_scenes_of_another_edition_are_not_taken_for_these(place, monkeypatch):
     monkeypatch.setattr("ecanet.data.scenes.EDITION", 1)
-    assert scenes(SceneConfig(train=1, held_out=1), place.parent).name == "digits-128-1-1-8-0-1"
+    assert make_scenes(SceneConfig(train=1, held_out=1), place.parent).name == "digits-128-1-1-8-0-1"
 
 
 def test_ink_is_legible_and_fills_where_it_must():
     """Half of full darkness is the edge, and a quarter where an object fills the canvas."""
     sprite = np.zeros((8, 8), dtype=np.uint8)
     sprite[1:7, 2:5] = [[102, 255, 102]]
-    ink, mask = _inked(sprite, 60, 1.0, 128)
+    ink, mask = _render_sprite(sprite, 60, 1.0, 128)
     assert ink.shape == (60, 30)
     assert mask.any(0).sum() == 16  # where 0.4 + 0.06 (x - 5) > 0.5, from both sides
-    ink, mask = _inked(sprite, 60, None, 128)
+    ink, mask = _render_sprite(sprite, 60, None, 128)
     assert ink.shape == (60, 60)
     assert mask.all()
-    assert not _inked(sprite // 3, 60, 1.0, 128)[1].any()
+    assert not _render_sprite(sprite // 3, 60, 1.0, 128)[1].any()
 
 
 def test_held_out_scenes_show_held_out_sprites():
     for train in (True, False):
-        sprites, labels = _sprites(FEW, train=train)
+        sprites, labels = _load_sprites(FEW, train=train)
         images, expected = SMALL_SETS["digits"].load(None, train)
         assert np.array_equal(sprites, images[:, 0].numpy())
         assert np.array_equal(labels, expected.numpy())
-    held_out = {sprite.tobytes() for sprite in _sprites(FEW, train=False)[0]}
-    assert not held_out & {sprite.tobytes() for sprite in _sprites(FEW, train=True)[0]}
+    held_out = {sprite.tobytes() for sprite in _load_sprites(FEW, train=False)[0]}
+    assert not held_out & {sprite.tobytes() for sprite in _load_sprites(FEW, train=True)[0]}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 import ecanet
-from ecanet.data.sources import FASHION_FOLDER, SMALL_SETS
+from ecanet.data.sources import DEBIAN_FASHION_MNIST, SMALL_SETS
 from ecanet.ops import dispatch
 
 STEPS, RATE = 20, 0.01
@@ -49,7 +49,7 @@ def forced(impl):
 
 def batches(size, count):
     """Fashion-MNIST's first images, or scikit-learn's digits where its files are not installed."""
-    small = SMALL_SETS["fashion-mnist" if (FASHION_FOLDER / "t10k-images-idx3-ubyte.gz").is_file() else "digits"]
+    small = SMALL_SETS["fashion-mnist" if (DEBIAN_FASHION_MNIST / "t10k-images-idx3-ubyte.gz").is_file() else "digits"]
     images, labels = small.load(None, False)
     images = F.interpolate(small.spec.normalize(images[: STEPS * count]), (size, size), mode="area")
     at = torch.arange(STEPS * count) % len(images)  # there are fewer digits than wanted

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ecanet import training
-from ecanet.data.scenes import SceneConfig, scenes
+from ecanet.data.scenes import SceneConfig, make_scenes
 from ecanet.errors import CheckpointError, DataError
 from ecanet.recipes import DetectorConfig, ModelConfig, with_settings
 from ecanet.studies.paper import pages, runs, tables
@@ -180,7 +180,7 @@ def small_tables(*models: ModelConfig) -> list[Table]:
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
-    return scenes(SceneConfig(train=1, held_out=3), tmp_path_factory.mktemp("scenes"))
+    return make_scenes(SceneConfig(train=1, held_out=3), tmp_path_factory.mktemp("scenes"))
 
 
 def save_run(path, **settings):

@@ -12,9 +12,10 @@ from pycocotools.cocoeval import COCOeval
 
 from ecanet import create_model
 from ecanet.attention.base import Attention
-from ecanet.data.annotations import decode, read_annotations
-from ecanet.data.boxes import Boxes
-from ecanet.data.scenes import SceneConfig, scenes
+from ecanet.data.annotations import read_annotations
+from ecanet.data.boxes import DetectionDataset
+from ecanet.data.coco import decode_mask
+from ecanet.data.scenes import SceneConfig, make_scenes
 from ecanet.errors import ConfigError, DataError
 from ecanet.models.detection import DETECTORS, create_detector
 from ecanet.recipes import find
@@ -61,8 +62,8 @@ def test_the_gates_add_what_the_paper_prints(backbone, added):
 
 @pytest.fixture(scope="module")
 def some(tmp_path_factory):
-    folder = scenes(SceneConfig(train=4, held_out=4), tmp_path_factory.mktemp("scenes"))
-    return Boxes(read_annotations(folder / "annotations" / "instances_train2017.json", folder / "train2017"))
+    folder = make_scenes(SceneConfig(train=4, held_out=4), tmp_path_factory.mktemp("scenes"))
+    return DetectionDataset(read_annotations(folder / "annotations" / "instances_train2017.json", folder / "train2017"))
 
 
 def batch(data):
@@ -312,7 +313,7 @@ def test_four_images_are_learnt_by_heart(name, some):
 
 
 def test_nothing_found_is_scored_by_kind(some):
-    truth = some.annotations.ground_truth()
+    truth = some.annotations.to_coco()
     figures, curve = average_precision(truth, [], "segm", [p.id for p in some.annotations.pictures])
     assert figures["AP"] == 0
     assert set(curve) == {0.0}
@@ -335,7 +336,7 @@ def test_detect_draws_and_lists_what_is_found(monkeypatch, tmp_path, some):
     listed = json.loads((tmp_path / "out" / f"{path.stem}.json").read_text())["objects"]
     assert [o["name"] for o in listed] == [str(label - 1) for label in labels.tolist()]
     assert listed[0]["box"] == [*boxes[0, :2].tolist(), *(boxes[0, 2:] - boxes[0, :2]).tolist()]
-    assert decode(listed[0]["mask"], *found[0]["masks"].shape[-2:]).tolist() == found[0]["masks"][0, 0].tolist()
+    assert decode_mask(listed[0]["mask"], *found[0]["masks"].shape[-2:]).tolist() == found[0]["masks"][0, 0].tolist()
     assert len({answer["picture"] for answer in answers}) == 2
     from ecanet.data.pictures import read_image
 

@@ -1,27 +1,34 @@
-"""Data for runs.
+"""Data sets, as Lightning data modules.
 
-Read downward: `builder` (`build` finds the loader for a name), `boxes` (detection), `scenes` (generated detection
-scenes), `annotations` (COCO files), `images` (classification), `sources` (data sets in memory and in folders),
-`pictures` (reads one image file).
+`builder` finds the loader of a data set by its name. The files, in reading order: `builder`, `boxes` (detection),
+`images` (classification), `module` (what both have in common), `samplers` (which images form a batch), `scenes`
+(generated detection data), `annotations` (a COCO data set), `coco` (COCO's file format), `folders` (one folder per
+class), `sources` (small data sets in memory), `pictures` (reads one image file).
 """
 
-from ecanet.data import boxes
-from ecanet.data.annotations import Annotations, encode, thin
+from ecanet.data.annotations import Annotations
+from ecanet.data.boxes import DetectionData, Target, has_boxes
 from ecanet.data.builder import build
-from ecanet.data.images import derive_seed, fitted
-from ecanet.data.pictures import read_image
-from ecanet.data.sources import IMAGE_SUFFIXES, DataSpec, check_classes
+from ecanet.data.coco import RunLengths, encode_mask, find_size_problem
+from ecanet.data.images import ClassificationData, build_eval_transform
+from ecanet.data.pictures import IMAGE_SUFFIXES, read_image
+from ecanet.data.samplers import derive_seed
+from ecanet.data.sources import DataSpec, check_classes
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "Annotations",
+    "ClassificationData",
     "DataSpec",
-    "boxes",
+    "DetectionData",
+    "RunLengths",
+    "Target",
     "build",
+    "build_eval_transform",
     "check_classes",
     "derive_seed",
-    "encode",
-    "fitted",
+    "encode_mask",
+    "find_size_problem",
+    "has_boxes",
     "read_image",
-    "thin",
 ]

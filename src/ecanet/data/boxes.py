@@ -1,64 +1,58 @@
-"""Images with boxes and masks, from any folder in COCO's layout: batches of images, and of what is on each.
+"""Images for detection, from any folder in COCO's layout: lists of images, and of one target per image.
 
-A target has ``boxes`` (N, 4) as left, top, right, bottom in pixels, ``labels`` (N,) from 1 in the order of the
-categories, ``masks`` (N, H, W) where the annotations have them, and ``image_id``. Crowds are left out of targets and
-kept for evaluation. Images without objects stay in: they show what is not one.
+A target is a dictionary as torchvision's detectors take it: ``boxes`` (N, 4) as left, top, right and bottom in pixels,
+``labels`` (N,) counted from 1 in the order of the category ids, ``image_id``, and ``masks`` (N, H, W) where the
+annotations have them. Crowds are in no target, but the evaluation uses them. Images without objects are kept: they
+teach a detector what the background looks like.
 """
 
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from ecanet.data.annotations import Annotations, Picture, clipped, decode, read_annotations
-from ecanet.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageData, derive_seed
-from ecanet.data.pictures import read_image
-from ecanet.data.scenes import SPRITES, SceneConfig, scenes
-from ecanet.data.sources import DataSpec, Unreadable
+from ecanet.data.annotations import Annotations, Picture, clip_box, read_annotations
+from ecanet.data.coco import decode_mask
+from ecanet.data.module import IMAGENET_MEAN, IMAGENET_STD, DataModule
+from ecanet.data.pictures import Unreadable, read_image
+from ecanet.data.samplers import GroupedBatchSampler
+from ecanet.data.scenes import SPRITES, SceneConfig, make_scenes
+from ecanet.data.sources import DataSpec
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import DataConfig, suggestion
 
-__all__ = ["BoxData", "Boxes", "boxes", "flipped", "knows"]
+__all__ = ["DetectionData", "DetectionDataset", "Target", "flip_sample", "has_boxes", "load_boxes"]
 
 Target = dict[str, Tensor]
+LoadedBatch = tuple[list[Tensor], list[Target], list[Unreadable]]
 
 
-def knows(name: str) -> bool:
-    """Whether ``name`` is a set of annotated images that `boxes` can load."""
+def has_boxes(name: str) -> bool:
+    """Return whether the data set ``name`` is one for detection, which `load_boxes` can load."""
     return name.startswith("coco:") or name.partition(":")[0] == "scenes"
 
 
-def boxes(config: DataConfig, *, seed: int = 0, train: bool = True, masks: bool = True) -> "BoxData":
-    """The annotated images that ``config`` describes; with ``train=False`` only the part for evaluation.
+def load_boxes(config: DataConfig, *, seed: int = 0, train: bool = True, masks: bool = True) -> "DetectionData":
+    """Return the images and targets that ``config`` describes; with ``train=False`` only the held-out ones.
 
-    Without ``masks`` nothing but boxes is read of their annotations.
+    Without ``masks`` the targets have boxes and labels only.
 
     Raises:
-        ConfigError: no such kind of scenes, or a setting that means nothing here.
-        DataError: files are missing or broken, and what to do.
+        ConfigError: the kind of scenes does not exist, or a setting has no meaning for detection.
+        DataError: files are missing or broken.
     """
-    kind, _, rest = config.name.partition(":")
     for name in ("crop_padding", "random_augment", "eval_crop"):
         if getattr(config, name) != getattr(DataConfig(), name):
-            raise ConfigError(f"data.{name} is for classification; images with boxes are resized and mirrored only")
-    if kind == "coco":
-        if config.root:
-            raise ConfigError(f"--data-dir means nothing for {config.name}, which says itself where it is")
-        folder = Path(rest).expanduser()
-    elif rest and rest not in SPRITES:
-        raise ConfigError(f"no scenes of {rest!r}; {suggestion(rest, list(SPRITES))}")
-    else:
-        # the same scenes whatever the run's seed: runs differ by their luck and not by their data
-        folder = scenes(SceneConfig(sprites=rest or SPRITES[0]), config.root)
-    held_out = _part(config, folder, "val2017", masks)
-    training = _part(config, folder, "train2017", masks) if train else None
+            raise ConfigError(f"data.{name} is for classification; images with boxes are only resized and flipped")
+    folder = _find_folder(config)
+    held_out = _read_split(config, folder, "val2017", masks)
+    training = _read_split(config, folder, "train2017", masks) if train else None
     if training and training.class_names != held_out.class_names:
-        raise DataError(f"{folder}: train2017 and val2017 have different categories")
+        raise DataError(f"{folder}: train2017 and val2017 have different categories; they must be the same")
     spec = DataSpec(
         class_names=held_out.class_names,
         channels=3,
@@ -66,24 +60,38 @@ def boxes(config: DataConfig, *, seed: int = 0, train: bool = True, masks: bool 
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )
-    return BoxData(config, spec, Boxes(training) if training else None, Boxes(held_out), seed=seed)
+    dataset = DetectionDataset(training) if training else None
+    return DetectionData(config, spec, dataset, DetectionDataset(held_out), seed=seed)
 
 
-def _part(config: DataConfig, folder: Path, split: str, masks: bool) -> Annotations:
-    """One half of the data set; what was left out of it is said, in lines that name the first few."""
+def _find_folder(config: DataConfig) -> Path:
+    """Return the COCO folder that ``config`` names; scenes are generated if they do not exist."""
+    kind, _, rest = config.name.partition(":")
+    if kind == "coco":
+        if config.root:
+            raise ConfigError(f"--data-dir {config.root} has no meaning for {config.name}, which is a path")
+        return Path(rest).expanduser()
+    if rest and rest not in SPRITES:
+        raise ConfigError(f"no scenes of {rest!r}; {suggestion(rest, list(SPRITES))}")
+    # The scenes do not depend on the run's seed: runs with different seeds must see the same data.
+    return make_scenes(SceneConfig(sprites=rest or SPRITES[0]), config.root)
+
+
+def _read_split(config: DataConfig, folder: Path, split: str, masks: bool) -> Annotations:
+    """Return one split of a COCO folder; print the first few skipped entries, and how many more there are."""
     path, skip = folder / "annotations" / f"instances_{split}.json", config.on_corrupt == "skip"
-    found = read_annotations(path, folder / split, masks=masks, skip=skip)
-    for problem in found.problems[:5]:
+    annotations = read_annotations(path, folder / split, masks=masks, skip=skip)
+    for problem in annotations.problems[:5]:
         print(f"skipped: {problem}", file=sys.stderr, flush=True)
-    if len(found.problems) > 5:
-        print(f"skipped: {len(found.problems) - 5} more in {split}", file=sys.stderr, flush=True)
-    if split == "train2017" and (thin := found.degenerate):
-        print(f"not trained on: {thin} boxes of {split} with less than a pixel on their image", file=sys.stderr)
-    return found
+    if len(annotations.problems) > 5:
+        print(f"skipped: {len(annotations.problems) - 5} more in {split}", file=sys.stderr, flush=True)
+    if split == "train2017" and (count := annotations.count_clipped_away()):
+        print(f"not trained on: {count} boxes in {split} with less than a pixel inside their image", file=sys.stderr)
+    return annotations
 
 
-class Boxes(Dataset[Any]):
-    """Images as uint8 (3, H, W) with their targets; an item is asked for by its place and whether to mirror it."""
+class DetectionDataset(Dataset[tuple[Tensor, Target] | Unreadable]):
+    """Images as uint8 tensors (3, H, W) with their targets; an item's key is (index, whether to flip it)."""
 
     def __init__(self, annotations: Annotations):
         self.annotations = annotations
@@ -92,135 +100,132 @@ class Boxes(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.annotations.pictures)
 
-    def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, Target] | Unreadable:
-        place, mirror = item
-        picture = self.annotations.pictures[place]
+    def __getitem__(self, index: tuple[int, bool]) -> tuple[Tensor, Target] | Unreadable:
+        at, flip = index
+        picture = self.annotations.pictures[at]
+        expected = (picture.height, picture.width)
         try:
             image = read_image(picture.path, 3)
-            if tuple(image.shape[1:]) != (picture.height, picture.width):
-                image = read_image(picture.path, 3, upright=False)  # some annotate what is stored
+            if image.shape[1:] != expected:
+                # Some data sets annotate the pixels as they are stored, without the EXIF orientation.
+                image = read_image(picture.path, 3, upright=False)
         except DataError as error:
             return Unreadable(str(error))
-        if tuple(image.shape[1:]) != (picture.height, picture.width):
+        if image.shape[1:] != expected:
             return Unreadable(
                 f"{picture.path}: the image is {image.shape[2]} × {image.shape[1]} pixels, its annotation says "
                 f"{picture.width} × {picture.height}"
             )
-        target = self.target(picture)
-        return flipped(image, target) if mirror else (image, target)
+        target = self.make_target(picture)
+        return flip_sample(image, target) if flip else (image, target)
 
-    def target(self, picture: Picture) -> Target:
-        """What is on ``picture``: boxes cut to it, without crowds and what has less than a pixel on it."""
-        cut = [(o, clipped(o["bbox"], picture.width, picture.height)) for o in picture.objects]
-        objects = [o for o, corners in cut if corners]
+    def make_target(self, picture: Picture) -> Target:
+        """Return the target of ``picture``: boxes clipped to the image, without those that lie outside it."""
+        clipped = [(o, clip_box(o["bbox"], picture.width, picture.height)) for o in picture.objects]
+        objects = [o for o, corners in clipped if corners]
         target = {
-            "boxes": torch.tensor([c for _, c in cut if c], dtype=torch.float32).reshape(-1, 4),
+            "boxes": torch.tensor([corners for _, corners in clipped if corners], dtype=torch.float32).reshape(-1, 4),
             "labels": torch.tensor([self.labels[o["category_id"]] for o in objects], dtype=torch.int64),
             "image_id": torch.tensor(picture.id),
         }
-        if all("segmentation" in o for o in objects):
+        segmentations = [o["segmentation"] for o in objects if "segmentation" in o]
+        if len(segmentations) == len(objects):
             masks = torch.zeros(len(objects), picture.height, picture.width, dtype=torch.uint8)
-            for at, o in enumerate(objects):
-                masks[at] = torch.from_numpy(decode(o["segmentation"], picture.height, picture.width))
+            for at, segmentation in enumerate(segmentations):
+                masks[at] = torch.as_tensor(decode_mask(segmentation, picture.height, picture.width))
             target["masks"] = masks
         return target
 
 
-def flipped(image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """``image`` (C, H, W) and its ``target`` mirrored left to right."""
+def flip_sample(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Return ``image`` (C, H, W) and its ``target`` flipped left to right."""
     width, corners = image.shape[-1], target["boxes"]
-    mirrored = {
+    flipped = {
         **target,
         "boxes": torch.stack([width - corners[:, 2], corners[:, 1], width - corners[:, 0], corners[:, 3]], 1),
     }
     if "masks" in target:
-        mirrored["masks"] = target["masks"].flip(-1)
-    return image.flip(-1), mirrored
+        flipped["masks"] = target["masks"].flip(-1)
+    return image.flip(-1), flipped
 
 
-class Batches(Sampler[list[tuple[int, bool]]]):
-    """Batches of places in a data set, each with whether to mirror it: wide images with wide ones, tall with tall.
+class DetectionData(DataModule):
+    """Training and held-out images with targets."""
 
-    Images of one batch are padded to a common size, so mixing shapes would waste work. Seed and epoch decide all of
-    it, so a resumed run sees what it would have seen; of several processes each takes its share of the same batches.
-    """
-
-    def __init__(self, pictures: Sequence[Picture], batch_size: int, *, flip: bool, seed: int, rank: int, world: int):
-        self.wide = torch.tensor([p.width > p.height for p in pictures])
-        self.batch_size, self.flip, self.seed, self.rank, self.world = batch_size, flip, seed, rank, world
-        self.epoch = 0
-        # where Lightning looks for set_epoch
-        self.sampler = self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Shuffle anew."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return max(1, len(self.wide) // (self.batch_size * self.world))
-
-    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        random = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-        order = torch.randperm(len(self.wide), generator=random)
-        mirror = (torch.rand(len(self.wide), generator=random) < 0.5) & self.flip
-        waiting: dict[bool, list[tuple[int, bool]]] = {True: [], False: []}
-        batches = []
-        for place in order.tolist():
-            same = waiting[bool(self.wide[place])]
-            same.append((place, bool(mirror[place])))
-            if len(same) == self.batch_size:
-                batches.append(same.copy())
-                same.clear()
-        # what is left of both kinds makes mixed batches, the last of them perhaps short
-        left = waiting[True] + waiting[False]
-        batches += [left[at : at + self.batch_size] for at in range(0, len(left), self.batch_size)]
-        # no process may be left without one
-        batches *= -(-self.world // len(batches))
-        yield from batches[self.rank :: self.world][: len(self)]
-
-
-class BoxData(ImageData):
-    """Training and held-out images with targets; ``spec`` says the form in which a network gets them."""
-
-    train: Boxes | None
-    held_out: Boxes
+    def __init__(
+        self,
+        config: DataConfig,
+        spec: DataSpec,
+        train: DetectionDataset | None,
+        held_out: DetectionDataset,
+        *,
+        seed: int = 0,
+    ):
+        super().__init__(config, spec, seed=seed)
+        self.train, self.held_out = train, held_out
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled, mirrored and grouped by the seed and the epoch alone."""
+        """Return batches, and flips, that depend only on the seed and the epoch."""
         assert self.train is not None
-        rank, world = self._place()
-        pictures, config = self.train.annotations.pictures, self.config
-        batches = Batches(pictures, config.batch_size, flip=bool(config.flip), seed=self.seed, rank=rank, world=world)
-        # workers start before Lightning names the epoch to the sampler
+        rank, world = self.get_rank()
+        batches = GroupedBatchSampler(
+            [picture.width > picture.height for picture in self.train.annotations.pictures],
+            self.config.batch_size,
+            flip=bool(self.config.flip),
+            seed=self.seed,
+            rank=rank,
+            world=world,
+        )
+        # Lightning sets the later epochs, but in the first one the workers begin before it does.
         batches.set_epoch(self.first_epoch)
-        return self._batches(self.train, batch_sampler=batches)
+        return self._make_loader(self.train, batches=batches)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Every held-out image once, in order; several processes take turns."""
-        items = [(place, False) for place in self._share()]
-        return self._batches(self.held_out, sampler=items, batch_size=self.config.batch_size)
+        """Return batches of the held-out images in order; each image is evaluated by exactly one process."""
+        items = [(index, False) for index in self.share_held_out(len(self.held_out))]
+        return self._make_loader(self.held_out, items=items)
 
     test_dataloader = val_dataloader
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Images from 0 to 1; the detectors resize and normalise them themselves."""
-        pictures, targets = batch
-        return [picture.float() / 255 for picture in pictures], targets
+    def on_before_batch_transfer(self, batch: LoadedBatch, dataloader_idx: int) -> tuple[list[Tensor], list[Target]]:
+        """Return the images and targets after reporting the images that could not be read.
 
-    def _batches(self, dataset: Boxes, **options: Any) -> DataLoader[Any]:
-        workers = min(8, os.cpu_count() or 1) if self.config.workers is None else self.config.workers
+        Raises:
+            DataError: an image could not be read, and ``on_corrupt`` is "error".
+        """
+        images, targets, unreadable = batch
+        self.report_unreadable(unreadable)
+        return images, targets
+
+    def on_after_batch_transfer(
+        self, batch: tuple[list[Tensor], list[Target]], dataloader_idx: int
+    ) -> tuple[list[Tensor], list[Target]]:
+        """Return the images with values from 0 to 1; the detectors resize and normalize them themselves."""
+        images, targets = batch
+        return [image.float() / 255 for image in images], targets
+
+    def _make_loader(
+        self,
+        dataset: DetectionDataset,
+        *,
+        batches: GroupedBatchSampler | None = None,
+        items: list[tuple[int, bool]] | None = None,
+    ) -> DataLoader[Any]:
+        workers = self.count_workers()
         return DataLoader(
             dataset,
+            batch_size=1 if batches else self.config.batch_size,
+            sampler=items,
+            batch_sampler=batches,
             num_workers=workers,
-            collate_fn=_together,
+            collate_fn=_collate,
             persistent_workers=workers > 0,
-            # of its own, or each epoch's loader would take a number from the run's
+            # Without its own generator, the loader would draw a seed for its workers from the run's random state.
             generator=torch.Generator(),
-            **options,
         )
 
 
-def _together(samples: list[Any]) -> tuple[list[Tensor] | None, list[Target], list[Unreadable]]:
-    good = [sample for sample in samples if not isinstance(sample, Unreadable)]
-    bad = [sample for sample in samples if isinstance(sample, Unreadable)]
-    return [image for image, _ in good] or None, [target for _, target in good], bad
+def _collate(samples: Sequence[tuple[Tensor, Target] | Unreadable]) -> LoadedBatch:
+    readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
+    return [image for image, _ in readable], [target for _, target in readable], unreadable

@@ -1,9 +1,7 @@
-"""Data for runs: ``build`` finds the loader for a name."""
+"""Find the loader of a data set by its name."""
 
-from typing import Any
-
-from ecanet.data import boxes
-from ecanet.data.images import images, knows
+from ecanet.data.boxes import DetectionData, has_boxes, load_boxes
+from ecanet.data.images import ClassificationData, has_labels, load_images
 from ecanet.data.sources import SMALL_SETS
 from ecanet.errors import ConfigError
 from ecanet.recipes import DataConfig, suggestion
@@ -11,10 +9,12 @@ from ecanet.recipes import DataConfig, suggestion
 __all__ = ["build"]
 
 
-def build(config: DataConfig, *, seed: int = 0, train: bool = True, masks: bool = False) -> Any:
-    """The LightningDataModule for ``config``; with ``train=False`` only its evaluation part.
+def build(
+    config: DataConfig, *, seed: int = 0, train: bool = True, masks: bool = False
+) -> ClassificationData | DetectionData:
+    """Return the Lightning data module for ``config``; with ``train=False`` it holds only the held-out images.
 
-    ``masks`` says whether objects' masks are read beside their boxes, where there are objects.
+    ``seed`` decides the order of the images. With ``masks`` the targets of detection data have masks beside boxes.
 
     >>> from ecanet.recipes import DataConfig
     >>> digits = build(DataConfig(name="digits"))
@@ -22,12 +22,12 @@ def build(config: DataConfig, *, seed: int = 0, train: bool = True, masks: bool 
     (1437, 360, 8)
 
     Raises:
-        ConfigError: no such data.
-        DataError: files are missing or broken, and what to do.
+        ConfigError: the data set does not exist, or a setting does not fit it.
+        DataError: files are missing or broken.
     """
-    if knows(config.name):
-        return images(config, seed=seed, train=train)
-    if boxes.knows(config.name):
-        return boxes.boxes(config, seed=seed, train=train, masks=masks)
+    if has_labels(config.name):
+        return load_images(config, seed=seed, train=train)
+    if has_boxes(config.name):
+        return load_boxes(config, seed=seed, train=train, masks=masks)
     names = [*SMALL_SETS, "folder:PATH", "coco:PATH", "scenes"]
     raise ConfigError(f"unknown data {config.name!r}; {suggestion(config.name, names)}")

@@ -1,248 +1,217 @@
-"""Images for classification: batches of images (N, C, H, W) and labels (N,), changed and normalised on the device.
+"""Images for classification: batches of images (N, C, H, W) and labels (N,), augmented and normalized on the device.
 
-Small sets stay in memory and are augmented a batch at a time; photographs are read and cropped by worker processes.
+Small data sets stay in memory, and a whole batch is augmented at once. Worker processes read and crop photographs.
 """
 
-import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader, Sampler
+from torchvision.transforms import v2  # pyright: ignore[reportMissingTypeStubs]
 
-from ecanet.data.pictures import HOW_TO_SKIP
-from ecanet.data.sources import SMALL_SETS, DataSpec, Folder, Memory, Unreadable, class_folders
+from ecanet.data.folders import FolderDataset, Transform, list_classes
+from ecanet.data.module import IMAGENET_MEAN, IMAGENET_STD, DataModule
+from ecanet.data.pictures import Unreadable
+from ecanet.data.samplers import EpochSampler
+from ecanet.data.sources import SMALL_SETS, DataSpec, MemoryDataset
 from ecanet.errors import DataError
 from ecanet.recipes import DataConfig
 
-__all__ = ["ImageData", "fitted", "images", "knows", "mirrored", "shifted"]
+__all__ = ["ClassificationData", "build_eval_transform", "flip_images", "has_labels", "load_images", "shift_images"]
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ImageDataset = MemoryDataset | FolderDataset
+LoadedBatch = tuple[Tensor | None, Tensor | None, list[Unreadable]]
+"""Images (N, C, H, W) and labels (N,), or None if no image could be read; and the unreadable images."""
 
-Change = Callable[[Tensor], Tensor]
 
-
-def knows(name: str) -> bool:
-    """Whether ``name`` is a set of images that `images` can load."""
+def has_labels(name: str) -> bool:
+    """Return whether the data set ``name`` is one for classification, which `load_images` can load."""
     return name in SMALL_SETS or name.startswith("folder:")
 
 
-def images(config: DataConfig, *, seed: int = 0, train: bool = True) -> "ImageData":
-    """The images that ``config`` describes; with ``train=False`` only the part for evaluation.
+def load_images(config: DataConfig, *, seed: int = 0, train: bool = True) -> "ClassificationData":
+    """Return the images that ``config`` describes; with ``train=False`` only the held-out ones.
 
     Raises:
-        DataError: files are missing or broken, and what to do.
+        DataError: files are missing or broken, or a setting does not fit this data set.
     """
     if config.name.startswith("folder:"):
-        return _from_folder(config, seed, train)
-    return _in_memory(config, seed, train)
+        return _load_folder(config, seed, train)
+    return _load_small_set(config, seed, train)
 
 
-class ImageData(L.LightningDataModule):
-    """Training and held-out images; ``spec`` says the form in which a network gets them."""
+class ClassificationData(DataModule):
+    """Training and held-out images with labels; ``augment`` changes the training images of a batch."""
 
     def __init__(
         self,
         config: DataConfig,
         spec: DataSpec,
-        train: Dataset[Any] | None,
-        held_out: Dataset[Any],
+        train: ImageDataset | None,
+        held_out: ImageDataset,
         *,
-        augment: Change | None = None,
+        augment: Transform | None = None,
         seed: int = 0,
     ):
-        super().__init__()
-        self.config, self.spec, self.augment, self.seed = config, spec, augment, seed
-        self.train, self.held_out = train, held_out
-        self.skipped: set[str] = set()
-        self.first_epoch = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """The epoch with which a run goes on from a checkpoint that is written at the end of one."""
-        assert self.trainer is not None
-        return {"first_epoch": self.trainer.current_epoch + 1}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Begin with the checkpoint's next epoch."""
-        self.first_epoch = state_dict["first_epoch"]
+        super().__init__(config, spec, seed=seed)
+        self.train, self.held_out, self.augment = train, held_out, augment
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled by the seed and the epoch alone, so that a resumed run sees what it would have seen."""
+        """Return batches in an order that depends only on the seed and the epoch."""
         assert self.train is not None
-        rank, world = self._place()
-        randomness = torch.Generator()
-        sampler = _Shuffled(self.train, num_replicas=world, rank=rank, seed=self.seed)
-        sampler.randomness = randomness
-        # Lightning names later epochs to the sampler, but workers have begun with the first one by then
+        rank, world = self.get_rank()
+        generator = torch.Generator()
+        sampler = EpochSampler(self.train, seed=self.seed, rank=rank, world=world, generator=generator)
+        # Lightning sets the later epochs, but in the first one the workers begin before it does.
         sampler.set_epoch(self.first_epoch)
-        whole = len(sampler) > self.config.batch_size
-        # workers of its own for each epoch: those that live on would draw on where a resumed run begins anew
-        return self._loader(
-            self.train, sampler=sampler, generator=randomness, drop_last=whole, persistent_workers=False
-        )
+        drop_last = len(sampler) > self.config.batch_size
+        # The workers end with their epoch: persistent ones would continue their random streams, and a resumed run
+        # could not reproduce them.
+        return self._make_loader(self.train, sampler, generator=generator, drop_last=drop_last, persistent=False)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Every held-out image once, in order; several processes take turns, and none sees an image twice."""
-        return self._loader(self.held_out, sampler=self._share())
+        """Return batches of the held-out images in order; each image is evaluated by exactly one process."""
+        return self._make_loader(self.held_out, self.share_held_out(len(self.held_out)))
 
     test_dataloader = val_dataloader
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Report images that could not be read: here, in the main process."""
-        pictures, labels, unreadable = batch
-        for problem in unreadable:
-            if self.config.on_corrupt == "error":
-                raise DataError(f"{problem.message}; {HOW_TO_SKIP}")
-            if problem.message not in self.skipped:
-                self.skipped.add(problem.message)
-                print(f"skipped: {problem.message}", file=sys.stderr, flush=True)
-        if pictures is None:
-            # a batch of none, which a step passes over
-            pictures = torch.empty(0, self.spec.channels, self.spec.size, self.spec.size, dtype=torch.uint8)
+    def on_before_batch_transfer(self, batch: LoadedBatch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Return the images and labels after reporting the images that could not be read.
+
+        Raises:
+            DataError: an image could not be read, and ``on_corrupt`` is "error".
+        """
+        images, labels, unreadable = batch
+        self.report_unreadable(unreadable)
+        if images is None or labels is None:
+            # an empty batch, for which the task takes no step
+            images = torch.empty(0, self.spec.channels, self.spec.size, self.spec.size, dtype=torch.uint8)
             labels = torch.empty(0, dtype=torch.int64)
-        return pictures, labels
+        return images, labels
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Augment while training, and normalise, on the device."""
-        pictures, labels = batch
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Return the images normalized, and augmented in training, on the device."""
+        images, labels = batch
         if self.augment is not None and self.trainer is not None and self.trainer.training:
-            pictures = self.augment(pictures)
-        return self.spec.normalize(pictures), labels
+            images = self.augment(images)
+        return self.spec.normalize(images), labels
 
-    def _place(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    def _share(self) -> range:
-        """Which held-out images this process evaluates."""
-        rank, world = self._place()
-        count = len(self.held_out)  # pyright: ignore[reportArgumentType]
-        if world > count:
-            raise DataError(f"{world} processes cannot share {count} held-out images; use fewer")
-        return range(rank, count, world)
-
-    def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
-        in_memory = isinstance(dataset, Memory)
-        workers = self.config.workers
-        if workers is None:
-            workers = 0 if in_memory else min(8, os.cpu_count() or 1)
+    def _make_loader(
+        self,
+        dataset: ImageDataset,
+        sampler: Sampler[int] | range,
+        *,
+        generator: torch.Generator | None = None,
+        drop_last: bool = False,
+        persistent: bool = True,
+    ) -> DataLoader[Any]:
+        in_memory = isinstance(dataset, MemoryDataset)
+        workers = 0 if in_memory and self.config.workers is None else self.count_workers()
         return DataLoader(
             dataset,
             batch_size=self.config.batch_size,
+            sampler=sampler,
             num_workers=workers,
-            collate_fn=_as_they_are if in_memory else _together,  # pyright: ignore[reportArgumentType]
+            collate_fn=cast("Callable[..., LoadedBatch]", _pass_on if in_memory else _collate),
             pin_memory=torch.cuda.is_available(),
-            **{"persistent_workers": workers > 0, **options},
+            drop_last=drop_last,
+            generator=generator,
+            persistent_workers=persistent and workers > 0,
         )
 
 
-class _Shuffled(DistributedSampler[Any]):
-    """Another order each epoch, the same for all processes, and random numbers for each one's workers."""
-
-    randomness: torch.Generator
-
-    def __init__(self, *args: Any, seed: int, **options: Any):
-        super().__init__(*args, **options)
-        self.of_run = seed
-
-    def set_epoch(self, epoch: int) -> None:
-        # mixed, and not added: the next seed's order is not the next epoch's
-        self.seed = derive_seed(self.of_run, epoch)
-        self.randomness.manual_seed(derive_seed(self.of_run, epoch, self.rank))
-
-
-def derive_seed(*numbers: int) -> int:
-    """One seed of 32 bits, which is what torch looks at on a CPU, for several ``numbers``."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def _as_they_are(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, list[Unreadable]]:
+def _pass_on(batch: tuple[Tensor, Tensor]) -> LoadedBatch:
+    """Return a batch that `MemoryDataset` has made already."""
     return (*batch, [])
 
 
-def _together(samples: list[Any]) -> tuple[Tensor | None, Tensor | None, list[Unreadable]]:
-    good = [sample for sample in samples if not isinstance(sample, Unreadable)]
-    bad = [sample for sample in samples if isinstance(sample, Unreadable)]
-    if not good:
-        return None, None, bad
-    return torch.stack([picture for picture, _ in good]), torch.tensor([label for _, label in good]), bad
+def _collate(samples: Sequence[tuple[Tensor, int] | Unreadable]) -> LoadedBatch:
+    readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
+    if not readable:
+        return None, None, unreadable
+    images, labels = zip(*readable, strict=True)
+    return torch.stack(images), torch.tensor(labels), unreadable
 
 
-def _in_memory(config: DataConfig, seed: int, train: bool) -> ImageData:
+def _load_small_set(config: DataConfig, seed: int, train: bool) -> ClassificationData:
     small = SMALL_SETS[config.name]
     if config.eval_crop != DataConfig().eval_crop:
-        raise DataError("data.eval_crop is for photographs; small images are evaluated whole")
+        raise DataError("data.eval_crop is for photographs; small images are evaluated whole: leave it out")
     size = config.image_size or small.spec.size
 
-    def part(train: bool) -> Memory:
-        pictures, labels = small.load(config.root, train)
-        return Memory(v2.functional.resize(pictures, [size, size]) if size != pictures.shape[-1] else pictures, labels)
+    def load(train: bool) -> MemoryDataset:
+        images, labels = small.load(config.root, train)
+        return MemoryDataset(v2.functional.resize(images, [size, size]) if size != images.shape[-1] else images, labels)
 
-    changes: list[Change] = []
+    transforms: list[Transform] = []
     if config.crop_padding:
-        changes.append(lambda pictures: shifted(pictures, config.crop_padding))
+        transforms.append(lambda images: shift_images(images, config.crop_padding))
     if config.flip:
-        changes.append(mirrored)
+        transforms.append(flip_images)
     if config.random_augment:
-        change = v2.RandAugment(magnitude=config.random_augment)
-        changes.append(lambda pictures: torch.stack([change(picture) for picture in pictures]))
-    augment = v2.Compose(changes) if changes else None
+        augment_one = cast(Transform, v2.RandAugment(magnitude=config.random_augment))
+        transforms.append(lambda images: torch.stack([augment_one(image) for image in images]))
+    augment = cast(Transform, v2.Compose(transforms)) if transforms else None
     spec = replace(small.spec, size=size)
-    return ImageData(config, spec, part(True) if train else None, part(False), augment=augment, seed=seed)
+    return ClassificationData(config, spec, load(True) if train else None, load(False), augment=augment, seed=seed)
 
 
-def _from_folder(config: DataConfig, seed: int, train: bool) -> ImageData:
+def _load_folder(config: DataConfig, seed: int, train: bool) -> ClassificationData:
     folder = Path(config.name.removeprefix("folder:")).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; folder:PATH needs PATH/train/CLASS/… and PATH/val/CLASS/…")
-    names = class_folders(folder / ("train" if train else "val"))
-    if len(names) < 2:
-        raise DataError(f"{folder}: only one class ({names[0]}); telling images apart takes two folders or more")  # pyright: ignore[reportGeneralTypeIssues]
+    names = list_classes(folder / ("train" if train else "val"))
+    if len(names) == 1:
+        raise DataError(f"{folder}: only one class ({names[0]}); classification needs two class folders or more")
     if config.root:
-        raise DataError(f"--data-dir means nothing for {config.name}, which says itself where it is")
+        raise DataError(f"--data-dir {config.root} has no meaning for {config.name}, which is a path; leave it out")
     if config.crop_padding:
-        raise DataError("data.crop_padding is for small images; photographs are cropped at random as they are")
-    if train and (strange := sorted(set(class_folders(folder / "val")) - set(names))):
-        raise DataError(f"{folder / 'val' / strange[0]}: a class that train/ does not have")
+        raise DataError("data.crop_padding is for small images; photographs are cropped at random: leave it out")
+    if train and (unknown := sorted(set(list_classes(folder / "val")) - set(names))):
+        raise DataError(f"{folder / 'val' / unknown[0]}: train/ has no such class; add it there or remove it here")
     size = config.image_size or 224
     spec = DataSpec(
         class_names=names, channels=3, size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD, crop=config.eval_crop
     )
-    changes: list[v2.Transform] = [v2.RandomResizedCrop(size, antialias=True)]
+    transforms: list[v2.Transform] = [v2.RandomResizedCrop(size, antialias=True)]
     if config.flip is not False:
-        changes.append(v2.RandomHorizontalFlip())
+        transforms.append(v2.RandomHorizontalFlip())
     if config.random_augment:
-        changes.append(v2.RandAugment(magnitude=config.random_augment))
-    training = Folder(folder / "train", names, spec.channels, v2.Compose(changes)) if train else None
-    held_out = Folder(folder / "val", names, spec.channels, fitted(spec))
-    return ImageData(config, spec, training, held_out, seed=seed)
+        transforms.append(v2.RandAugment(magnitude=config.random_augment))
+    augment = cast(Transform, v2.Compose(transforms))
+    training = FolderDataset(folder / "train", names, spec.channels, augment) if train else None
+    held_out = FolderDataset(folder / "val", names, spec.channels, build_eval_transform(spec))
+    return ClassificationData(config, spec, training, held_out, seed=seed)
 
 
-def fitted(spec: DataSpec) -> Change:
-    """What evaluation does: the short side becomes ``spec.size / spec.crop``, then the middle square is taken."""
-    return v2.Compose([v2.Resize(round(spec.size / spec.crop), antialias=True), v2.CenterCrop(spec.size)])
+def build_eval_transform(spec: DataSpec) -> Transform:
+    """Return the transform of evaluation: resize the short side to ``spec.size / spec.crop``, crop the center."""
+    resize = v2.Resize(round(spec.size / spec.crop), antialias=True)
+    return cast(Transform, v2.Compose([resize, v2.CenterCrop(spec.size)]))
 
 
-def shifted(pictures: Tensor, padding: int) -> Tensor:
-    """Each of the images (N, C, H, W) moved by up to ``padding`` pixels each way on its own; 0 fills what comes in."""
-    n, _, h, w = pictures.shape
-    wide = F.pad(pictures, [padding] * 4)
-    top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), device=pictures.device)
-    rows = top + torch.arange(h, device=pictures.device)  # N H
-    columns = left + torch.arange(w, device=pictures.device)  # N W
-    each = torch.arange(n, device=pictures.device)[:, None, None]
-    # advanced indices around the slice put C last
-    return wide[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+def shift_images(images: Tensor, padding: int) -> Tensor:
+    """Return images (N, C, H, W), each shifted at random by up to ``padding`` pixels along each axis.
+
+    Zeros fill the border. This equals a random crop after zero padding, independently for each image.
+    """
+    n, _, h, w = images.shape
+    padded = F.pad(images, [padding] * 4)
+    top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), device=images.device)
+    rows = top + torch.arange(h, device=images.device)  # N H
+    columns = left + torch.arange(w, device=images.device)  # N W
+    each = torch.arange(n, device=images.device)[:, None, None]
+    # Advanced indices on both sides of a slice put the sliced axis last: N H W C.
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def mirrored(pictures: Tensor) -> Tensor:
-    """Each of the images (N, C, H, W) flipped left to right with probability 1/2."""
-    flip = torch.rand(len(pictures), 1, 1, 1, device=pictures.device) < 0.5
-    return torch.where(flip, pictures.flip(-1), pictures)
+def flip_images(images: Tensor) -> Tensor:
+    """Return images (N, C, H, W), each flipped left to right with probability 1/2."""
+    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(flip, images.flip(-1), images)

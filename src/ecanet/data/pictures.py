@@ -1,73 +1,91 @@
-"""Picture files as tensors, whatever wrote them; what cannot be read is said in one line."""
+"""Read one image file as a tensor, whichever program wrote it, and name the files that cannot be read."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor  # pyright: ignore[reportMissingTypeStubs]
 
 from ecanet.errors import DataError
 
-__all__ = ["HOW_TO_SKIP", "read_image"]
+__all__ = ["HOW_TO_SKIP", "IMAGE_SUFFIXES", "Unreadable", "read_image"]
 
-HOW_TO_SKIP = "data.on_corrupt=skip goes on without such (train: --set; eval, predict, detect: --on-corrupt skip)"
-"""What an error says about what cannot be read."""
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+HOW_TO_SKIP = "to skip such files, set data.on_corrupt=skip (train: --set; eval, predict, detect: --on-corrupt skip)"
+"""The remedy in the error message for a file or annotation that cannot be used."""
+
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""The transposition that turns an image upright, by the value of its EXIF orientation tag."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A data set's item in place of an image that could not be read.
+
+    A worker process returns it instead of raising an exception, because PyTorch adds the worker's traceback to the
+    message of an exception. The main process raises or skips.
+    """
+
+    message: str
 
 
 def read_image(path: str | Path, channels: int, *, upright: bool = True) -> Tensor:
-    """The image file at ``path`` as uint8 (channels, H, W): 1 is grey, 3 is RGB; turned as its camera says.
+    """Return the image file at ``path`` as a uint8 tensor (``channels``, H, W): 1 channel is grey, 3 are RGB.
 
-    With ``upright`` false it is as it is stored (but for TIFF, which Pillow turns in any case).
+    The image is turned upright by its EXIF orientation. With ``upright=False`` it stays as it is stored, except a TIFF
+    file, which Pillow turns in any case.
 
     Raises:
-        DataError: there is no such file, or it is no image, or only part of one.
+        DataError: the file does not exist, is not an image, is truncated, or holds floating-point values.
     """
-    from PIL import Image
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
     try:
         with Image.open(path) as stored:
-            return pil_to_tensor(
-                shallow(turned(stored) if upright else stored).convert("L" if channels == 1 else "RGB")
-            )
+            image = convert_to_8_bits(turn_upright(stored) if upright else stored)
+            return pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except Exception as error:  # a broken image makes Pillow raise almost anything
-        why = "not an image" if type(error).__name__ == "UnidentifiedImageError" else str(error) or type(error).__name__
-        raise DataError(f"{path}: cannot be read as an image ({why})") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: cannot be read as an image (not an image)") from None
+    except Exception as error:  # Pillow's decoders raise exceptions of almost any type for a broken file
+        raise DataError(f"{path}: cannot be read as an image ({str(error) or type(error).__name__})") from None
 
 
-def turned(image: Any) -> Any:
-    """Pillow's ``image``, turned as its EXIF says; where that is broken, as it is."""
-    from PIL import Image
-
-    flips = Image.Transpose
-    ways = {
-        2: flips.FLIP_LEFT_RIGHT, 3: flips.ROTATE_180, 4: flips.FLIP_TOP_BOTTOM, 5: flips.TRANSPOSE,
-        6: flips.ROTATE_270, 7: flips.TRANSVERSE, 8: flips.ROTATE_90,
-    }  # fmt: skip
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Return ``image`` turned by its EXIF orientation, or unchanged if the EXIF data are broken."""
     try:
-        way = ways.get(image.getexif().get(0x0112))
-    except Exception:  # Pillow raises almost anything here, and the pixels may be sound
+        transposition = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # Pillow raises exceptions of almost any type for broken EXIF data; the pixels may be intact
         return image
-    return image if way is None else image.transpose(way)
+    return image if transposition is None else image.transpose(transposition)
 
 
-def shallow(image: Any) -> Any:
-    """Pillow's ``image`` with 8 bits a value: 16 are scaled down (Pillow itself would turn all above 255 white).
+def convert_to_8_bits(image: Image.Image) -> Image.Image:
+    """Return ``image`` with 8 bits per value; 16-bit values are divided by 257.
+
+    Pillow's own conversion would clip every value above 255 to white.
 
     Raises:
-        DataError: values without a known range, which nobody can scale.
+        DataError: the values have no known range, so they cannot be scaled.
     """
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise DataError("its values do not fit 16 bits; convert it to 8 or 16 bits a value first")
-        from PIL import Image
-
+            raise DataError("its values do not fit 16 bits; convert it to 8 or 16 bits per value first")
         return Image.fromarray((values // 257).astype(np.uint8))
     if image.mode == "F":
-        raise DataError("its values are floating-point, of no known range; convert it to 8 or 16 bits a value first")
+        raise DataError("its values are floating-point and have no known range; convert it to 8 or 16 bits first")
     return image

@@ -1,4 +1,4 @@
-"""Where images come from: small sets held in memory whole, and folders of files read as they are needed."""
+"""What a data set looks like (`DataSpec`), and the small data sets that are held in memory."""
 
 import gzip
 import os
@@ -6,81 +6,81 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ecanet.data.pictures import read_image
 from ecanet.errors import DataError
 
-__all__ = [
-    "SMALL_SETS",
-    "DataSpec",
-    "Folder",
-    "Memory",
-    "SmallSet",
-    "Unreadable",
-    "cache_folder",
-    "check_classes",
-    "class_folders",
-]
+__all__ = ["SMALL_SETS", "DataSpec", "MemoryDataset", "SmallSet", "check_classes", "get_cache_folder"]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package ``dataset-fashion-mnist`` installs the four files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSpec:
-    """What a set of images looks like to a network: square, ``size`` pixels, normalised by ``mean`` and ``std``."""
+    """The images of a data set as a network sees them: square, ``size`` pixels, normalized by ``mean`` and ``std``.
+
+    ``mean`` and ``std`` have one value per channel, for pixel values from 0 to 1. ``crop`` is the side of the central
+    crop in evaluation, as a share of the image's short side.
+    """
 
     class_names: tuple[str, ...]
     channels: int
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    # the evaluation crop's share of the short side
     crop: float = 1.0
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images (N, C, H, W) as float32 of mean 0 and deviation 1."""
+        """Return uint8 images (N, C, H, W) as float32 with mean 0 and standard deviation 1."""
         mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """The inverse of `normalize`: uint8 again."""
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Return normalized images (N, C, H, W) as uint8: the inverse of `normalize`."""
         mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))
         return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-# sources held in memory
+def check_classes(name: str, found: DataSpec, expected: DataSpec) -> None:
+    """Check that the data set ``name``, described by ``found``, fits a network made for ``expected``.
 
-
-def check_classes(name: str, there: DataSpec, known: DataSpec) -> None:
-    """Raise DataError unless the data called ``name``, described by ``there``, have the classes of ``known``."""
-    pairs = zip_longest(there.class_names, known.class_names, fillvalue="nothing")
-    differ = next((f"{mine} for {theirs}" for mine, theirs in pairs if mine != theirs), None)
-    if differ is not None:
+    Raises:
+        DataError: the class names or the number of channels differ.
+    """
+    pairs = zip_longest(found.class_names, expected.class_names, fillvalue="nothing")
+    difference = next((f"{mine} for {theirs}" for mine, theirs in pairs if mine != theirs), None)
+    if difference is not None:
         raise DataError(
-            f"{name} has {len(there.class_names)} classes and the network {len(known.class_names)}; the first that "
-            f"differs is {differ}"
+            f"{name} has {len(found.class_names)} classes and the network {len(expected.class_names)}; the first that "
+            f"differs is {difference}"
         )
-    if there.channels != known.channels:
-        raise DataError(f"{name} has images of {there.channels} channels, the network takes {known.channels}")
+    if found.channels != expected.channels:
+        raise DataError(f"{name} has images of {found.channels} channels, the network takes {expected.channels}")
+
+
+# data sets in memory
+
+Arrays = tuple[Tensor, Tensor]
+"""uint8 images (N, C, H, W) and int64 labels (N,)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SmallSet:
-    """A set that fits in memory: ``load(root, train)`` gives uint8 images (N, C, H, W) and labels (N,)."""
+    """A data set that fits in memory: ``load(root, train)`` returns its images and labels."""
 
-    load: Callable[[str | None, bool], tuple[Tensor, Tensor]]
+    load: Callable[[str | None, bool], Arrays]
     spec: DataSpec
 
 
-class Memory(Dataset[Any]):
-    """Images (N, C, H, W) and labels (N,) in memory, handed out a whole batch at a time."""
+class MemoryDataset(Dataset[Arrays]):
+    """Images (N, C, H, W) and labels (N,) in memory, from which a loader takes a whole batch at a time."""
 
     def __init__(self, images: Tensor, labels: Tensor):
         self.images, self.labels = images, labels
@@ -88,114 +88,140 @@ class Memory(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> Arrays:
         return self.images[index], self.labels[index]
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """One indexing for the batch: a Python loop over images would cost more than a small network."""
-        at = torch.as_tensor(indices)
-        return self.images[at], self.labels[at]
+    def __getitems__(self, indices: Sequence[int]) -> Arrays:
+        """Return a batch by one indexing operation: a Python loop over images would cost more than a small network."""
+        batch = torch.as_tensor(indices)
+        return self.images[batch], self.labels[batch]
 
 
-def load_digits(root: str | None, train: bool) -> tuple[Tensor, Tensor]:
-    """Scikit-learn's 1,797 handwritten digits of 8 × 8 pixels; every fifth is held out for evaluation."""
-    from sklearn import datasets
+class _Digits(Protocol):
+    images: NDArray[np.float64]
+    target: NDArray[np.int64]
+
+
+def load_digits(root: str | None, train: bool) -> Arrays:
+    """Return scikit-learn's 1,797 handwritten digits of 8 × 8 pixels; every fifth is held out for evaluation.
+
+    Raises:
+        DataError: ``root`` is given, but the digits are part of scikit-learn.
+    """
+    from sklearn import datasets  # pyright: ignore[reportMissingTypeStubs]
 
     if root:
-        raise DataError("--data-dir means nothing for digits, which scikit-learn brings along")
+        raise DataError(f"--data-dir {root} has no meaning for digits, which are part of scikit-learn; leave it out")
 
-    bunch: Any = datasets.load_digits()
-    images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))[:, None]
-    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    digits = cast(_Digits, datasets.load_digits())  # pyright: ignore[reportUnknownMemberType]
+    # scikit-learn stores 17 grey levels, 0 to 16
+    images = torch.as_tensor(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]
+    labels = torch.as_tensor(digits.target.astype(np.int64))
     held_out = torch.arange(len(labels)) % 5 == 0
-    mine = ~held_out if train else held_out
-    return images[mine], labels[mine]
+    chosen = ~held_out if train else held_out
+    return images[chosen], labels[chosen]
 
 
-def load_fashion_mnist(root: str | None, train: bool) -> tuple[Tensor, Tensor]:
-    """Fashion-MNIST: 60,000 and 10,000 pieces of clothing, grey, 28 × 28, from wherever the four files lie."""
+def load_fashion_mnist(root: str | None, train: bool) -> Arrays:
+    """Return Fashion-MNIST: 60,000 (or 10,000 held-out) grey images of clothing, 28 × 28 pixels.
+
+    The four files are read from ``root`` or ``root/FashionMNIST/raw``, or else from Debian's package or the cache; if
+    they are not there, torchvision downloads them.
+
+    Raises:
+        DataError: a file is missing or broken, or cannot be downloaded.
+    """
     part = "train" if train else "t10k"
-    places = (
-        [Path(root), Path(root, "FashionMNIST", "raw")]
-        if root
-        else [FASHION_FOLDER, cache_folder("FashionMNIST", "raw")]
-    )
-    for place in (p for p in places if _idx(p, f"{part}-images-idx3-ubyte")):
-        images = read_idx(_found(place, f"{part}-images-idx3-ubyte"))[:, None]
-        labels = read_idx(_found(place, f"{part}-labels-idx1-ubyte")).long()
+    if root:
+        folders = [Path(root), Path(root, "FashionMNIST", "raw")]
+    else:
+        folders = [DEBIAN_FASHION_MNIST, get_cache_folder("FashionMNIST", "raw")]
+    for folder in (f for f in folders if _find_idx(f, f"{part}-images-idx3-ubyte")):
+        images = read_idx(_require_idx(folder, f"{part}-images-idx3-ubyte"))[:, None]
+        labels = read_idx(_require_idx(folder, f"{part}-labels-idx1-ubyte")).long()
         if len(images) != len(labels):
-            raise DataError(f"{place}: {len(images)} {part} images but {len(labels)} labels; get the files anew")
+            raise DataError(f"{folder}: {len(images)} {part} images but {len(labels)} labels; get the files anew")
         return images, labels
     remedy = (
         "get it with Debian's package (`apt install dataset-fashion-mnist`), or online with torchvision "
         "(`torchvision.datasets.FashionMNIST('DIR', download=True)`, then --data-dir DIR)"
     )
     _download("FashionMNIST", root, train, remedy)
-    return load_fashion_mnist(root or str(cache_folder()), train)
+    return load_fashion_mnist(root or str(get_cache_folder()), train)
 
 
-def load_cifar(classes: int) -> Callable[[str | None, bool], tuple[Tensor, Tensor]]:
-    """A loader of CIFAR-10 or CIFAR-100: 50,000 and 10,000 colour photographs of 32 × 32."""
+def make_cifar_loader(classes: int) -> Callable[[str | None, bool], Arrays]:
+    """Return the function that loads CIFAR-10 or CIFAR-100: 50,000 (or 10,000) colour photographs of 32 × 32 pixels."""
 
-    def load(root: str | None, train: bool) -> tuple[Tensor, Tensor]:
+    def load(root: str | None, train: bool) -> Arrays:
         name = f"CIFAR{classes}"
         call = f"torchvision.datasets.{name}('DIR', download=True)"
-        remedy = f"fetch it on a connected machine (`{call}`), then --data-dir DIR"
-        data = _download(name, root, train, remedy)
-        return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+        remedy = f"download it on a machine with internet access (`{call}`), then use --data-dir DIR"
+        cifar = _download(name, root, train, remedy)
+        return torch.as_tensor(cifar.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(cifar.targets)
 
     return load
 
 
 def read_idx(path: Path) -> Tensor:
-    """The uint8 tensor in an idx file, gzipped or not.
+    """Return the uint8 tensor in the idx file at ``path``, gzipped or not.
 
     Raises:
-        DataError: the file is not a whole idx file of bytes.
+        DataError: the file is not a complete idx file of bytes.
     """
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        # two zero bytes, the code of uint8, the number of axes; then each axis's length in 4 bytes
         if raw[:3] != b"\0\0\x08":
-            raise ValueError("no idx file of bytes")
-        shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
-        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy())
+            raise ValueError("not an idx file of bytes")
+        axes = raw[3]
+        shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes)]
+        return torch.as_tensor(np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape).copy())
     except (OSError, EOFError, ValueError, IndexError) as error:
         raise DataError(f"{path}: cannot be read ({error}); get the file anew") from None
 
 
-def _idx(folder: Path, name: str) -> Path | None:
-    return next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
-
-
-def _found(folder: Path, name: str) -> Path:
-    if (path := _idx(folder, name)) is None:
-        raise DataError(f"{folder}: {name} is missing, though its neighbours are there; get the four files anew")
-    return path
-
-
-def cache_folder(*parts: str) -> Path:
-    """Where what is fetched or made stays between runs."""
+def get_cache_folder(*parts: str) -> Path:
+    """Return the folder that keeps downloaded and generated data between runs, or the folder ``parts`` below it."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ecanet", *parts)
 
 
-def _download(name: str, root: str | None, train: bool, remedy: str) -> Any:
-    """torchvision's data set ``name``, fetched once even where several processes start together."""
-    import torchvision
+def _find_idx(folder: Path, name: str) -> Path | None:
+    return next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+
+
+def _require_idx(folder: Path, name: str) -> Path:
+    if (path := _find_idx(folder, name)) is None:
+        raise DataError(f"{folder}: {name} is missing; get the four files anew")
+    return path
+
+
+class _Cifar(Protocol):
+    data: NDArray[np.uint8]
+    targets: list[int]
+
+
+def _download(name: str, root: str | None, train: bool, remedy: str) -> _Cifar:
+    """Return torchvision's data set ``name``, downloaded if necessary.
+
+    The lock makes processes that start together download it once.
+    """
+    import torchvision  # pyright: ignore[reportMissingTypeStubs]
     from filelock import FileLock
 
     if root and not Path(root).is_dir():
-        raise DataError(f"{root}: no such folder")
-    folder = Path(root) if root else cache_folder()
+        raise DataError(f"{root}: no such folder; --data-dir must name an existing folder")
+    folder = Path(root) if root else get_cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{name}.lock"):
             return getattr(torchvision.datasets, name)(folder, train=train, download=True)
     except (OSError, RuntimeError) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{name} is not in {folder} and cannot be downloaded ({why}); {remedy}") from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{name} is not in {folder} and cannot be downloaded ({reason}); {remedy}") from None
 
 
-def _look(names: str, channels: int, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> DataSpec:
+def _make_spec(names: str, channels: int, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> DataSpec:
     return DataSpec(class_names=tuple(names.split(",")), channels=channels, size=size, mean=mean, std=std)
 
 
@@ -211,61 +237,13 @@ CIFAR100 = (
     "trout,tulip,turtle,wardrobe,whale,willow_tree,wolf,woman,worm"
 )
 SMALL_SETS: dict[str, SmallSet] = {
-    "digits": SmallSet(load=load_digits, spec=_look("0,1,2,3,4,5,6,7,8,9", 1, 8, (0.3053,), (0.3760,))),
-    "fashion-mnist": SmallSet(load=load_fashion_mnist, spec=_look(FASHION, 1, 28, (0.2860,), (0.3530,))),
+    "digits": SmallSet(load=load_digits, spec=_make_spec("0,1,2,3,4,5,6,7,8,9", 1, 8, (0.3053,), (0.3760,))),
+    "fashion-mnist": SmallSet(load=load_fashion_mnist, spec=_make_spec(FASHION, 1, 28, (0.2860,), (0.3530,))),
     "cifar10": SmallSet(
-        load=load_cifar(10), spec=_look(CIFAR10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+        load=make_cifar_loader(10), spec=_make_spec(CIFAR10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
     ),
     "cifar100": SmallSet(
-        load=load_cifar(100), spec=_look(CIFAR100, 3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+        load=make_cifar_loader(100),
+        spec=_make_spec(CIFAR100, 3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     ),
 }
-
-
-# sources read from files
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """An image that could not be read; it travels in its image's place, since worker processes garble exceptions."""
-
-    message: str
-
-
-class Folder(Dataset[Any]):
-    """Images under ``folder/CLASS/…`` as uint8 (C, H, W), after ``change``, with their class's number."""
-
-    def __init__(self, folder: Path, class_names: Sequence[str], channels: int, change: Callable[[Tensor], Tensor]):
-        self.channels, self.change = channels, change
-        self.samples: list[tuple[str, int]] = []
-        for label, name in enumerate(class_names):
-            found = sorted(str(p) for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            if not found:
-                raise DataError(
-                    f"{folder / name}: no images in this class folder; fill or remove it ({', '.join(IMAGE_SUFFIXES)})"
-                )
-            self.samples += [(path, label) for path in found]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
-        path, label = self.samples[index]
-        try:
-            return self.change(read_image(path, self.channels)), label
-        except DataError as error:
-            return Unreadable(str(error))
-
-
-def class_folders(folder: Path) -> tuple[str, ...]:
-    """Names of the class folders in ``folder``, sorted.
-
-    Raises:
-        DataError: there is no such folder, or nothing in it.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; folder:PATH needs PATH/train/CLASS/… and PATH/val/CLASS/…")
-    names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
-    if not names:
-        raise DataError(f"{folder}: no class folders in it; put each class's images in a folder of its name")
-    return names

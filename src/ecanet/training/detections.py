@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ecanet.data import encode, read_image, thin
+from ecanet.data import encode_mask, find_size_problem, read_image
 from ecanet.errors import ConfigError, DataError
 from ecanet.networks import find_device
 from ecanet.report import figures, write_file
@@ -44,7 +44,7 @@ def detect(
     for path, picture in _pictures(paths, Path(folder)):
         try:
             image = read_image(path, 3)
-            if problem := thin(image.shape[2], image.shape[1]):
+            if problem := find_size_problem(image.shape[2], image.shape[1]):
                 raise DataError(f"{path}: {problem}")
         except DataError as error:
             yield error
@@ -84,5 +84,5 @@ def _objects(found: dict[str, Tensor], class_names: Sequence[str]) -> list[dict[
     ]
     if "masks" in found:
         for entry, mask in zip(objects, found["masks"][:, 0], strict=True):
-            entry["mask"] = encode((mask > 0.5).numpy().astype(np.uint8))
+            entry["mask"] = encode_mask((mask > 0.5).numpy().astype(np.uint8))
     return objects

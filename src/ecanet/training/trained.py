@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ecanet import data, recipes
-from ecanet.data import IMAGE_SUFFIXES, DataSpec, check_classes, fitted, read_image
+from ecanet.data import IMAGE_SUFFIXES, DataSpec, build_eval_transform, check_classes, read_image
 from ecanet.errors import CheckpointError, ConfigError, DataError
 from ecanet.models import load_checkpoint, read_file
 from ecanet.networks import find_device
@@ -108,7 +108,7 @@ def predict(
     """
     if not isinstance(task, tasks.Classification):
         raise ConfigError(f"{task.recipe.model.name} is a detector; ecanet detect shows what it finds")
-    spec, fit = task.spec, fitted(task.spec)
+    spec, fit = task.spec, build_eval_transform(task.spec)
     place = find_device(device)
     task = task.to(place).eval()
     for start in range(0, len(paths), 64):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ecanet import data
-from ecanet.data import check_classes, fitted, read_image
+from ecanet.data import build_eval_transform, check_classes, read_image
 from ecanet.errors import ConfigError
 from ecanet.recipes import ModelConfig, suggestion, to_dict
 from ecanet.report import environment, figures, page, write_file
@@ -104,7 +104,7 @@ def _iterate_batches(images: Any) -> Iterator[tuple[Tensor, Tensor]]:
 def explain(task: Task, records: Sequence[GateRecord], path: str | Path) -> tuple[list[Effect], str]:
     """Return the effect of each gate on the image file ``path``, and the network's answer in one line."""
     spec = task.spec
-    images = spec.normalize(fitted(spec)(read_image(path, spec.channels))[None])
+    images = spec.normalize(build_eval_transform(spec)(read_image(path, spec.channels))[None])
     with torch.inference_mode():
         logits = task.model(images).double()[0]
     best = int(logits.argmax())

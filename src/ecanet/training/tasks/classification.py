@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from torchvision.transforms import v2
 
 from ecanet import models
-from ecanet.data import DataSpec, boxes
+from ecanet.data import DataSpec, has_boxes
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import Recipe
 from ecanet.training.tasks.base import NOTHING_READ, Task
@@ -28,7 +28,7 @@ class Classification(Task):
     monitor = "top1"
 
     def __init__(self, recipe: Recipe, spec: DataSpec):
-        if boxes.knows(recipe.data.name):
+        if has_boxes(recipe.data.name):
             raise ConfigError(f"{recipe.data.name} has boxes and no classes of images: set task=detection")
         classes, config = len(spec.class_names), recipe.model
         model = models.create_model(
@@ -116,7 +116,7 @@ class Classification(Task):
             for at in ((predictions == labels) == right).nonzero().flatten().tolist()[: EXAMPLES - kept]:
                 self.examples.append(
                     {
-                        "image": self.spec.pixels(images[at]).cpu(),
+                        "image": self.spec.denormalize(images[at]).cpu(),
                         "label": int(labels[at]),
                         "prediction": int(predictions[at]),
                         "probability": float(logits[at].softmax(0)[predictions[at]]),

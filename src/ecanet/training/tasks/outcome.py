@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from ecanet.data import Annotations, DataSpec, boxes, encode
+from ecanet.data import Annotations, DataSpec, encode_mask, has_boxes
 from ecanet.errors import ConfigError
 from ecanet.models import create_detector
 from ecanet.recipes import Recipe
@@ -30,7 +30,7 @@ def detector(recipe: Recipe, spec: DataSpec) -> nn.Module:
         ConfigError: no such detector or backbone, or settings that do not fit them.
         CheckpointError: its weights cannot be used.
     """
-    if not boxes.knows(recipe.data.name):
+    if not has_boxes(recipe.data.name):
         raise ConfigError(f"detection needs annotated images, coco:PATH or scenes, got {recipe.data.name!r}")
     model, settings = recipe.model, recipe.detector
     return create_detector(
@@ -83,7 +83,7 @@ class Outcome:
 
         Of the images that were seen: those that cannot be read count as little as those that are missing.
         """
-        truth = self.annotations.ground_truth()
+        truth = self.annotations.to_coco()
         figures: dict[str, float] = {}
         for kind, results in self.results.items():
             prefix = "mask_" if kind == "segm" else ""
@@ -108,7 +108,7 @@ class Outcome:
             return
         masks = (found["masks"][:, 0] > 0.5).numpy().astype(np.uint8)
         entries = self.results.setdefault("segm", [])
-        entries += [{**head, "segmentation": encode(mask)} for head, mask in zip(heads, masks, strict=True)]
+        entries += [{**head, "segmentation": encode_mask(mask)} for head, mask in zip(heads, masks, strict=True)]
 
     def _keep_example(self, image: Tensor, target: dict[str, Tensor], found: dict[str, Tensor]) -> None:
         """The first few images on which all is told rightly, and the first few on which something is not."""

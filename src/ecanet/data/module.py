@@ -1,0 +1,77 @@
+"""The data module: what the data of classification and of detection have in common."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TypedDict
+
+import lightning as L
+
+from ecanet.data.pictures import HOW_TO_SKIP, Unreadable
+from ecanet.data.sources import DataSpec
+from ecanet.errors import DataError
+from ecanet.recipes import DataConfig
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "DataModule"]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Progress(TypedDict):
+    """A data module's state in a checkpoint."""
+
+    first_epoch: int
+
+
+class DataModule(L.LightningDataModule):
+    """Training and held-out images of a run; ``spec`` describes them as a network sees them.
+
+    ``skipped`` holds the message of each unreadable image that was skipped. ``first_epoch`` is the epoch, counted from
+    0, with which the run begins.
+    """
+
+    def __init__(self, config: DataConfig, spec: DataSpec, *, seed: int):
+        super().__init__()
+        self.config, self.spec, self.seed = config, spec, seed
+        self.skipped: set[str] = set()
+        self.first_epoch = 0
+
+    def state_dict(self) -> Progress:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the epoch after the current one: checkpoints are written at the end of an epoch."""
+        assert self.trainer is not None
+        return {"first_epoch": self.trainer.current_epoch + 1}
+
+    def load_state_dict(self, state_dict: Progress) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Begin with the epoch after the checkpoint's."""
+        self.first_epoch = state_dict["first_epoch"]
+
+    def get_rank(self) -> tuple[int, int]:
+        """Return this process's rank and the number of processes."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def share_held_out(self, count: int) -> range:
+        """Return the indices that this process evaluates, of ``count`` held-out images.
+
+        Raises:
+            DataError: there are more processes than images.
+        """
+        rank, world = self.get_rank()
+        if world > count:
+            raise DataError(f"{world} processes cannot share {count} held-out images; use fewer")
+        return range(rank, count, world)
+
+    def count_workers(self) -> int:
+        """Return the number of processes that read image files."""
+        return min(8, os.cpu_count() or 1) if self.config.workers is None else self.config.workers
+
+    def report_unreadable(self, unreadable: Sequence[Unreadable]) -> None:
+        """Raise DataError for an unreadable image, or print each once if the configuration says to skip them.
+
+        The data module calls it in the main process, so that a worker's message arrives without a traceback.
+        """
+        for problem in unreadable:
+            if self.config.on_corrupt == "error":
+                raise DataError(f"{problem.message}; {HOW_TO_SKIP}")
+            if problem.message not in self.skipped:
+                self.skipped.add(problem.message)
+                print(f"skipped: {problem.message}", file=sys.stderr, flush=True)
