@@ -248,7 +248,7 @@ def test_explicit_kernel_size_wins(attention):
         (lambda: ECA(8)(torch.ones(1, 8, 4), torch.ones(1, 5, dtype=torch.bool)), "mask must have shape (1, 4)"),
         (lambda: ECA(8)(torch.ones(1, 8, 4), torch.ones(1, 4)), "mask must be boolean"),
         (lambda: ecanet.make_attention("ecca", 8), "unknown attention 'ecca'; choose one of none, eca"),
-        (lambda: ecanet.make_attention("eca", 8, kernel=3), "has no option 'kernel'; it takes kernel_size, gamma"),
+        (lambda: ecanet.make_attention("eca", 8, kernel=3), "has no option 'kernel'; did you mean 'kernel_size'?"),
         (lambda: ecanet.make_attention("none", 8, kernel_size=3), "it takes no options"),
     ],
 )

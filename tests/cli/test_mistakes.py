@@ -69,7 +69,7 @@ def test_a_long_name_can_be_read(ecanet):
         (lambda: library.attach(torchvision.models.resnet18(), preserve="no"), "preserve= takes True, False or None"),
         (lambda: library.create_model("resnet18", pretrained=True), "weights='torchvision'"),
         (lambda: library.create_model("resnet18", weigths="torchvision"), "did you mean 'weights'"),
-        (lambda: library.create_model("resnet18", weights=True), "weights must be None, 'torchvision' or"),
+        (lambda: library.create_model("resnet18", weights=True), "weights must be None, 'torchvision', a member"),
         (lambda: library.fuse(library.attach(torchvision.models.resnet18())), "fuse first to have both"),
         (lambda: cost.make_table(["timm:resnet18"], attentions=["eca"]), "for this library's networks"),
     ],

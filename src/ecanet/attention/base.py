@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ecanet import ops
-from ecanet.errors import ConfigError, check_positive_int
+from ecanet.errors import AttachError, ConfigError, check_positive_int
 
 
 class Attention(nn.Module):
@@ -20,7 +20,9 @@ class Attention(nn.Module):
         Raises:
             AttachError: this attention has no parameters to zero.
         """
-        raise NotImplementedError
+        raise AttachError(
+            f"{type(self).__name__} defines no neutralize(), so it cannot be inserted losslessly; pass preserve=False"
+        )
 
     def check_channels(self, x: Tensor) -> None:
         """Raise ConfigError unless axis 1 of ``x`` has this module's channels; a tensor traced by torch.fx passes."""
@@ -47,7 +49,10 @@ class Gated(Attention):
 
     def last(self) -> Iterable[Tensor]:
         """The parameters of the gates' last layers: all zero means that a gate is sigmoid(0) for any input."""
-        raise NotImplementedError
+        raise AttachError(
+            f"{type(self).__name__} defines no last(), the parameters that give a gate of sigmoid(0) when zero, so it "
+            f"cannot be inserted losslessly; define it, or pass preserve=False"
+        )
 
     def set_gain(self, gain: float) -> None:
         """Make the constant factor ``gain``; it enters the state dict unless it is 1."""

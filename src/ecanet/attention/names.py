@@ -1,45 +1,31 @@
-"""Attention modules, and the one table of their names."""
+"""The one table of attention names, and the one place where ``attention=`` becomes something that can be built."""
 
 import inspect
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
+from importlib import import_module
+from typing import cast
 
 from torch import nn
 
-from ecanet.attention.base import Attention
-from ecanet.attention.gates import ECA, ECANS, SE, SEGC, ChannelAttention, SEVar1, SEVar2, SEVar3, adaptive_kernel_size
+from ecanet.attention.gates import ECA, ECANS, SE, SEGC, SEVar1, SEVar2, SEVar3
 from ecanet.attention.long_range import AugmentedConv2d, DoubleAttention, NonLocal
 from ecanet.attention.others import CBAM, GlobalContext, GSoP
 from ecanet.errors import ConfigError
 
-__all__ = [
-    "ATTENTIONS",
-    "CBAM",
-    "ECA",
-    "ECANS",
-    "SE",
-    "SEGC",
-    "Attention",
-    "AugmentedConv2d",
-    "ChannelAttention",
-    "DoubleAttention",
-    "GSoP",
-    "GlobalContext",
-    "NonLocal",
-    "SEVar1",
-    "SEVar2",
-    "SEVar3",
-    "adaptive_kernel_size",
-    "attention_key",
-    "check_attention",
-    "list_attentions",
-    "make_attention",
-    "options_of",
-]
+AttentionLike = str | Callable[..., nn.Module]
+"""A name, a dotted path of a class, a class, or any callable from a channel count to a module."""
 
 
-def _augmented(channels: int, heads: int = 8) -> nn.Module:
+def _build_augmented(channels: int, heads: int = 8) -> nn.Module:
     return AugmentedConv2d(channels, channels, heads=heads)
+
+
+def _build_nothing(channels: int) -> nn.Module:
+    return nn.Identity()
 
 
 ATTENTIONS: dict[str, Callable[..., nn.Module]] = {
@@ -55,12 +41,114 @@ ATTENTIONS: dict[str, Callable[..., nn.Module]] = {
     "gsop": GSoP,
     "a2": DoubleAttention,
     "non-local": NonLocal,
-    "aa": _augmented,
+    "aa": _build_augmented,
 }
+
+BLOCK_KEYS = frozenset(
+    ["attention", "bn1", "bn2", "bn3", "conv", "conv1", "conv2", "conv3", "downsample", "gate_key", "relu", "training"]
+)
+"""Attributes of this library's and torchvision's blocks: a gate must not take the place of one of these."""
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """One kind of attention: its name, the attribute under which a block keeps it, and the callable that builds it."""
+
+    name: str
+    key: str
+    factory: Callable[..., nn.Module]
+
+    @property
+    def is_builtin(self) -> bool:
+        """Whether this kind comes from the table of names."""
+        return self.factory is _build_nothing or _unwrap(self.factory) in ATTENTIONS.values()
+
+    @property
+    def options(self) -> list[str]:
+        """Names of the options that the factory takes beside the channel count."""
+        return [p.name for p in self._parameters()[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+    def check(self, options: Mapping[str, object], arguments: Iterable[str] = ()) -> None:
+        """Check the names of ``options``; ``arguments`` are the caller's own, one of which may have been meant.
+
+        Raises:
+            ConfigError: the factory does not take one of ``options``.
+        """
+        if any(p.kind is p.VAR_KEYWORD for p in self._parameters()):
+            return
+        for option in options:
+            if option not in self.options:
+                raise ConfigError(self._refusal(option, list(arguments)))
+
+    def build(self, channels: int, **options: object) -> nn.Module:
+        """Build the attention for ``channels`` channels.
+
+        Raises:
+            ConfigError: an option does not fit, or the factory returns no module.
+        """
+        self.check(options)
+        for p in self._parameters()[1:]:
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in options:
+                raise ConfigError(f"attention {self.name!r} needs the option {p.name!r}; give {p.name}=")
+        module: object = self.factory(channels, **options)
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"attention {self.name!r} must return a torch.nn.Module, got {type(module).__name__}")
+        return module
+
+    def _parameters(self) -> list[inspect.Parameter]:
+        try:
+            parameters = list(inspect.signature(self.factory).parameters.values())
+        except ValueError:  # some callables written in C have no signature
+            parameters = []
+        if not parameters or parameters[0].kind is inspect.Parameter.KEYWORD_ONLY:
+            raise ConfigError(f"attention {self.name!r} takes no channel count; its first argument must be one")
+        return parameters
+
+    def _refusal(self, option: str, arguments: list[str]) -> str:
+        near = get_close_matches(option, [*self.options, *arguments], 1)
+        # An option of another attention is no typing error.
+        mistyped = near and not any(option in find_attention(other).options for other in ATTENTIONS)
+        if mistyped and near[0] in arguments:
+            return f"there is no argument {option!r}; did you mean {near[0]!r}?"
+        remedy = f"did you mean {near[0]!r}?" if mistyped else f"it takes {', '.join(self.options) or 'no options'}"
+        return f"attention {self.name!r} has no option {option!r}; {remedy}"
+
+
+def find_attention(attention: AttentionLike) -> AttentionKind:
+    """Return what ``attention=`` means: a name of the table, a dotted path, a class, or a callable.
+
+    >>> find_attention("se-var1").key, find_attention(ECA).name
+    ('se_var1', 'eca')
+
+    Raises:
+        ConfigError: the name is unknown, the path cannot be imported, or the value is of another type.
+    """
+    if isinstance(attention, str):
+        if attention == "none":
+            return AttentionKind("none", "no_attention", _build_nothing)
+        if attention in ATTENTIONS:
+            return AttentionKind(attention, attention.replace("-", "_"), ATTENTIONS[attention])
+        if "." not in attention:
+            raise ConfigError(f"unknown attention {attention!r}; choose one of {', '.join(list_attentions())}")
+        return find_attention(_import_class(attention))
+    given: object = attention
+    if isinstance(given, nn.Module):
+        raise ConfigError(
+            f"attention must be built once per block: pass the class {type(given).__name__}, not an instance of it"
+        )
+    if not callable(given) or (isinstance(given, type) and not issubclass(given, nn.Module)):
+        raise ConfigError(
+            f"attention must be a name, a module class or a callable from a channel count to a module, got {given!r}"
+        )
+    known = next((name for name, factory in ATTENTIONS.items() if factory is _unwrap(attention)), None)
+    if known is not None:
+        return AttentionKind(known, known.replace("-", "_"), attention)
+    name = getattr(_unwrap(attention), "__name__", type(attention).__name__)
+    return AttentionKind(name, _key_of(name), attention)
 
 
 def list_attentions() -> list[str]:
-    """Names that ``attention=`` takes, ``"none"`` first.
+    """Return the names that ``attention=`` takes, ``"none"`` first.
 
     >>> list_attentions()[:3]
     ['none', 'eca', 'eca-ns']
@@ -68,8 +156,8 @@ def list_attentions() -> list[str]:
     return ["none", *ATTENTIONS]
 
 
-def make_attention(name: str, channels: int, **options: object) -> nn.Module:
-    """Build the attention called ``name`` for ``channels`` channels.
+def make_attention(attention: AttentionLike, channels: int, **options: object) -> nn.Module:
+    """Build ``attention``, a name, a class or a callable, for ``channels`` channels.
 
     >>> make_attention("eca", 64, kernel_size=7)
     ECA(
@@ -80,36 +168,50 @@ def make_attention(name: str, channels: int, **options: object) -> nn.Module:
     Raises:
         ConfigError: the name is unknown, or an option is not one of this attention's.
     """
-    check_attention(name, options)
-    return nn.Identity() if name == "none" else ATTENTIONS[name](channels, **options)
+    return find_attention(attention).build(channels, **options)
 
 
-def check_attention(name: str, options: dict[str, object], beside: Sequence[str] = ()) -> None:
-    """Raise ConfigError unless ``name`` is known and takes every one of ``options``.
+def options_of(attention: AttentionLike) -> list[str]:
+    """Return the names of the options that ``attention`` takes beside its channel count.
 
-    ``beside`` are the caller's own arguments, of which one may have been meant.
+    >>> options_of("se")
+    ['reduction', 'bias']
     """
-    if name not in list_attentions():
-        raise ConfigError(f"unknown attention {name!r}; choose one of {', '.join(list_attentions())}")
-    for option in options:
-        if option in options_of(name):
-            continue
-        near = get_close_matches(option, beside, 1)
-        if near and not any(option in options_of(other) for other in ATTENTIONS):
-            raise ConfigError(f"there is no argument {option!r}; did you mean {near[0]!r}?")
-        takes = ", ".join(options_of(name)) or "no options"
-        raise ConfigError(f"attention {name!r} has no option {option!r}; it takes {takes}")
+    return find_attention(attention).options
 
 
-def options_of(name: str) -> list[str]:
-    """Names of the options that the attention called ``name`` takes beside its channel count."""
-    return [] if name == "none" else list(inspect.signature(ATTENTIONS[name]).parameters)[1:]
+def _import_class(path: str) -> type[nn.Module]:
+    """Return the module class at ``path``, such as ``"package.module.Class"``.
 
-
-def attention_key(name: str) -> str:
-    """The attribute, and so the state-dict key, under which a block keeps the attention called ``name``.
-
-    >>> attention_key("eca"), attention_key("se-var1")
-    ('eca', 'se_var1')
+    Checkpoints and recipes hold such paths. A class of modules is harmless to build; an arbitrary function may not be
+    harmless to call, so it has to be passed as an object.
     """
-    return "no_attention" if name == "none" else name.replace("-", "_")
+    module_name, _, name = path.rpartition(".")
+    try:
+        found: object = getattr(import_module(module_name), name, None)
+    except (ImportError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"cannot import attention {path!r} ({reason}); its folder must be on Python's path (PYTHONPATH)"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ConfigError(f"attention {path!r} is not a class of torch.nn.Module; give package.module.Class")
+    return found
+
+
+def _unwrap(attention: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Return the function or class inside a `functools.partial`."""
+    return cast("partial[nn.Module]", attention).func if isinstance(attention, partial) else attention
+
+
+def _key_of(name: str) -> str:
+    """Return the snake_case attribute for a class or function called ``name``.
+
+    >>> _key_of("MyGate"), _key_of("SEPlus"), _key_of("<lambda>"), _key_of("Conv1")
+    ('my_gate', 'se_plus', 'own_attention', 'conv1_attention')
+    """
+    if not name.isidentifier():
+        return "own_attention"
+    key = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower().strip("_") or "own_attention"
+    taken = key in BLOCK_KEYS or hasattr(nn.Module, key)
+    return f"{key}_attention" if taken else key

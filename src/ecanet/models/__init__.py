@@ -9,10 +9,10 @@ holds), `kernel_sizes` (the one table of the released sizes).
 from typing import TYPE_CHECKING
 
 from ecanet.models.block import DescribesItself, Layer, Parts, describe, gate_of, runnable_parts
-from ecanet.models.checkpoints import LoadReport, load_checkpoint, load_state_dict, read_file, renamed
+from ecanet.models.checkpoints import LoadReport, load_checkpoint, load_state_dict, read_file, rename
 from ecanet.models.execution import Stage, call, is_eager, run
 from ecanet.models.factory import create_model, list_models
-from ecanet.models.kernel_sizes import KernelSizes, find_release, resolve_kernel_sizes
+from ecanet.models.kernel_sizes import KernelSizes, check_no_kernel_sizes, find_release, resolve_kernel_sizes
 from ecanet.models.network import FeatureInfo, FeatureNetwork, Network
 from ecanet.models.resnet import LAYERS
 
@@ -32,6 +32,7 @@ __all__ = [
     "Parts",
     "Stage",
     "call",
+    "check_no_kernel_sizes",
     "create_detector",
     "create_model",
     "describe",
@@ -42,7 +43,7 @@ __all__ = [
     "load_checkpoint",
     "load_state_dict",
     "read_file",
-    "renamed",
+    "rename",
     "resolve_kernel_sizes",
     "run",
     "runnable_parts",

@@ -1,18 +1,19 @@
 """Read other people's checkpoints: the authors', timm's, torchvision's, Lightning's, plain ones."""
 
 import pickle
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ecanet.attention import ECA, ECANS, Attention
-from ecanet.errors import CheckpointError
+from ecanet.errors import AttachError, CheckpointError
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "backbone.")
-"""What DataParallel, torch.compile, Lightning and others put before every name."""
+"""Prefixes that DataParallel, torch.compile, Lightning and others put before every name."""
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Keys under which a checkpoint keeps its state dict."""
@@ -20,23 +21,24 @@ WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 @dataclass
 class LoadReport:
-    """What a checkpoint gave to a network; prints as a few lines."""
+    """The tensors of a checkpoint that a network took, and the rest; prints as a few lines."""
 
     source: str
-    matched: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    """In the network, not in the file: left as it was."""
-    unexpected: list[str] = field(default_factory=list)
-    """In the file, not in the network: left over."""
-    mismatched: list[str] = field(default_factory=list)
-    """In both with different shapes: left as it was."""
-    resized: dict[str, int] = field(default_factory=dict)
-    """Gates whose kernel size was taken from the file's tensor."""
-    neutral: list[str] = field(default_factory=list)
-    """Gates that the file has not, made neutral: they change nothing until trained."""
-    acting: list[str] = field(default_factory=list)
-    """Gates without parameters: nothing makes them neutral, so a plain network's file gives other outputs."""
+    matched: list[str] = field(default_factory=list[str])
+    missing: list[str] = field(default_factory=list[str])
+    """Tensors of the network that the file does not have; they are left as they were."""
+    unexpected: list[str] = field(default_factory=list[str])
+    """Tensors of the file that the network does not have; they are ignored."""
+    mismatched: list[str] = field(default_factory=list[str])
+    """Tensors that have another shape in the file; they are left as they were."""
+    resized: dict[str, int] = field(default_factory=dict[str, int])
+    """Gates that took their kernel size from the file, with that size."""
+    neutral: list[str] = field(default_factory=list[str])
+    """Gates that the file does not have, made neutral: they change nothing until they are trained."""
+    acting: list[str] = field(default_factory=list[str])
+    """Gates that the file does not have and that cannot be neutral: a plain network's file gives other outputs."""
     head: tuple[str, ...] = ()
+    """Prefix of the classifier's tensors."""
 
     @property
     def complete(self) -> bool:
@@ -44,8 +46,12 @@ class LoadReport:
         return not (self.missing or self.unexpected or self.mismatched)
 
     def require_backbone(self) -> None:
-        """Raise CheckpointError if anything beside the classifier and the gates was not found or does not fit."""
-        gates = tuple(name + "." for name in self.neutral)
+        """Check that everything beside the classifier and the gates was found and fits.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape; the message names the first.
+        """
+        gates = tuple(name + "." for name in (*self.neutral, *self.acting))
         lost = [n for n in self.missing + self.mismatched if not n.startswith(self.head + gates)]
         if lost:
             raise CheckpointError(
@@ -55,18 +61,24 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.matched)} tensors matched"]
-        for what in ("missing", "unexpected", "mismatched", "neutral", "acting"):
-            names = getattr(self, what)
+        groups = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "mismatched": self.mismatched,
+            "neutral": self.neutral,
+            "acting": self.acting,
+        }
+        for title, names in groups.items():
             if names:
-                lines.append(f"  {what}: {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
+                lines.append(f"  {title}: {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
         if self.resized:
             sizes = ", ".join(f"{name} k={k}" for name, k in list(self.resized.items())[:3])
             lines.append(f"  kernel sizes taken from the file: {len(self.resized)} ({sizes}…)")
         return "\n".join(lines)
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> LoadReport:
-    """Load the state dict in ``path`` into ``model`` and say what matched, what was missing, what was left over.
+def load_checkpoint(model: nn.Module, checkpoint: str | Path | Mapping[str, object]) -> LoadReport:
+    """Load ``checkpoint``, a path or a state dict, into ``model``; return a report of what matched.
 
     Reads the authors' files (DataParallel's ``module.``, a ``state_dict`` inside), timm's (``se.conv.weight`` for
     ECA), Lightning's and plain ones. ECA kernel sizes are taken from the file's tensors; other metadata (an ``arch``
@@ -74,33 +86,39 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> LoadReport:
     Tensors of another shape (a head for other classes) are reported and left as they were.
 
     Raises:
-        CheckpointError: the file is missing, truncated, not a checkpoint, would run code, or shares no name.
+        CheckpointError: the file is missing, truncated, not a checkpoint or would run code, or the state dict shares
+            no name with the network.
     """
-    return load_state_dict(model, read_state_dict(path), source=str(path))
+    if isinstance(checkpoint, str | Path):
+        content, source = read_file(checkpoint), str(checkpoint)
+    else:
+        content, source = checkpoint, "the state dict"
+    return load_state_dict(model, find_state_dict(content, source), source=source)
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in the file ``path``, names as stored; never runs code from the file.
+def find_state_dict(content: object, source: str) -> dict[str, Tensor]:
+    """Return the state dict in ``content``, alone or under one of `WRAPPERS`, with its names unchanged.
 
     Raises:
-        CheckpointError: see `load_checkpoint`.
+        CheckpointError: ``content`` has no named tensors; the message calls it ``source``.
     """
-    content = read_file(path)
+    entries = cast("Mapping[object, object]", content) if isinstance(content, Mapping) else {}
     for key in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+        inside = entries.get(key)
+        if isinstance(inside, Mapping):
+            entries = cast("Mapping[object, object]", inside)
             break
-    state = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    state = {str(name): tensor for name, tensor in entries.items() if isinstance(tensor, Tensor)}
     if not state:
-        raise CheckpointError(f"{path} holds no state dict (a dictionary of names and tensors)")
+        raise CheckpointError(f"{source} holds no state dict, a dictionary of names and tensors")
     return state
 
 
 def read_file(path: str | Path) -> object:
-    """What `torch.load` finds in ``path``, weights only.
+    """Return the content of the file ``path``; never run code from it.
 
     Raises:
-        CheckpointError: see `load_checkpoint`.
+        CheckpointError: the file is missing, truncated, not a checkpoint, or would run code.
     """
     path = Path(path)
     if not path.is_file():
@@ -116,32 +134,30 @@ def read_file(path: str | Path) -> object:
             f"{path} was not loaded, since it may run code and not only hold weights: {reason}"
         ) from error
     except Exception as error:  # whatever torch's reader meets in a damaged file
-        raise CheckpointError(f"{path} is truncated or not a checkpoint ({first_line(error)})") from error
+        raise CheckpointError(f"{path} is truncated or not a checkpoint ({summarize(error)})") from error
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, at most 120 characters, or its class."""
+def summarize(error: Exception) -> str:
+    """Return the first line of an error's message, at most 120 characters, or the name of its class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
-def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str = "state dict") -> LoadReport:
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "the state dict") -> LoadReport:
     """Load ``state`` into ``model`` under the rules of `load_checkpoint`.
 
     Raises:
         CheckpointError: no name of ``state`` fits the network.
     """
-    state = renamed(state, model)
+    state = rename(state, model)
     if not state.keys() & model.state_dict().keys():
         first = next(iter(state), "none")
         raise CheckpointError(f"{source} shares no tensor name with this network (its first is {first!r})")
-    report = LoadReport(source, head=head_names(model))
+    report = LoadReport(source, head=find_head(model))
     report.resized = resize_kernels(model, state)
-    for name, gate in gates_of(model).items():
-        if not any(True for _ in gate.parameters()):
-            report.acting.append(name)
-        elif not any(key.startswith(name + ".") for key in state):
-            gate.neutralize()
-            report.neutral.append(name)
+    for name, gate in find_gates(model).items():
+        if any(key.startswith(name + ".") for key in state):
+            continue
+        (report.neutral if try_neutralize(gate) else report.acting).append(name)
     own = model.state_dict()
     report.mismatched = [k for k in state if k in own and own[k].shape != state[k].shape]
     fitting = {k: v for k, v in state.items() if k not in report.mismatched}
@@ -152,14 +168,25 @@ def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str =
     return report
 
 
-def renamed(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """``state`` under ``model``'s names: wrappers' prefixes off, timm's name for an ECA gate turned into ours."""
+def try_neutralize(gate: nn.Module) -> bool:
+    """Make ``gate`` the identity; return False if it cannot be."""
+    if not isinstance(gate, Attention):
+        return False
+    try:
+        gate.neutralize()
+    except AttachError:
+        return False
+    return True
+
+
+def rename(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return ``state`` under the names of ``model``: without wrappers' prefixes, and with ``eca`` for timm's ``se``."""
     own = model.state_dict().keys()
-    return {own_name(key, own): value for key, value in state.items()}
+    return {find_name(key, own): value for key, value in state.items()}
 
 
-def own_name(key: str, own: Collection[str]) -> str:
-    """The name among ``own`` that ``key`` means, or ``key`` without wrappers' prefixes if there is none."""
+def find_name(key: str, own: Collection[str]) -> str:
+    """Return the name among ``own`` that ``key`` means, or ``key`` without wrappers' prefixes if there is none."""
     while key not in own:
         prefix = next((p for p in PREFIXES if key.startswith(p)), None)
         if prefix is None:
@@ -169,10 +196,10 @@ def own_name(key: str, own: Collection[str]) -> str:
     return key
 
 
-def resize_kernels(model: nn.Module, state: dict[str, Tensor]) -> dict[str, int]:
-    """Give each ECA gate the kernel size of its tensor in ``state``; returns the new size of those that changed."""
-    resized = {}
-    for name, gate in gates_of(model).items():
+def resize_kernels(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Give each ECA gate the kernel size of its tensor in ``state``; return the new size of those that changed."""
+    resized: dict[str, int] = {}
+    for name, gate in find_gates(model).items():
         weight = state.get(f"{name}.conv.weight")
         if not isinstance(gate, ECA | ECANS) or weight is None or weight.dim() != 3:
             continue
@@ -185,13 +212,24 @@ def resize_kernels(model: nn.Module, state: dict[str, Tensor]) -> dict[str, int]
     return resized
 
 
-def gates_of(model: nn.Module) -> dict[str, Attention]:
-    """The attention modules of ``model`` by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
+def find_gates(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the attention modules of ``model`` by name.
+
+    They are this library's, those that `ecanet.attach` put in, and those in the slot of a block, whatever their class.
+    """
+    modules = dict(model.named_modules())
+    slots = {f"{name}.{key}" for name, module in modules.items() if (key := vars(module).get("gate_key"))}
+    return {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, Attention)
+        or hasattr(module, "attachment")
+        or (name in slots and not isinstance(module, nn.Identity))
+    }
 
 
-def head_names(model: nn.Module) -> tuple[str, ...]:
-    """Prefix of the classifier's tensors: the last linear layer outside the gates; empty if there is none."""
-    inside = tuple(name + "." for name in gates_of(model))
+def find_head(model: nn.Module) -> tuple[str, ...]:
+    """Return the prefix of the classifier's tensors: the last linear layer outside the gates; empty without one."""
+    inside = tuple(name + "." for name in find_gates(model))
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not name.startswith(inside)]
     return (linear[-1] + ".",) if linear else ()

@@ -4,12 +4,14 @@ The detectors are torchvision's, with torchvision's parameter names; what is mad
 of it is frozen, how its norms behave, and its weights. Labels count from 1 in all three; 0 is the background.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -19,7 +21,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from ecanet.attention import Attention
+from ecanet.attention import Attention, AttentionLike, find_attention
 from ecanet.errors import ConfigError, check_positive_int
 from ecanet.models.factory import create_model
 from ecanet.models.kernel_sizes import KernelSizes
@@ -54,9 +56,9 @@ def create_detector(
     backbone: str = "resnet50",
     *,
     num_classes: int = 80,
-    attention: str = "eca",
+    attention: AttentionLike = "eca",
     kernel_sizes: KernelSizes = "adaptive",
-    weights: str | Path | None = None,
+    weights: "str | Path | WeightsEnum | None" = None,
     norm: Norm = "eval",
     frozen_stages: int = 1,
     freeze_attention: bool = False,
@@ -79,7 +81,7 @@ def create_detector(
         num_classes: kinds of objects, the background not counted.
         attention: the gate in every block, as in `ecanet.create_model`.
         kernel_sizes: as in `ecanet.create_model`.
-        weights: the backbone's, as in `ecanet.create_model`: None, "torchvision" or a classification checkpoint's path.
+        weights: the backbone's, as in `ecanet.create_model`; ``load_report`` of the detector says what matched.
         norm: "eval" keeps the backbone's norms at their stored statistics and trains their weights and biases, as the
             paper's recipe does; "frozen" trains neither; "train" leaves ordinary batch norms.
         frozen_stages: the stem and this many stages are not trained; 0 trains all. Gates are trained everywhere.
@@ -106,6 +108,8 @@ def create_detector(
     if norm not in ("eval", "frozen", "train"):
         raise ConfigError(f"norm must be 'eval', 'frozen' or 'train', got {norm!r}")
     num_classes = check_positive_int("num_classes", num_classes)
+    arguments = inspect.signature(create_detector).parameters
+    find_attention(attention).check(options, arguments)
     gates: dict[str, Any] = {"attention": attention, "kernel_sizes": kernel_sizes, **options}
     network = create_model(backbone, weights=weights, **gates)
     sides = (*scales, short_side)
@@ -128,7 +132,9 @@ def create_detector(
         "image_std": list(std),
     }
     builder = _retinanet if name == "retinanet" else _rcnn
-    return builder(name, pyramid, num_classes, small, shape)
+    detector = builder(name, pyramid, num_classes, small, shape)
+    vars(detector)["load_report"] = vars(network)["load_report"]
+    return detector
 
 
 def faster_rcnn(backbone: str = "resnet50", **settings: Any) -> nn.Module:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
+from ecanet.attention import AttentionKind
 from ecanet.errors import ConfigError, check_positive_int
 
 KernelSizes = str | int | Sequence[int]
@@ -46,6 +47,18 @@ def find_release(blocks: Sequence[int], channels: Sequence[int]) -> Release | No
     """
     shape = (tuple(blocks), tuple(channels))
     return next((release for release in RELEASED.values() if (release.blocks, release.channels) == shape), None)
+
+
+def check_no_kernel_sizes(kind: AttentionKind, kernel_sizes: KernelSizes) -> None:
+    """Check that no sizes are given for ``kind``, which has no kernel.
+
+    Raises:
+        ConfigError: ``kernel_sizes`` is neither "adaptive" nor "official".
+    """
+    if kernel_sizes not in ("adaptive", "official"):
+        raise ConfigError(
+            f"attention {kind.name!r} has no kernel, so kernel_sizes={kernel_sizes!r} has no effect; leave it out"
+        )
 
 
 def resolve_kernel_sizes(kernel_sizes: KernelSizes, stages: int, release: Release | None) -> tuple[int | None, ...]:

@@ -27,6 +27,7 @@ class InvertedResidual(nn.Module):
             nn.BatchNorm2d(out_channels),
         ]
         if slot.name != "none":
+            self.gate_key = f"conv.{len(layers)}"
             layers.append(slot.build(out_channels, stage))
         self.conv = nn.Sequential(*layers)
         self.residual = stride == 1 and in_channels == out_channels

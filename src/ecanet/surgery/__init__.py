@@ -1,6 +1,6 @@
 """Attention in a network that somebody else wrote: `ecanet.attach`, `detach`, `fold`.
 
-Read downward: `attachment` (the functions), `replace` (exchanges existing modules), `kernels` (kernel sizes),
+Read downward: `attachment` (the functions), `replace` (exchanges existing modules), `build` (the gates of the sites),
 `folding`, `report`, `example` (runs the network once), `sites` (finds the ends of its residual branches), `branches`
 (which operand of an addition is one), `watch` (records a run), `hooks` (how a gate acts).
 """

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ecanet.attention import ChannelAttention
+from ecanet.attention import ATTENTIONS, ChannelAttention
 from ecanet.errors import AttachError
 from ecanet.surgery import hooks
 from ecanet.surgery.hooks import Record
@@ -53,6 +53,8 @@ def obstacle(model: nn.Module, name: str, gate: nn.Module, record: Record) -> st
     """Why this gate cannot be folded, or None."""
     if not isinstance(gate, ChannelAttention):
         return f"{type(gate).__name__} is not one gate on channel means"
+    if type(gate) not in ATTENTIONS.values():
+        return f"{type(gate).__name__} is not from this library, so its first weights may not scale with the means"
     if record.affine is None:
         return "no norm or convolution that runs once stands right before it"
     affine = model.get_submodule(name.rpartition(".")[0]).get_submodule(record.affine)

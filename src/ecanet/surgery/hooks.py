@@ -6,12 +6,15 @@ the block, puts ours back, or says so where it cannot (while compiling).
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ecanet.errors import AttachError
+
+Mode = Literal["hook", "append", "replace"]
+"""A hook applies the gate, or it is the last entry of a Sequential, or it stands in the place of a module."""
 
 
 class GateHook:
@@ -74,20 +77,29 @@ class Guard:
 
 
 class Record:
-    """What `attach` did for one gate; kept on the gate as ``gate.attachment``, and copied with it."""
+    """The changes that `attach` made for one gate; kept on the gate as ``gate.attachment``, and copied with it."""
 
-    def __init__(self, attention: str, target: str, mode: str, *, lossless: bool, affine: str | None = None):
+    def __init__(self, attention: str, target: str, mode: Mode, *, lossless: bool, channels: int):
         self.attention = attention
+        """Name of the attention, or of the user's class."""
+        self.channels = channels
+        self.shape: tuple[int, ...] = ()
+        """Spatial shape of the example at this place."""
         self.target = target
-        """The target's name, counted from the block that keeps the gate."""
-        self.mode = mode
-        """"hook", "append" (last entry of a Sequential) or "replace"."""
+        """Name of the module on whose output the gate acts, relative to the block that keeps the gate."""
+        self.mode: Mode = mode
         self.lossless = lossless
-        self.affine = affine
-        """Name, counted from the block, of the norm or convolution right before the gate."""
+        self.affine: str | None = None
+        """Name, relative to the block, of the norm or convolution right before the gate."""
         self.doubled = False
+        """Whether `fold` doubled that norm or convolution."""
         self.replaced: nn.Module | None = None
         """The module whose place the gate took; not a child, so not in the state dict."""
+
+
+def keep_record(gate: nn.Module, record: Record) -> None:
+    """Store ``record`` on ``gate`` as a plain attribute: it is copied and pickled, and no part of the state dict."""
+    vars(gate)["attachment"] = record
 
 
 def is_folded(gate: nn.Module, record: Record) -> bool:

@@ -3,16 +3,17 @@
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
-from ecanet.attention import ECA, Attention, make_attention, options_of
+from ecanet.attention import ECA, AttentionKind
 from ecanet.errors import AttachError, ConfigError
 from ecanet.models import KernelSizes
+from ecanet.surgery import hooks
+from ecanet.surgery.build import build_gates
 from ecanet.surgery.hooks import Record
-from ecanet.surgery.kernels import kernel_sizes_at
 from ecanet.surgery.sites import Site, Where, matches
 from ecanet.surgery.watch import Trace
 
@@ -31,7 +32,7 @@ def replace_modules(
     model: nn.Module,
     trace: Trace,
     kind: str,
-    attention: str,
+    attention: AttentionKind,
     where: Where | None,
     preserve: bool | None,
     kernel_sizes: KernelSizes,
@@ -46,7 +47,7 @@ def replace_modules(
     """
     if kind not in KINDS:
         raise ConfigError(f"replace= takes {' or '.join(map(repr, KINDS))}, got {kind!r}")
-    same = kind == attention == "eca"
+    same = kind == attention.name == "eca"
     sites = list(found(model, trace, KINDS[kind], where))
     if not sites and where is not None and (some := [s.target for s in found(model, trace, KINDS[kind], None)]):
         raise AttachError(f"where={where!r} selects none of the {len(some)} {kind!r} modules, such as {some[0]!r}")
@@ -57,29 +58,21 @@ def replace_modules(
     if preserve and not same:
         old = type(model.get_submodule(sites[0].target)).__name__
         raise AttachError(
-            f"putting {attention!r} in the place of {sites[0].target!r}, a {old}, changes outputs, "
+            f"putting {attention.name!r} in the place of {sites[0].target!r}, a {old}, changes outputs, "
             f"so preserve=True cannot be kept; leave preserve out"
         )
     if same and (options or kernel_sizes != "adaptive"):
         raise ConfigError("replace='eca' takes weights over, kernel sizes included; give no options")
-    has_kernel = "kernel_size" in options_of(attention)
-    sizes = kernel_sizes_at(sites, kernel_sizes) if has_kernel else [None] * len(sites)
-    gates = []
-    for site, size in zip(sites, sizes, strict=True):
-        old = model.get_submodule(site.target)
-        if same:
-            gates.append(converted(old, site))
-        else:
-            gates.append(
-                make_attention(attention, site.channels, **options, **({} if size is None else {"kernel_size": size}))
-            )
-        if not isinstance(gates[-1], Attention):
-            raise AttachError(f"attention {attention!r} takes the place of a convolution, not of a gate")
+    gates: Sequence[nn.Module]
+    if same:
+        gates = [convert(model.get_submodule(site.target), site) for site in sites]
+    else:
+        gates = build_gates(attention, sites, kernel_sizes, options, lossless=False)
     for site, gate in zip(sites, gates, strict=True):
         put(model, site, gate, attention, lossless=same)
     if not same:
         warnings.warn(
-            f"{len(sites)} {kind!r} modules gave way to {attention!r}: outputs change until the network is fine-tuned",
+            f"{len(sites)} {kind!r} modules gave way to {attention.name!r}: outputs change until they are trained",
             stacklevel=3,
         )
 
@@ -121,7 +114,7 @@ def judged(model: nn.Module, name: str, where: Where) -> Iterator[tuple[str, nn.
         name = name.rpartition(".")[0]
 
 
-def converted(old: nn.Module, site: Site) -> ECA:
+def convert(old: nn.Module, site: Site) -> ECA:
     """This library's ECA with the weights of ``old``, another library's.
 
     Raises:
@@ -151,13 +144,14 @@ def check_same(old: nn.Module, gate: ECA, site: Site) -> None:
         raise AttachError(f"{site.target!r} ({type(old).__name__}) computes something else than the paper's ECA")
 
 
-def put(model: nn.Module, site: Site, gate: nn.Module, attention: str, *, lossless: bool) -> None:
+def put(model: nn.Module, site: Site, gate: nn.Module, attention: AttentionKind, *, lossless: bool) -> None:
     """Let ``gate`` take the place of the module at ``site``."""
     parent, key = model.get_submodule(site.block), site.target.rpartition(".")[2]
     old = model.get_submodule(site.target)
     like = next((p for p in old.parameters() if p.is_floating_point()), None)
-    record = Record(attention, key, "replace", lossless=lossless)
+    record = Record(attention.name, key, "replace", lossless=lossless, channels=site.channels)
+    record.shape = site.shape
     record.replaced = old
-    gate.attachment = record  # pyright: ignore[reportArgumentType]
+    hooks.keep_record(gate, record)
     gate.to(device=site.device, dtype=None if like is None else like.dtype).train(parent.training)
     parent._modules[key] = gate

@@ -47,7 +47,7 @@ def describe(name: str, gate: nn.Module, record: Record) -> AttachedSite:
         note = f"in place of {type(record.replaced).__name__}" + (f"; {note}" if note else "")
     return AttachedSite(
         name=name,
-        channels=int(gate.channels),  # pyright: ignore[reportArgumentType]
+        channels=record.channels,
         attention=record.attention,
         kernel_size=getattr(gate, "kernel_size", None),
         parameters=sum(p.numel() for p in gate.parameters()),
@@ -57,16 +57,16 @@ def describe(name: str, gate: nn.Module, record: Record) -> AttachedSite:
 
 
 @torch.no_grad()
-def change(gate: nn.Module, record: Record) -> float:
-    """How far ``gate`` is from doing nothing: the largest |gate - 1| over standard normal channel means.
+def measure_change(gate: nn.Module, record: Record) -> float:
+    """Return how far ``gate`` is from the identity: the largest |gate - 1| over standard normal channel means.
 
-    For an attention that is no gate, the largest change of a standard normal input.
+    For an attention that is no `ChannelAttention`, it is the largest change of a standard normal input.
     """
     like = next((p for p in gate.parameters()), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
-    shape = (64, gate.channels, *(() if isinstance(gate, ChannelAttention) else (4, 4)))
-    x = torch.randn(shape, generator=generator).to(like.device)  # pyright: ignore
     if isinstance(gate, ChannelAttention):
-        doubled = 2 if is_folded(gate, record) else 1
-        return float((doubled * gate.weigh(doubled * x) - 1).abs().max())
-    return float((gate(x.to(like.dtype)) - x.to(like.dtype)).abs().max())
+        means = torch.randn((64, record.channels), generator=generator).to(like.device)
+        factor = 2 if is_folded(gate, record) else 1
+        return float((factor * gate.weigh(factor * means) - 1).abs().max())
+    x = torch.randn((2, record.channels, *record.shape), generator=generator).to(like.device, like.dtype)
+    return float((gate(x) - x).abs().max())

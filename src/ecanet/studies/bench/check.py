@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ecanet import ops
 from ecanet.errors import ConfigError
 from ecanet.inference import optimize
-from ecanet.models import load_state_dict, renamed
+from ecanet.models import load_state_dict, rename
 from ecanet.studies.bench import layers as bench_layers
 from ecanet.studies.bench.layers import Block
 from ecanet.studies.bench.networks import clear_gradients, make_eval_step, make_images, make_train_step
@@ -101,7 +101,7 @@ def check_networks(networks: dict[str, nn.Module], image_size: int, device: str)
         logits, gradients = run_training_step(ours, images)
         expected, expected_gradients = run_training_step(theirs, images)
         found.append(check_error(f"{name}: logits in training", measure_relative_error([logits], [expected]), 1e-8))
-        expected_gradients = renamed(expected_gradients, ours)
+        expected_gradients = rename(expected_gradients, ours)
         error = measure_relative_error(gradients.values(), (expected_gradients[key] for key in gradients))
         found.append(check_error(f"{name}: gradients", error, 1e-6))
         # evaluation uses the running statistics of that one step
