@@ -1,24 +1,25 @@
-"""What lossless attach is worth: plain ResNet-20s, pretrained on real images, then fine-tuned in four ways.
+"""Measure what lossless attach is worth: plain ResNet-20s, pretrained on real images, are fine-tuned in four ways.
 
-Fashion-MNIST's 60,000 training images are cut in two by a fixed random order. Three plain networks (one a seed) are
-pretrained for three epochs on the first half. From each checkpoint four arms are fine-tuned for one epoch on the
-second half, with the same budget, schedule and order of images:
+Fashion-MNIST's 60,000 training images are split in two halves by a fixed random order. Three plain networks (one for
+each seed) are pretrained for three epochs on the first half. From each checkpoint four arms are fine-tuned for one
+epoch on the second half, with the same budget, schedule and order of images:
 
     plain         no attention
     eca           ECA attached losslessly
     eca-random    ECA attached with its usual random gates (preserve=False)
     se            SE (reduction 4) attached losslessly
 
-Accuracy is on all 10,000 test images: before fine-tuning, at three steps along the way, and at the end. About half
-an hour on one core; an interrupted run goes on where it stopped.
+Accuracy is measured on all 10,000 test images: before fine-tuning, at three steps during it, and at the end. A run
+takes about half an hour on one core. An interrupted run continues where it stopped.
 
-    python benchmarks/attach_finetune.py            # run what is missing, write the JSON
-    python benchmarks/attach_finetune.py --plot     # picture and table from the JSON
+    python benchmarks/attach_finetune.py            # run the missing cells and write the JSON file
+    python benchmarks/attach_finetune.py --plot     # make picture and table from the JSON file
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -57,19 +58,19 @@ ARMS: dict[str, dict[str, Any] | None] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plot", action="store_true", help="make picture and table from the committed JSON")
+    parser.add_argument("--plot", action="store_true", help="make picture and table from the JSON file")
     if parser.parse_args().plot:
         cells = json.loads(RESULTS.read_text())["cells"]
         draw(cells)
-        write_file(TABLE, table(cells))
+        write_file(TABLE, make_table(cells))
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"settings": SETTINGS, "cells": []}
     if results["settings"] != SETTINGS:
-        raise SystemExit(f"{RESULTS} was made with other settings; move it away to start again")
+        raise SystemExit(f"{RESULTS} was made with other settings; move it away to begin again")
     done = {(cell["seed"], cell["arm"]) for cell in results["cells"]}
     data = Data()
     for seed in SETTINGS["seeds"]:
-        start = pretrained(seed, data)
+        start = load_or_pretrain(seed, data)
         for arm in ARMS:
             if (seed, arm) not in done:
                 results["cells"].append(fine_tune(seed, arm, start, data))
@@ -79,51 +80,52 @@ def main() -> None:
 
 
 class Data:
-    """Normalised images: two halves for training, and the test set."""
+    """Normalised images and labels: two halves for training, and the test set."""
 
     def __init__(self) -> None:
-        look = SMALL_SETS["fashion-mnist"].look
+        spec = SMALL_SETS["fashion-mnist"].spec
         images, labels = load_fashion_mnist(None, True)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        self.halves = [(look.normalize(images[part]), labels[part]) for part in order.chunk(2)]
+        self.halves = [(spec.normalize(images[part]), labels[part]) for part in order.chunk(2)]
         images, labels = load_fashion_mnist(None, False)
-        self.test = look.normalize(images), labels
+        self.test = spec.normalize(images), labels
 
 
-def pretrained(seed: int, data: Data) -> dict[str, Tensor]:
-    """State dict of the plain network that all arms of ``seed`` start from."""
+def load_or_pretrain(seed: int, data: Data) -> dict[str, Tensor]:
+    """Return the state dict of the plain network from which all arms of ``seed`` start."""
     path = CHECKPOINTS / f"pretrained-{seed}.pt"
     if not path.exists():
         torch.manual_seed(seed)
-        model = plain_network()
+        model = make_plain_network()
         train(model, data.halves[0], SETTINGS["pretrain"], seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), path)
-        print(f"seed {seed}: pretrained, {100 * accuracy(logits(model, data.test[0]), data.test[1]):.2f} %", flush=True)
+        accuracy = compute_accuracy(compute_logits(model, data.test[0]), data.test[1])
+        print(f"seed {seed}: pretrained, {100 * accuracy:.2f} %", flush=True)
     return torch.load(path, weights_only=True)
 
 
 def fine_tune(seed: int, arm: str, start: dict[str, Tensor], data: Data) -> dict[str, Any]:
-    """One cell: accuracy of ``arm`` from before fine-tuning to its end."""
+    """Return one cell: the accuracy of ``arm`` before, during and after fine-tuning."""
     images, labels = data.test
-    model = plain_network()
+    model = make_plain_network()
     model.load_state_dict(start)
-    before = logits(model, images)
+    before = compute_logits(model, images)
     plain_parameters = sum(p.numel() for p in model.parameters())
     torch.manual_seed(seed)
     if ARMS[arm] is not None:
         ecanet.attach(model, **ARMS[arm], example=images[:2])
-    attached = logits(model, images)
+    attached = compute_logits(model, images)
     steps = SETTINGS["finetune"]["images"] // SETTINGS["batch_size"]
-    points = [{"step": 0, "accuracy": accuracy(attached, labels)}]
+    points = [{"step": 0, "accuracy": compute_accuracy(attached, labels)}]
     at = {round(share * steps) for share in SETTINGS["evaluated_at"]} - {0}
 
-    def look(step: int) -> None:
+    def evaluate(step: int) -> None:
         if step in at:
-            points.append({"step": step, "accuracy": accuracy(logits(model, images), labels)})
+            points.append({"step": step, "accuracy": compute_accuracy(compute_logits(model, images), labels)})
 
     started = time.perf_counter()
-    loss = train(model, data.halves[1], SETTINGS["finetune"], seed + 1000, look)
+    loss = train(model, data.halves[1], SETTINGS["finetune"], seed + 1000, evaluate)
     cell = {
         "seed": seed,
         "arm": arm,
@@ -137,14 +139,23 @@ def fine_tune(seed: int, arm: str, start: dict[str, Tensor], data: Data) -> dict
     return cell
 
 
-def plain_network() -> nn.Module:
-    """ResNet-20 without attention for grey images."""
+def make_plain_network() -> nn.Module:
+    """Return a ResNet-20 without attention for grey images."""
     return ecanet.create_model(SETTINGS["network"], attention="none", in_channels=1, num_classes=10)
 
 
-def train(model: nn.Module, part: tuple[Tensor, Tensor], budget: dict[str, Any], seed: int, look: Any = None) -> float:
-    """Train on ``part``; returns the mean loss of the last 20 steps. ``look(step)`` is called after every step."""
-    images, labels = part
+def train(
+    model: nn.Module,
+    data: tuple[Tensor, Tensor],
+    budget: dict[str, Any],
+    seed: int,
+    after_step: Callable[[int], None] | None = None,
+) -> float:
+    """Train on images and labels, and return the mean loss of the last 20 steps.
+
+    ``after_step`` is called after every step with the number of steps so far.
+    """
+    images, labels = data
     batch = SETTINGS["batch_size"]
     steps = budget["epochs"] * (budget["images"] // batch)
     model.to(memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
@@ -162,14 +173,14 @@ def train(model: nn.Module, part: tuple[Tensor, Tensor], budget: dict[str, Any],
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-            if look is not None:
-                look(len(losses))
+            if after_step is not None:
+                after_step(len(losses))
     return mean(losses[-20:])
 
 
 @torch.no_grad()
-def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Outputs for all ``images`` in evaluation mode; the mode is as before afterwards."""
+def compute_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits (N, classes) for ``images`` in evaluation mode; the model's mode is restored afterwards."""
     training = model.training
     model.eval()
     outputs = torch.cat([model(part) for part in images.split(500)])
@@ -177,13 +188,16 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return outputs
 
 
-def accuracy(outputs: Tensor, labels: Tensor) -> float:
-    """Share of ``outputs`` whose largest logit is the label's."""
+def compute_accuracy(outputs: Tensor, labels: Tensor) -> float:
+    """Return the share of ``outputs`` whose largest logit is that of the label."""
     return (outputs.argmax(1) == labels).double().mean().item()
 
 
-def paired(cells: list[dict[str, Any]], arm: str, point: int) -> tuple[float, float]:
-    """Mean and half-width of the 95 % interval (t, paired by seed) of ``arm`` minus plain, in points of accuracy."""
+def compute_difference(cells: list[dict[str, Any]], arm: str, point: int) -> tuple[float, float]:
+    """Return the mean difference of ``arm`` to plain in points of accuracy, and half of its 95 % interval.
+
+    The interval is that of a paired t-test: differences are taken within each seed.
+    """
     from scipy.stats import t
 
     curves = {(c["seed"], c["arm"]): c["points"][point]["accuracy"] for c in cells}
@@ -192,29 +206,29 @@ def paired(cells: list[dict[str, Any]], arm: str, point: int) -> tuple[float, fl
     return mean(differences), float(t.ppf(0.975, n - 1)) * stdev(differences) / n**0.5
 
 
-def table(cells: list[dict[str, Any]]) -> str:
-    """The Markdown table: accuracy in percent, means over seeds."""
+def make_table(cells: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of accuracy in percent, as means over the seeds."""
     steps = [p["step"] for p in cells[0]["points"]]
     head = ["arm", "parameters added", "before", *(f"step {s}" for s in steps[1:-1]), "end", "end − plain (95 %)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for arm in ARMS:
         mine = [c for c in cells if c["arm"] == arm]
         means = [f"{100 * mean(c['points'][i]['accuracy'] for c in mine):.2f}" for i in range(len(steps))]
-        difference = "" if arm == "plain" else "{:+.2f} ± {:.2f}".format(*paired(cells, arm, -1))
+        difference = "" if arm == "plain" else "{:+.2f} ± {:.2f}".format(*compute_difference(cells, arm, -1))
         lines.append("| " + " | ".join([arm, str(mine[0]["added_parameters"]), *means, difference]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def draw(cells: list[dict[str, Any]]) -> None:
-    """Accuracy against steps: thin lines are seeds, thick lines their means."""
+    """Draw accuracy against steps: thin lines are seeds, thick lines their means."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    looks = zip(ARMS, ("0.3", "tab:blue", "tab:red", "tab:green"), ("-", "-", "--", ":"), strict=True)
-    for arm, colour, style in looks:
+    styles = zip(ARMS, ("0.3", "tab:blue", "tab:red", "tab:green"), ("-", "-", "--", ":"), strict=True)
+    for arm, colour, style in styles:
         curves = [[100 * p["accuracy"] for p in c["points"]] for c in cells if c["arm"] == arm]
         steps = [p["step"] for p in cells[0]["points"]]
         for axes in panels:

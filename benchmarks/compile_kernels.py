@@ -1,11 +1,19 @@
-"""Compile every kernel ahead of time for compute capability 9.0 and write registers, spills and shared memory."""
+"""Compile every kernel ahead of time for compute capability 9.0, and write registers, spills and shared memory.
+
+    python benchmarks/compile_kernels.py benchmarks/results/kernels-sm90.json
+
+It needs Triton and no GPU.
+"""
 
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -17,113 +25,150 @@ from ecanet.ops.triton import expansion
 from ecanet.ops.triton import kernels as K
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SIZES = ("channels", "positions", "part", "rows", "inner")
+"""Arguments that are 32-bit integers."""
 
 
-def build(name, fn, tensors, consts, last, kind, **options):
-    sig, const = {}, {}
-    for arg in fn.arg_names:
-        if arg in consts:
-            sig[arg] = "constexpr"
-            const[(fn.arg_names.index(arg),)] = consts[arg]
-        elif arg in ("channels", "positions", "part", "rows", "inner"):
-            sig[arg] = "i32"
-        elif arg.removesuffix("_ptr") in tensors:
-            sig[arg] = "*" + tensors[arg.removesuffix("_ptr")]
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One kernel with the types of its arguments, as it is compiled."""
+
+    name: str
+    function: Any
+    dtype: str
+    channels_last: bool
+    tensors: dict[str, str]
+    """Element type of each tensor argument, by its name without ``_ptr``. Other pointers are None."""
+    constants: dict[str, object]
+    options: dict[str, int] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
+    """Further entries of the row in the report."""
+
+    def find_unknown_names(self) -> set[str]:
+        """Return the names of tensors and constants that the kernel does not have."""
+        arguments = set(self.function.arg_names)
+        return {f"{name}_ptr" for name in self.tensors} - arguments | set(self.constants) - arguments
+
+
+def main(out: Path) -> None:
+    rows = [compile_kernel(kernel) for kernel in list_kernels()]
+    report = {
+        "target": "compute capability 9.0, compiled ahead of time, not run",
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "kernels": rows,
+    }
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    for row in rows:
+        print(*row.values())
+
+
+def list_kernels() -> Iterator[Kernel]:
+    """Yield every kernel in each dtype and layout."""
+    for dtype in DTYPES:
+        for channels_last in (True, False):
+            yield from list_passes(dtype, channels_last)
+    for dtype in DTYPES:
+        yield from list_expansions(dtype)
+
+
+def list_passes(dtype: str, channels_last: bool) -> Iterator[Kernel]:
+    """Yield the four passes of a residual tail with a gate, in the form that training uses inside a stage."""
+    f = "fp32"
+    blocks = {"BLOCK_P": 32, "BLOCK_C": 64} if channels_last else {"BLOCK_P": 256, "BLOCK_C": 8}
+    grid = {"LAST": channels_last, **blocks, "WIDE": tl.float32}
+    affine = {"a": f, "b": f, "mu": f}
+    given = {"HAS_B": True, "HAS_MU": True}
+    common: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last}
+    yield Kernel(
+        name="_moments",
+        function=K._moments,
+        tensors={"z": dtype, "mean": f, "variance": f},
+        constants={"ORDER": 2, **grid},
+        **common,
+    )
+    yield Kernel(
+        name="_apply",
+        function=K._apply,
+        tensors={"z": dtype, "s": dtype, "y": dtype, "bits": "u8", **affine},
+        constants={**given, "SHORTCUT": 1, "ACTIVATION": 1, "BITS": True, **grid},
+        **common,
+    )
+    flags = {"NORMED_SHORTCUT": False, "ACTIVATION": 1, "SECOND_DY": True, "BITS": True, "WRITE": True}
+    tensors = {"dy": dtype, "second_dy": dtype, "bits": "u8", "z": dtype, "t": dtype}
+    yield Kernel(
+        name="_reduce",
+        function=K._reduce,
+        tensors={**tensors, **affine, "da": f, "db": f, "ds": f},
+        constants={**given, **flags, **grid},
+        **common,
+    )
+    yield Kernel(
+        name="_grads",
+        function=K._grads,
+        tensors={"t": dtype, "z": dtype, "dz": dtype, **affine, "m": f, "dm": f, "dv": f},
+        constants={**given, "HAS_DM": True, "HAS_DV": True, "ACTIVATION": 0, **grid},
+        **common,
+    )
+
+
+def list_expansions(dtype: str) -> Iterator[Kernel]:
+    """Yield a large network's last convolution with many rows, and with the few of a last stage at a small batch."""
+    for rows, within in ((1 << 20, True), (392, False)):
+        tiles = expansion.tiles(rows, 512, 2048, DTYPES[dtype])
+        sizes = {"BLOCK_R": tiles.rows, "BLOCK_C": tiles.channels, "BLOCK_K": tiles.inner}
+        flags = {"BIAS": True, "GATE": True, "SHORTCUT": True, "ACTIVATION": 1, "WITHIN": within, "WIDEN": False}
+        yield Kernel(
+            name=f"_expand {tiles.rows}x{tiles.channels}x{tiles.inner}",
+            function=expansion._expand,
+            dtype=dtype,
+            channels_last=True,
+            tensors={"h": dtype, "w": dtype, "b": dtype, "g": "fp32", "s": dtype, "y": dtype},
+            constants={**flags, **sizes},
+            options={"num_warps": tiles.warps, "num_stages": 3},
+            extra={"warps": tiles.warps, "gate": "two samples a tile" if within else "gathered"},
+        )
+
+
+def compile_kernel(kernel: Kernel) -> dict[str, object]:
+    """Compile ``kernel`` and return its row of the report."""
+    if unknown := kernel.find_unknown_names():
+        raise SystemExit(f"{kernel.name} has no argument {', '.join(sorted(unknown))}; correct this script")
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], object] = {}
+    for position, name in enumerate(kernel.function.arg_names):
+        if name in SIZES:
+            signature[name] = "i32"
+        elif name.removesuffix("_ptr") in kernel.tensors:
+            signature[name] = "*" + kernel.tensors[name.removesuffix("_ptr")]
         else:
-            sig[arg] = "constexpr"
-            const[(fn.arg_names.index(arg),)] = None
-    attrs = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(fn.arg_names) if sig[a] != "constexpr"}
-    out = triton.compile(ASTSource(fn, sig, const, attrs), target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(out.asm["cubin"])
-        f.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        log = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", log)}
+            signature[name] = "constexpr"
+            constants[(position,)] = kernel.constants.get(name)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
+    source = ASTSource(kernel.function, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=kernel.options)
+    usage = read_usage(compiled.asm["cubin"])
     return {
-        "kernel": name,
-        "dtype": kind,
-        "layout": "channels_last" if last else "contiguous",
+        "kernel": kernel.name,
+        "dtype": kernel.dtype,
+        "layout": "channels_last" if kernel.channels_last else "contiguous",
         "registers": usage["REG"],
         "stack_bytes": usage["STACK"],
         "local_bytes": usage["LOCAL"],
-        "shared_bytes": out.metadata.shared,
+        "shared_bytes": compiled.metadata.shared,
+        **kernel.extra,
     }
 
 
-rows = []
-for kind in ("bf16", "fp16", "fp32"):
-    for last in (True, False):
-        g = {"LAST": last, "BLOCK_P": 32 if last else 256, "BLOCK_C": 64 if last else 8, "WIDE": tl.float32}
-        f = "fp32"
-        rows.append(build("_moments", K._moments, {"z": kind, "mean": f, "variance": f}, {"ORDER": 2, **g}, last, kind))
-        rows.append(
-            build(
-                "_apply",
-                K._apply,
-                {"z": kind, "s": kind, "y": kind, "bits": "u8", "a": f, "b": f, "mu": f},
-                {"HAS_B": True, "HAS_MU": True, "SHORTCUT": 1, "ACTIVATION": 1, "BITS": True, **g},
-                last,
-                kind,
-            )
-        )
-        rows.append(
-            build(
-                "_reduce",
-                K._reduce,
-                {
-                    "dy": kind,
-                    "more": kind,
-                    "bits": "u8",
-                    "z": kind,
-                    "t": kind,
-                    "a": f,
-                    "b": f,
-                    "mu": f,
-                    "da": f,
-                    "db": f,
-                    "ds": f,
-                },
-                {
-                    "HAS_B": True,
-                    "HAS_MU": True,
-                    "NORMED_SHORTCUT": False,
-                    "ACTIVATION": 1,
-                    "MORE": True,
-                    "BITS": True,
-                    "WRITE": True,
-                    **g,
-                },
-                last,
-                kind,
-            )
-        )
-        rows.append(
-            build(
-                "_grads",
-                K._grads,
-                {"t": kind, "z": kind, "dz": kind, "a": f, "b": f, "mu": f, "m": f, "dm": f, "dv": f},
-                {"HAS_B": True, "HAS_MU": True, "HAS_DM": True, "HAS_DV": True, "ACTIVATION": 0, **g},
-                last,
-                kind,
-            )
-        )
-# a large network's last convolutions: many rows, and the few of a last stage at a small batch
-for kind, dtype in DTYPES.items():
-    for many, within in ((1 << 20, True), (392, False)):
-        block = expansion.tiles(many, 512, 2048, dtype)
-        tensors = {"h": kind, "w": kind, "b": kind, "g": "fp32", "s": kind, "y": kind}
-        sizes = {"BLOCK_R": block.rows, "BLOCK_C": block.channels, "BLOCK_K": block.inner}
-        consts = {"BIAS": True, "GATE": True, "SHORTCUT": True, "ACTIVATION": 1, "WITHIN": within, "WIDEN": False}
-        name = f"_expand {block.rows}x{block.channels}x{block.inner}"
-        row = build(name, expansion._expand, tensors, consts | sizes, True, kind, num_warps=block.warps, num_stages=3)
-        rows.append(row | {"warps": block.warps, "gate": "two samples a tile" if within else "gathered"})
-report = {
-    "target": "compute capability 9.0, compiled ahead of time, not run",
-    "triton": triton.__version__,
-    "torch": torch.__version__,
-    "kernels": rows,
-}
-Path(sys.argv[1]).write_text(json.dumps(report, indent=1) + "\n")
-for r in rows:
-    print(*r.values())
+def read_usage(cubin: bytes) -> dict[str, int]:
+    """Return the numbers that NVIDIA's cuobjdump prints for a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        log = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", log)}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

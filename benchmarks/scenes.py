@@ -1,11 +1,11 @@
-"""Mask R-CNN, Faster R-CNN and RetinaNet on generated scenes, with ECA and plain, from scratch.
+"""Train Mask R-CNN, Faster R-CNN and RetinaNet on generated scenes, with ECA and without attention, from scratch.
 
-    OMP_NUM_THREADS=1 python benchmarks/scenes.py        # hours on a CPU; goes on where it was
+    OMP_NUM_THREADS=1 python benchmarks/scenes.py        # hours on a CPU; an interrupted run continues
 
-Each run is what ``ecanet train scenes --model MODEL --attention ATTENTION --seed SEED`` does, RetinaNet's with
-``--epochs 12``, in a folder of its own below ``runs``. Finished ones are read and not made again. The figures go to
-``benchmarks/results/scenes.json`` and, as a table, to the terminal; ``--missing skip`` trains nothing and lists what is
-finished. ``--picture FILE`` draws what the first run finds on the first six held-out scenes.
+Each run is that of ``ecanet train scenes --model MODEL --attention ATTENTION --seed SEED``, for RetinaNet with
+``--epochs 12``. It has its own folder in ``runs``, and a finished run is not made again. The figures are written to
+``benchmarks/results/scenes.json`` and, as a table, to the terminal. ``--missing skip`` trains nothing and lists the
+finished runs. ``--picture FILE`` draws the detections of the first run on the first six held-out scenes.
 """
 
 import argparse
@@ -35,7 +35,7 @@ RUNS = [
     ("retinanet", "none", 0),
 ]
 EPOCHS = {"retinanet": 12}
-"""Instead of the recipe's: it has no second stage, takes half the time an epoch, and learns more slowly."""
+"""Epochs that replace the recipe's. RetinaNet has no second stage: an epoch takes half the time, and it learns less."""
 
 RESULT = Path(__file__).parent / "results" / "scenes.json"
 COLUMNS = ("AP50", "AP", "APS", "APM", "APL", "mask_AP50", "mask_AP")
@@ -43,36 +43,38 @@ COLUMNS = ("AP50", "AP", "APS", "APM", "APL", "mask_AP50", "mask_AP")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--missing", choices=("train", "skip"), default="train", help="what to do with missing runs")
-    parser.add_argument("--picture", type=Path, help="draw into this file, and do nothing else")
+    parser.add_argument(
+        "--missing", choices=("train", "skip"), default="train", help="train the missing runs, or skip them"
+    )
+    parser.add_argument("--picture", type=Path, help="only draw detections, into this file")
     arguments = parser.parse_args()
     if arguments.picture:
-        picture(folder_of(*RUNS[0]), arguments.picture)
+        draw(find_folder(*RUNS[0]), arguments.picture)
         return
     rows = []
     for model, attention, seed in RUNS:
-        folder = folder_of(model, attention, seed)
+        folder = find_folder(model, attention, seed)
         recipe = recipes.find("scenes")
         recipe = recipe.but(
             model=recipe.model.but(name=model, attention=attention),
             epochs=EPOCHS.get(model, recipe.epochs),
             seed=seed,
         )
-        report = finished(folder, recipe)
+        report = read_finished(folder, recipe)
         if report is None and arguments.missing == "train":
             report = training.run(recipe, folder=folder, resume=(folder / "recipe.json").exists(), quiet=True)
         if report is not None:
-            rows.append({"model": model, "attention": attention, "seed": seed, **figures(report)})
-            print(line(rows[-1]), flush=True)
+            rows.append({"model": model, "attention": attention, "seed": seed, **select_figures(report)})
+            print(format_row(rows[-1]), flush=True)
     write_file(RESULT, json.dumps({"recipe": to_dict(recipes.find("scenes")), "runs": rows}, indent=1) + "\n")
 
 
-def folder_of(model: str, attention: str, seed: int) -> Path:
+def find_folder(model: str, attention: str, seed: int) -> Path:
     return Path("runs", f"scenes-{model}-{attention}-{seed}")
 
 
-def picture(run: Path, file: Path, columns: int = 3, rows: int = 2) -> None:
-    """What the detector of ``run`` finds on the first held-out scenes, side by side."""
+def draw(run: Path, file: Path, columns: int = 3, rows: int = 2) -> None:
+    """Draw the detections of ``run`` on the first held-out scenes, side by side."""
     task = training.restore(str(run))
     held_out = load_boxes(task.recipe.data, train=False).held_out.annotations.pictures[: columns * rows]
     with tempfile.TemporaryDirectory() as folder:
@@ -82,17 +84,17 @@ def picture(run: Path, file: Path, columns: int = 3, rows: int = 2) -> None:
     torchvision.io.write_jpeg(whole, str(file), quality=80)
 
 
-def finished(folder: Path, recipe: Recipe) -> Report | None:
-    """The run's report, if it was made to its end with this recipe."""
+def read_finished(folder: Path, recipe: Recipe) -> Report | None:
+    """Return the report of the run in ``folder``, None if it is not finished."""
     if not (folder / "metrics.json").exists():
         return None
     report = Report.read(folder)
     if report.recipe != recipe:
-        raise SystemExit(f"{folder} was run with another recipe; move it away")
+        raise SystemExit(f"{folder} holds a run of another recipe; move it away")
     return report
 
 
-def figures(report: Report) -> dict[str, object]:
+def select_figures(report: Report) -> dict[str, object]:
     return {
         "parameters": report.parameters,
         "seconds": report.seconds,
@@ -101,7 +103,7 @@ def figures(report: Report) -> dict[str, object]:
     }
 
 
-def line(row: dict) -> str:
+def format_row(row: dict) -> str:
     last = row["epochs"][-1]
     values = [f"{last[name]:.3f}" if name in last else "" for name in COLUMNS]
     heads = [row["model"], row["attention"], str(row["seed"]), f"{row['parameters']:,}"]

@@ -1,0 +1,63 @@
+"""The scripts in `benchmarks` still fit the library: each runs in a small form, or its names are compared."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_kernels_that_are_compiled_ahead_of_time_have_the_named_arguments():
+    pytest.importorskip("triton")
+    kernels = list(load("compile_kernels").list_kernels())
+    assert [kernel.find_unknown_names() for kernel in kernels] == [set()] * (3 * 2 * 4 + 3 * 2)
+    for kernel in kernels:
+        given = {f"{name}_ptr" for name in kernel.tensors} | set(kernel.constants)
+        # a pointer without a tensor is None, but every flag and size must be given
+        assert {name for name in kernel.function.arg_names if name.isupper()} <= given, kernel.name
+
+
+def test_fine_tuning_after_attach_runs_in_a_small_form(monkeypatch, tmp_path):
+    pytest.importorskip("lightning")
+    script = load("attach_finetune")
+    images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(script, "load_fashion_mnist", lambda root, train: (images, torch.arange(64) % 10))
+    for name in ("RESULTS", "PICTURE", "TABLE", "CHECKPOINTS"):
+        monkeypatch.setattr(script, name, tmp_path / name.lower())
+    small = {"images": 32, "epochs": 1, "learning_rate": 0.01}
+    settings = script.SETTINGS | {"network": "resnet8", "seeds": [0], "batch_size": 8}
+    monkeypatch.setattr(script, "SETTINGS", settings | {"pretrain": small, "finetune": small})
+    monkeypatch.setattr(sys, "argv", ["attach_finetune.py"])
+    script.main()
+    cells = json.loads((tmp_path / "results").read_text())["cells"]
+    assert [cell["arm"] for cell in cells] == ["plain", "eca", "eca-random", "se"]
+    unchanged = {cell["arm"]: cell["outputs_unchanged_by_attach"] for cell in cells}
+    assert unchanged == {"plain": True, "eca": True, "eca-random": False, "se": True}
+    assert [point["step"] for point in cells[0]["points"]] == [0, 1, 2, 4]
+    before = (tmp_path / "results").read_bytes()
+    script.main()  # every cell is done
+    assert (tmp_path / "results").read_bytes() == before
+
+
+def test_scenes_lists_finished_runs_without_training(monkeypatch, tmp_path):
+    pytest.importorskip("lightning")
+    script = load("scenes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "RESULT", tmp_path / "scenes.json")
+    monkeypatch.setattr(sys, "argv", ["scenes.py", "--missing", "skip"])
+    script.main()
+    result = json.loads((tmp_path / "scenes.json").read_text())
+    assert result["runs"] == []
+    assert result["recipe"]["data"]["name"] == "scenes"
