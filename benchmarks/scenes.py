@@ -20,7 +20,7 @@ from ecanet import recipes, training
 from ecanet.data.boxes import load_boxes
 from ecanet.data.pictures import read_image
 from ecanet.errors import DataError
-from ecanet.recipes.config import Recipe, to_dict
+from ecanet.recipes import Recipe, to_dict
 from ecanet.report import Report, write_file
 from ecanet.training.detections import detect
 

@@ -18,8 +18,7 @@ from ecanet.data.coco import decode_mask
 from ecanet.data.scenes import SceneConfig, make_scenes
 from ecanet.errors import ConfigError, DataError
 from ecanet.models.detection import DETECTORS, create_detector
-from ecanet.recipes import find
-from ecanet.recipes.config import with_settings
+from ecanet.recipes import find, with_settings
 from ecanet.studies.cost import count
 from ecanet.training.tasks.outcome import METRICS, Outcome, all_found, average_precision
 

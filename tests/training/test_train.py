@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ecanet.data.sources import SMALL_SETS, DataSpec, SmallSet
 from ecanet.errors import CheckpointError, ConfigError, DataError
 from ecanet.models import create_model
-from ecanet.recipes.config import DataConfig, ModelConfig, OptimizerConfig, Recipe, ScheduleConfig, to_dict
+from ecanet.recipes import RECIPES, DataConfig, ModelConfig, OptimizerConfig, Recipe, ScheduleConfig, to_dict
 from ecanet.report import Report
 from ecanet.training import trained
 from ecanet.training import trainer as train
@@ -121,6 +121,26 @@ def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(tmp_path
     )
     assert equal(weights(first), weights(second))
     assert not equal(weights(first), weights(other))
+
+
+def test_a_run_takes_the_name_of_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "tiny", lambda: TINY.but(epochs=1))
+    assert train.run("tiny", folder=tmp_path / "run", device="cpu", quiet=True).recipe == TINY.but(epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("quickstat", "no recipe or data called 'quickstat'; did you mean 'quickstart'?"),
+        (3, "run needs a recipe or the name of one, such as run('quickstart'), got 3"),
+        (None, "run needs a recipe or the name of one, such as run('quickstart'), got None"),
+    ],
+)
+def test_something_else_than_a_recipe_is_refused(tmp_path, wrong, message):
+    with pytest.raises(ConfigError) as caught:
+        train.run(wrong, folder=tmp_path / "run")
+    assert str(caught.value) == message
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(tmp_path):
@@ -621,7 +641,7 @@ def test_a_batch_is_no_larger_than_the_data(tmp_path, capsys):
 
 
 def test_a_row_has_the_rate_of_its_own_epoch(tmp_path):
-    from ecanet.recipes.config import ScheduleConfig
+    from ecanet.recipes import ScheduleConfig
 
     recipe = of_photographs(photographs(tmp_path / "photos"))
     recipe = recipe.but(schedule=ScheduleConfig(name="step", milestones=(1, 2)))

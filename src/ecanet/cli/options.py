@@ -57,11 +57,7 @@ def parsed(settings: list[str]) -> dict[str, Any]:
 
 
 def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """``recipe`` with ``changes``; a warm-up too long for fewer epochs shrinks with them, unless it was set too."""
-    epochs = changes.get("epochs")
-    warmup = recipe.schedule.warmup_epochs
-    if isinstance(epochs, int) and 0 < epochs <= warmup and "schedule.warmup_epochs" not in changes:
-        changes = {"schedule.warmup_epochs": warmup * epochs / recipe.epochs, **changes}
+    """``recipe`` with ``changes``, values by dotted name."""
     return with_settings(recipe, changes)
 
 

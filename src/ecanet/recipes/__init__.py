@@ -1,8 +1,10 @@
-"""Recipes: everything that decides a run's result, as frozen values.
+"""Recipes: all settings that decide the result of a run, as frozen values.
 
-Read downward: `named` (`find`, and the recipes themselves), `config` (what a recipe consists of, and its checks).
+Read downward: `named` (`find`, and the recipes themselves), `settings` (a recipe as a dictionary, changes by dotted
+names), `config` (the settings of a recipe), `checks` (the base class of all settings).
 """
 
+from ecanet.recipes.checks import Config, suggestion
 from ecanet.recipes.config import (
     DataConfig,
     DetectorConfig,
@@ -10,16 +12,13 @@ from ecanet.recipes.config import (
     OptimizerConfig,
     Recipe,
     ScheduleConfig,
-    from_dict,
-    parse_kernel_sizes,
-    suggestion,
-    to_dict,
-    with_settings,
 )
 from ecanet.recipes.named import RECIPES, find
+from ecanet.recipes.settings import from_dict, parse_kernel_sizes, to_dict, with_settings
 
 __all__ = [
     "RECIPES",
+    "Config",
     "DataConfig",
     "DetectorConfig",
     "ModelConfig",

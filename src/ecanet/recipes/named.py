@@ -6,6 +6,7 @@
 from collections.abc import Callable
 
 from ecanet.errors import ConfigError
+from ecanet.recipes.checks import suggestion
 from ecanet.recipes.config import (
     DataConfig,
     DetectorConfig,
@@ -13,7 +14,6 @@ from ecanet.recipes.config import (
     OptimizerConfig,
     Recipe,
     ScheduleConfig,
-    suggestion,
 )
 
 __all__ = ["RECIPES", "find"]

@@ -25,7 +25,7 @@ from ecanet import data
 from ecanet.errors import ConfigError
 from ecanet.models import read_file
 from ecanet.networks import find_device
-from ecanet.recipes import Recipe, from_dict, to_dict
+from ecanet.recipes import Recipe, find, from_dict, to_dict
 from ecanet.report import Report, environment, write_file
 from ecanet.training import tasks
 from ecanet.training.progress import Display, History, quiet_lightning
@@ -34,7 +34,7 @@ __all__ = ["read_recipe", "run"]
 
 
 def run(
-    recipe: Recipe,
+    recipe: Recipe | str,
     *,
     folder: str | Path | None = None,
     resume: bool = False,
@@ -54,6 +54,7 @@ def run(
         DataError: data that is missing or broken.
         CheckpointError: weights or a checkpoint that cannot be used.
     """
+    recipe = _check_recipe(recipe)
     if recipe.task == "detection":
         for name in ("loss", "label_smoothing", "mixup", "cutmix"):
             if getattr(recipe, name) != getattr(Recipe(), name):
@@ -88,6 +89,19 @@ def run(
                 write_file(place / "results" / name, content)
             display.done(report)
     return report
+
+
+def _check_recipe(recipe: object) -> Recipe:
+    """Return ``recipe``, or the recipe of that name.
+
+    Raises:
+        ConfigError: ``recipe`` is neither a recipe nor the name of one.
+    """
+    if isinstance(recipe, str):
+        return find(recipe)
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"run needs a recipe or the name of one, such as run('quickstart'), got {recipe!r}")
+    return recipe
 
 
 def _fit(trainer: L.Trainer, task: tasks.Task, images: Any, checkpoint: Path | None, place: Path) -> None:
