@@ -10,7 +10,7 @@ ecanet.errors.ConfigError: epoch is not a setting of Recipe; did you mean 'epoch
 
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from ecanet.errors import ConfigError
 from ecanet.recipes.checks import Config, Limits
@@ -65,7 +65,7 @@ class ModelConfig(Config):
     attention: str = "eca"
     kernel_sizes: str | int | tuple[int, ...] = "adaptive"
     weights: str | None = None
-    options: dict[str, object] = field(default_factory=dict[str, object])
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
