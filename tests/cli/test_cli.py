@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ecanet.__main__ import TRAIN_EXTRA
-from ecanet.report.figures import png
+from ecanet.report.figures import to_png
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_predict_names_a_broken_image_and_stops_or_goes_on(ecanet, digits_run, t
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     good = tmp_path / "good.png"
-    good.write_bytes(png(torch.zeros(3, 20, 30, dtype=torch.uint8)))
+    good.write_bytes(to_png(torch.zeros(3, 20, 30, dtype=torch.uint8)))
     code, out, err = ecanet("predict", digits_run, broken, good, "--json")
     assert (code, out) == (2, "")
     assert err.startswith(f"ecanet: {broken}: cannot be read as an image")
@@ -190,7 +190,7 @@ def test_an_empty_class_folder_is_one_line(ecanet, tmp_path):
     for part in ("train", "val"):
         for name in ("cat", "dog"):
             (tmp_path / part / name).mkdir(parents=True)
-            (tmp_path / part / name / "0.png").write_bytes(png(torch.zeros(3, 9, 9, dtype=torch.uint8)))
+            (tmp_path / part / name / "0.png").write_bytes(to_png(torch.zeros(3, 9, 9, dtype=torch.uint8)))
     (tmp_path / "train" / "dog" / "0.png").unlink()
     code, _, err = ecanet("train", f"folder:{tmp_path}")
     assert code == 2
@@ -205,7 +205,7 @@ def test_a_corrupt_image_in_training_is_one_line_or_skipped(ecanet, tmp_path):
             (tmp_path / "photos" / part / name).mkdir(parents=True)
             for at in range(6):
                 image = torch.randint(0, 256, (3, 24, 24), generator=generator, dtype=torch.uint8)
-                (tmp_path / "photos" / part / name / f"{at}.png").write_bytes(png(image))
+                (tmp_path / "photos" / part / name / f"{at}.png").write_bytes(to_png(image))
     victim = tmp_path / "photos" / "train" / "cat" / "2.png"
     victim.write_bytes(victim.read_bytes()[:700])
     command = ["train", f"folder:{tmp_path / 'photos'}", "--model", "resnet20", "--epochs", 1, "--batch-size", 4]

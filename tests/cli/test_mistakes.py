@@ -10,7 +10,7 @@ from ecanet.errors import AttachError, ConfigError
 from ecanet.studies import cost
 
 LINES = {
-    "cost resnet50 --side -5": "an image's size must be positive",
+    "cost resnet50 --side -5": "the image size must be positive",
     "cost timm:resnet50 --attention eca": "for this library's networks",
     "cost timm:resnet50 --set reduction=4": "for this library's networks",
     "cost resnet50 --attention none --set reduction=4": "attention 'none' has no options, got reduction",

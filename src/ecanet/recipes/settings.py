@@ -7,6 +7,7 @@ ecanet.errors.ConfigError: data.batchsize is not a setting; did you mean 'batch_
 """
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import TypeVar, cast, get_type_hints
@@ -18,6 +19,8 @@ from ecanet.recipes.config import Recipe
 __all__ = ["from_dict", "parse_kernel_sizes", "to_dict", "with_settings"]
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+POSITIVE_INTEGER = re.compile("[1-9][0-9]*")
 
 
 def from_dict(cls: type[ConfigT], values: Mapping[str, object], at: str = "") -> ConfigT:
@@ -33,7 +36,7 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, object], at: str = "") ->
     for key, value in _check_group(values, at).items():
         path = f"{at}.{key}" if at else key
         if key not in names:
-            raise ConfigError(f"{path} is not a setting; {suggestion(str(key), names)}")
+            raise ConfigError(f"{_quote(path)} is not a setting; {suggestion(str(key), names)}")
         kind: object = hints[key]
         if isinstance(kind, type) and issubclass(kind, Config):
             value = from_dict(kind, cast(Mapping[str, object], value), path)
@@ -73,7 +76,7 @@ def with_settings(config: ConfigT, settings: Mapping[str, object]) -> ConfigT:
         for group in groups:
             nested = inner.get(group)
             if not isinstance(nested, dict):
-                raise ConfigError(f"{name} is not a setting; {suggestion(group, list(inner))}")
+                raise ConfigError(f"{_quote(name)} is not a setting; {suggestion(group, list(inner))}")
             inner = cast(dict[str, object], nested)
         inner[last] = value
     return from_dict(type(config), values)
@@ -95,23 +98,25 @@ def parse_kernel_sizes(text: str) -> str | int | tuple[int, ...]:
     """
     if text in ("official", "adaptive"):
         return text
-    if text.isdecimal() and len(text) <= 2:
+    if len(text) <= 2 and POSITIVE_INTEGER.fullmatch(text):
         return int(text)
-    parts = text.split(",") if "," in text else list(text)
-    try:
-        if not parts:
-            raise ValueError
-        return tuple(int(part) for part in parts)
-    except ValueError:
+    parts = [part.strip(" ") for part in text.split(",")] if "," in text else list(text)
+    if not parts or not all(map(POSITIVE_INTEGER.fullmatch, parts)):
         raise ConfigError(
             f"kernel sizes {text!r} are not 'official', 'adaptive' or one number per stage, such as 3,5,5,7"
-        ) from None
+        )
+    return tuple(map(int, parts))
 
 
 def _check_group(values: object, at: str) -> Mapping[str, object]:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{at or 'a recipe'} must be a group of settings, got {values!r}")
     return cast(Mapping[str, object], values)
+
+
+def _quote(name: str) -> str:
+    """Return ``name`` as an error message shows it; line breaks and other control characters are escaped."""
+    return name if name.isprintable() else repr(name)
 
 
 def _to_plain(value: object) -> object:
