@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -73,9 +73,13 @@ def inputs(
         sizes=tuple(draw(st.integers(1, 5 if rank < 5 else 3)) for _ in range(rank - 2)),
         layout=draw(st.sampled_from(["contiguous", "channels_last", "transposed", "stepped", "offset", "expanded"])),
         dtype=draw(st.sampled_from(dtypes)),
-        masked=draw(st.booleans()),
+        masked=draw(st.sampled_from([False, False, True])),
         seed=draw(st.integers(0, 10_000)),
     )
+
+
+VOLUME = Input(2, 3, (3, 2, 3), "channels_last", torch.float32, masked=False, seed=0)
+"""A case that random draws meet rarely: three spatial axes, channels last."""
 
 
 def sigmoid(x: float) -> float:
@@ -197,6 +201,7 @@ def test_squeeze_gate_scale_is_the_equation(name):
     factory, by_loops = GATES[name]
 
     @given(inputs(), st.sampled_from([1.0, 2.0]))
+    @example(VOLUME, 2.0)
     def check(at: Input, gain: float) -> None:
         (x, mask), module = at.build(), make(factory, at)
         module.set_gain(gain)
