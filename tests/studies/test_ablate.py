@@ -1,5 +1,6 @@
-"""Ablations: which rows there are, that a killed one goes on, and that the statistics are the textbook's."""
+"""Ablations: the variants of a network, resuming after a kill, and the statistics, computed by hand."""
 
+import itertools
 import json
 import math
 import shutil
@@ -14,38 +15,44 @@ import pytest
 from ecanet import recipes
 from ecanet.attention import ECA, ECANS, SE, SEGC, SEVar1, SEVar2, SEVar3
 from ecanet.errors import ConfigError
-from ecanet.studies.ablate import grid as ablate
-from ecanet.studies.ablate import pages as ablate_pages
-from ecanet.studies.ablate import rows as ablate_rows
-from ecanet.studies.ablate.rows import form_of, plan
+from ecanet.studies import ablate
+from ecanet.studies.ablate import comparison, grid, pages
+from ecanet.studies.ablate.figures import spread_labels
+from ecanet.studies.ablate.variants import VARIANTS, Variant, describe_form, plan
+from ecanet.studies.cost import count
 
 RECIPE = recipes.find("quickstart")
 RECIPE = RECIPE.but(epochs=2, model=RECIPE.model.but(name="resnet8"), schedule=RECIPE.schedule.but(warmup_epochs=0.5))
-VARIANTS = ["eca-k3", "se-var1"]
+NAMES = ["eca-k3", "se-var1"]
 
 
 def test_the_whole_list_on_a_small_network():
-    said = []
-    rows = {row.name: row for row in plan(RECIPE, ablate_rows.VARIANTS, said.append)}
-    assert said == ["eca-adaptive is the same network as eca-k3 here: one row"]
+    lines = []
+    rows = {row.name: row for row in plan(RECIPE, VARIANTS, lines.append)}
+    assert lines == ["eca-adaptive is the same network as eca-k3 here: one row"]
     assert rows["eca-k3"].same_as == ("eca-adaptive",)
-    assert len(rows) == len(ablate_rows.VARIANTS) - 1
+    assert len(rows) == len(VARIANTS) - 1
     assert next(iter(rows)) == "none"
     assert rows["se"].model.options == {"reduction": 4}  # 16 would leave one number of 16 channels
     assert rows["se-gc"].model.options == {"groups": 4}
-    assert rows["bigger"].model.name == "resnet14"
-    plain, bigger = rows["none"].cost, rows["bigger"].cost
-    assert bigger.parameters > 2 * plain.parameters
+    assert rows["larger"].model.name == "resnet14"
+    assert [rows[name].label for name in ("none", "larger", "se")] == [
+        "none (plain resnet8)",
+        "larger (plain resnet14, control)",
+        "se",
+    ]
+    plain, larger = rows["none"].cost, rows["larger"].cost
+    assert larger.parameters > 2 * plain.parameters
     assert rows["eca-k9"].cost.parameters - plain.parameters == 3 * 9
     assert rows["eca-ns"].cost.parameters - plain.parameters == 3 * (16 + 32 + 64)
 
 
 def test_the_whole_list_on_a_large_network():
     recipe = RECIPE.but(model=RECIPE.model.but(name="resnet50"), data=RECIPE.data.but(image_size=32))
-    rows = {row.name: row for row in plan(recipe, ablate_rows.VARIANTS, lambda line: None)}
-    assert len(rows) == len(ablate_rows.VARIANTS)  # k = 5, 5, 5, 7 is none of the fixed ones
+    rows = {row.name: row for row in plan(recipe, VARIANTS, lambda line: None)}
+    assert len(rows) == len(VARIANTS)  # k = 5, 5, 5, 7 is none of the fixed ones
     assert rows["se"].model.options == {"reduction": 16}
-    assert rows["bigger"].model.name == "resnet101"
+    assert rows["larger"].model.name == "resnet101"
 
 
 @pytest.mark.parametrize(
@@ -65,50 +72,59 @@ def test_the_whole_list_on_a_large_network():
     ],
 )
 def test_which_gates_are_the_same(one, other, same):
-    assert (form_of(one) == form_of(other)) is same
+    assert (describe_form(one) == describe_form(other)) is same
 
 
 def cells(*rows: tuple[str, list[float]]) -> dict[tuple[str, int], dict[str, float]]:
     return {(name, seed): {"top1": v, "seconds": 1.0} for name, values in rows for seed, v in enumerate(values)}
 
 
-def variant(name: str) -> ablate_rows.Variant:
-    cost = ablate_rows.count(SEVar2(4), (4, 2, 2))
-    return ablate_rows.Variant(name=name, model=RECIPE.model, cost=cost)
+def variant(name: str) -> Variant:
+    cost = count(SEVar2(4), (4, 2, 2))
+    return Variant(name=name, model=RECIPE.model, cost=cost)
 
 
 def test_means_and_intervals_by_hand():
     """Four seeds: t(0.975, 3) = 3.182446; paired differences 1, 2, 1, 2."""
     found = cells(("none", [90.0, 91.0, 92.0, 93.0]), ("eca", [91.0, 93.0, 93.0, 95.0]))
-    none, eca = ablate.compare([variant("none"), variant("eca")], found, seeds=4)
+    none, eca = comparison.compare([variant("none"), variant("eca")], found, seeds=4)
     assert none.difference is None
     assert none.top1.mean == 91.5
     assert none.top1.half == pytest.approx(3.182446 * math.sqrt(5 / 3) / 2, rel=1e-6)
     assert eca.difference is not None
     assert eca.difference.mean == 1.5
     assert eca.difference.half == pytest.approx(3.182446 * math.sqrt(1 / 3) / 2, rel=1e-6)
-    assert eca.beyond_noise is True  # 1.5 +- 0.92, one comparison
-    assert ablate_pages.said(eca.difference, "+") == "+1.50 (+0.58 to +2.42)"
+    assert eca.significant is True  # 1.5 +- 0.92, one comparison
+    assert pages.format_estimate(eca.difference, "+") == "+1.50 (+0.58 to +2.42)"
 
 
-def test_more_comparisons_ask_for_more():
+def test_more_comparisons_need_a_larger_difference():
     """The same difference beside twenty others: t(1 - 0.025 / 21, 3) = 9.61 widens 0.92 to 2.8."""
     rows = [("none", [90.0, 91.0, 92.0, 93.0])] + [(f"v{i}", [91.0, 93.0, 93.0, 95.0]) for i in range(21)]
-    lines = ablate.compare([variant(name) for name, _ in rows], cells(*rows), seeds=4)
-    assert not any(line.beyond_noise for line in lines)
+    lines = comparison.compare([variant(name) for name, _ in rows], cells(*rows), seeds=4)
+    assert not any(line.significant for line in lines)
     assert all(line.difference is None or line.difference.low > 0 for line in lines)
 
 
-def test_one_seed_says_nothing_about_noise():
-    none, eca = ablate.compare([variant("none"), variant("eca")], cells(("none", [90.0]), ("eca", [91.0])), seeds=1)
-    assert (none.top1.half, eca.beyond_noise) == (None, None)
-    done = ablate.Ablation(recipe=RECIPE, folder=Path(), variants=[], seeds=[0], lines=[none, eca])
-    assert "+1.00 |" in ablate_pages.markdown(done)
-    assert "One seed" in ablate_pages.reading(done)
+def test_one_seed_has_no_interval_and_no_test():
+    none, eca = comparison.compare([variant("none"), variant("eca")], cells(("none", [90.0]), ("eca", [91.0])), seeds=1)
+    assert (none.top1.half, eca.significant) == (None, None)
+    done = grid.Ablation(recipe=RECIPE, folder=Path(), seeds=[0], results=[none, eca])
+    assert "+1.00 |" in pages.to_markdown(done)
+    assert "One seed" in pages.explain(done)
+
+
+def test_labels_of_the_picture_do_not_overlap():
+    values = [90.65, 90.38, 90.50, 90.63, 90.06, 90.13, 90.32, 90.79, 91.94]
+    heights = spread_labels(values, gap=0.13)
+    ordered = sorted(heights)
+    assert all(b - a > 0.13 - 1e-9 for a, b in itertools.pairwise(ordered))
+    assert [heights.index(h) for h in ordered] == sorted(range(len(values)), key=lambda i: values[i])
+    assert heights[-1] == 91.94  # far from the others: it stays at its point
 
 
 def outcome(folder: Path) -> list[object]:
-    """Everything in the result that is not a time or a place."""
+    """Everything in the result but the times."""
     content = json.loads((folder / "ablation.json").read_text())
     return [{k: v for k, v in row.items() if k != "seconds"} for row in content["rows"]]
 
@@ -119,8 +135,8 @@ COMMAND = [
 ]  # fmt: skip
 
 
-def killed_when(done: object, folder: Path) -> None:
-    """Start the ablation, and kill it, with no chance to tidy up, once ``done()``."""
+def kill_when(done: object, folder: Path) -> None:
+    """Start the ablation, and kill it with SIGKILL as soon as ``done()`` is true."""
     process = subprocess.Popen([*COMMAND, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not done():
@@ -132,16 +148,16 @@ def killed_when(done: object, folder: Path) -> None:
     process.wait()
 
 
-def test_a_killed_ablation_goes_on(tmp_path):
-    """Killed twice, once between cells and once within one, against one that was left alone."""
+def test_a_killed_ablation_is_resumed(tmp_path):
+    """One ablation is killed twice, between cells and within a cell; another one is not disturbed."""
     folder, whole = tmp_path / "killed", tmp_path / "whole"
     first, second = folder / "cells" / "none-seed0.json", folder / "cells" / "none-seed1"
-    killed_when(first.exists, folder)
+    kill_when(first.exists, folder)
     stamp = first.stat().st_mtime_ns
-    killed_when((second / "checkpoints" / "last.ckpt").exists, folder)
+    kill_when((second / "checkpoints" / "last.ckpt").exists, folder)
     assert not second.with_suffix(".json").exists()
-    for place in (folder, whole):
-        subprocess.run([*COMMAND, str(place)], check=True, capture_output=True, timeout=240)
+    for path in (folder, whole):
+        subprocess.run([*COMMAND, str(path)], check=True, capture_output=True, timeout=240)
     assert outcome(folder) == outcome(whole)
     assert first.stat().st_mtime_ns == stamp  # a finished cell is never run again
     for name in ("ablation.md", "ablation.png", "ablation.html"):
@@ -155,32 +171,30 @@ def test_a_killed_ablation_goes_on(tmp_path):
 def test_ray_gives_the_same_table(tmp_path):
     ray = pytest.importorskip("ray")
     say = []
-    ablate_pages.write(
-        ablate.run(RECIPE, folder=tmp_path / "here", variants=VARIANTS, seeds=2, threads=1, say=say.append)
-    )
+    pages.write(ablate.run(RECIPE, folder=tmp_path / "here", variants=NAMES, seeds=2, threads=1, say=say.append))
     ray.init(num_cpus=2, log_to_driver=False)
     try:
-        said = []
-        result = ablate.run(RECIPE, folder=tmp_path / "ray", variants=VARIANTS, seeds=2, on="ray", say=said.append)
+        lines = []
+        result = ablate.run(RECIPE, folder=tmp_path / "ray", variants=NAMES, seeds=2, on="ray", say=lines.append)
     finally:
         ray.shutdown()
-    ablate_pages.write(result)
+    pages.write(result)
     assert outcome(tmp_path / "ray") == outcome(tmp_path / "here")
-    ran = [line.split(":")[0] for line in said if "top-1" in line]
-    assert sorted(ran) == sorted(f"{name}-seed{seed}" for name in ("none", *VARIANTS) for seed in (0, 1))
+    ran = [line.split(":")[0] for line in lines if "top-1" in line]
+    assert sorted(ran) == sorted(f"{name}-seed{seed}" for name in ("none", *NAMES) for seed in (0, 1))
 
 
-def test_settings_reach_the_cells_and_folders_are_not_mixed(tmp_path):
+def test_settings_reach_the_cells_and_a_folder_belongs_to_one_recipe(tmp_path):
     recipe = RECIPE.but(epochs=1, schedule=RECIPE.schedule.but(warmup_epochs=0))
     result = ablate.run(recipe, folder=tmp_path, variants=["se"], seeds=2, say=lambda line: None)
     seeds = [json.loads(path.read_text())["recipe"]["seed"] for path in sorted(tmp_path.glob("cells/se-seed*.json"))]
     assert seeds == [0, 1]
     cell = json.loads((tmp_path / "cells" / "se-seed0.json").read_text())
     assert cell["recipe"]["model"] == {
-        "name": "resnet8", "attention": "se", "kernel_sizes": "official", "weights": None, "options": {"reduction": 4}
+        "name": "resnet8", "attention": "se", "kernel_sizes": "adaptive", "weights": None, "options": {"reduction": 4}
     }  # fmt: skip
-    assert cell["parameters"] == result.lines[1].variant.cost.parameters
-    assert cell["top1"] == result.lines[1].by_seed[0] == cell["metrics"]["top1"]
+    assert cell["parameters"] == result.results[1].variant.cost.parameters
+    assert cell["top1"] == result.results[1].by_seed[0] == cell["metrics"]["top1"]
     assert (tmp_path / "cells" / "se-seed0" / "metrics.csv").exists()  # each cell keeps its log
     with pytest.raises(ConfigError, match="another recipe"):
         ablate.run(recipe.but(epochs=3), folder=tmp_path, variants=["se"], seeds=1)
@@ -193,46 +207,37 @@ def test_mistakes_are_named(tmp_path):
         ablate.run(RECIPE, folder=tmp_path, seeds=0)
     with pytest.raises(ConfigError, match="cannot run on 'slurm'"):
         ablate.run(RECIPE, folder=tmp_path, variants=[], seeds=1, on="slurm", say=lambda line: None)
-    with pytest.raises(ConfigError, match="no bigger network"):
-        plan(RECIPE.but(model=RECIPE.model.but(name="mobilenet_v2")), ["bigger"])
+    with pytest.raises(ConfigError, match="no larger network"):
+        plan(RECIPE.but(model=RECIPE.model.but(name="mobilenet_v2")), ["larger"])
     assert not (tmp_path / "cells").exists()
 
 
 @pytest.mark.parametrize("left", ["everything but the cell's file", "no checkpoint yet", "an empty folder"])
-def test_wherever_a_cell_was_cut_off(left, tmp_path):
-    """The states that a kill can leave a cell in, beside the one that the test above brings about."""
+def test_an_interrupted_cell_is_resumed(left, tmp_path):
+    """The states in which a kill can leave a cell, apart from the one in the test with a real kill."""
     quiet = {"folder": tmp_path, "variants": ["se-var1"], "seeds": 1, "threads": 1, "say": lambda line: None}
-    expected = [line.by_seed for line in ablate.run(RECIPE, **quiet).lines]
-    place = tmp_path / "cells" / "se-var1-seed0"
-    place.with_suffix(".json").unlink()
+    expected = [line.by_seed for line in ablate.run(RECIPE, **quiet).results]
+    run_dir = tmp_path / "cells" / "se-var1-seed0"
+    run_dir.with_suffix(".json").unlink()
     if left != "everything but the cell's file":
-        kept = (place / "recipe.json").read_bytes()
-        shutil.rmtree(place)
-        place.mkdir()
+        kept = (run_dir / "recipe.json").read_bytes()
+        shutil.rmtree(run_dir)
+        run_dir.mkdir()
         if left == "no checkpoint yet":
-            (place / "recipe.json").write_bytes(kept)
-    assert [line.by_seed for line in ablate.run(RECIPE, **quiet).lines] == expected
+            (run_dir / "recipe.json").write_bytes(kept)
+    assert [line.by_seed for line in ablate.run(RECIPE, **quiet).results] == expected
 
 
-def test_seeds_are_counted_and_not_set(tmp_path):
-    from ecanet import recipes
-    from ecanet.studies.ablate import grid as ablate
-
+def test_a_recipe_with_a_seed_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="leave out seed=7"):
         ablate.run(recipes.find("digits").but(seed=7), folder=tmp_path)
 
 
-def test_a_merged_row_has_one_name_whatever_else_is_asked_for():
-    from ecanet import recipes
-    from ecanet.studies.ablate.rows import plan
-
+def test_a_merged_row_has_the_same_name_in_any_order_of_the_list():
     recipe = recipes.find("digits").but(model=recipes.find("digits").model.but(name="resnet8"))
     names = [
-        [row.name for row in plan(recipe, asked, lambda line: None)]
-        for asked in (
-            ["eca-k3", " eca-adaptive"],
-            ["eca-adaptive", "eca-k3"],
-        )
+        [row.name for row in plan(recipe, order, lambda line: None)]
+        for order in (["eca-k3", " eca-adaptive"], ["eca-adaptive", "eca-k3"])
     ]
     assert names[0] == names[1]
     assert len(names[0]) == 2

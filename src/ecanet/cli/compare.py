@@ -113,7 +113,7 @@ def ablate(
         recipe, folder=out, variants=chosen, seeds=seeds, on=on, threads=threads, say=lambda line: console.print(line)
     )
     ablate.write(result)
-    print(ablate.markdown(result))
+    print(ablate.to_markdown(result))
     console.print(f"page {out / 'ablation.html'}")
 
 

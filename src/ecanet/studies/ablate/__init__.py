@@ -1,11 +1,11 @@
-"""Compare attentions fairly: variants x seeds x one recipe.
+"""Compare attentions fairly: train every variant of a network with every seed on one recipe.
 
-Read downward: `pages` (writes the result down), `grid` (`run`: the cells, resumable, and the statistics), `rows` (the
-variants).
+Read downward: `pages` (Markdown, JSON and HTML), `figures` (the picture), `grid` (`run`: the runs, which can be
+resumed), `comparison` (means, intervals and paired differences), `variants` (the networks to compare).
 """
 
 from ecanet.studies.ablate.grid import run
-from ecanet.studies.ablate.pages import markdown, write
-from ecanet.studies.ablate.rows import VARIANTS
+from ecanet.studies.ablate.pages import to_markdown, write
+from ecanet.studies.ablate.variants import VARIANTS
 
-__all__ = ["VARIANTS", "markdown", "run", "write"]
+__all__ = ["VARIANTS", "run", "to_markdown", "write"]

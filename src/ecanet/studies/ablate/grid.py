@@ -1,63 +1,44 @@
-"""Variants × seeds × one recipe: the same data, budget and seeds for each attention, then differences with intervals.
+"""Train every variant with every seed on one recipe, and compare the results.
 
-A cell is one variant with one seed. Each finished cell is a file of its own, written whole, so that a killed ablation
-goes on where it was. `ablate_rows` says what the variants are, `ablate_pages` writes the result down.
+A cell of the grid is one variant with one seed. The result of each finished cell is a file of its own, which is
+written whole or not at all. So the same command resumes an ablation that was killed.
 """
 
+import importlib
 import json
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ecanet.errors import ConfigError, EcanetError, check_positive_int
 from ecanet.recipes import Recipe, from_dict, to_dict
 from ecanet.report import write_file
-from ecanet.studies.ablate.rows import VARIANTS, Variant, plan
+from ecanet.studies.ablate.comparison import Measurement, Result, compare
+from ecanet.studies.ablate.variants import VARIANTS, Variant, plan
+
+__all__ = ["Ablation", "run", "run_cell"]
+
+
+class Cell(Measurement):
+    """The content of a finished cell's file."""
+
+    recipe: dict[str, object]
+    metrics: Mapping[str, float]
+    parameters: int
+    environment: Mapping[str, object]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
-    """A mean over seeds with half the width of its 95 % t interval (None with one seed)."""
-
-    mean: float
-    half: float | None
-
-    @property
-    def low(self) -> float | None:
-        """The lower end."""
-        return None if self.half is None else self.mean - self.half
-
-    @property
-    def high(self) -> float | None:
-        """The upper end."""
-        return None if self.half is None else self.mean + self.half
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
-    """One row of the table; ``difference`` is to none, seed by seed, and ``beyond_noise`` allows for all rows."""
-
-    variant: Variant
-    top1: Estimate
-    difference: Estimate | None
-    beyond_noise: bool | None
-    seconds: float
-    by_seed: dict[int, float]
-
-
-@dataclass(kw_only=True)
 class Ablation:
-    """What was run, and what came out."""
+    """The recipe and the seeds of an ablation, and the result of each variant, the plain network's first."""
 
     recipe: Recipe
     folder: Path
-    variants: list[Variant]
     seeds: list[int]
-    lines: list[Line] = field(default_factory=list)
+    results: list[Result]
 
 
 def run(
@@ -70,26 +51,32 @@ def run(
     threads: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Ablation:
-    """Run every variant with seeds 0, 1, … in ``folder``, or what is left of it, and compare.
+    """Run every variant with the seeds 0, 1, … and compare them; cells finished in ``folder`` do not run again.
 
-    Variants that come to the same network are one row, and ``say`` is told. ``on="ray"`` runs the cells on Ray (extra
-    ``cluster``), several at a time. ``threads`` is the number of CPU threads of one cell; results depend on it in their
-    last digits, so keep it when going on.
+    Args:
+        recipe: data, network and settings of every run. Each variant replaces the attention.
+        folder: where cells and runs are kept. It belongs to this recipe.
+        variants: names from `VARIANTS`; the plain network "none" is always among them. Variants that are the same
+            network become one row.
+        seeds: number of runs of each variant.
+        on: "here" runs one cell after the other; "ray" runs several at a time on Ray (extra ``cluster``).
+        threads: CPU threads of one cell. The last digits of the results depend on it, so keep it when resuming.
+        say: is called with a line about each finished cell.
 
     Raises:
         ConfigError: a variant does not exist, or ``folder`` holds an ablation of another recipe.
-        DataError: data that is missing or broken.
+        DataError: the data are missing or broken.
     """
     seeds = check_positive_int("seeds", seeds)
     if recipe.seed:
-        raise ConfigError(f"an ablation's seeds are 0, 1, …: leave out seed={recipe.seed} and say how many (seeds)")
+        raise ConfigError(f"an ablation runs the seeds 0, 1, …: leave out seed={recipe.seed} and give their number")
     folder = Path(folder)
     rows = plan(recipe, variants, say)
-    _claim(folder, recipe)
-    cells = [(variant, seed) for seed in range(seeds) for variant in rows]
-    left = [(variant, seed) for variant, seed in cells if not _finished(folder, recipe, variant, seed)]
-    todo = [(str(_cell_file(folder, v, s)), _cell_recipe(recipe, v, s)) for v, s in left]
-    say(f"{len(rows)} networks x {seeds} seeds: {len(cells)} cells, {len(cells) - len(todo)} of them finished")
+    _claim_folder(folder, recipe)
+    grid = [(variant, seed) for seed in range(seeds) for variant in rows]
+    missing = [(variant, seed) for variant, seed in grid if not _read_cell(folder, recipe, variant, seed)]
+    todo = [(_cell_file(folder, v, s), _cell_recipe(recipe, v, s)) for v, s in missing]
+    say(f"{len(rows)} networks x {seeds} seeds: {len(grid)} cells, {len(grid) - len(todo)} of them finished")
     match on:
         case "here":
             _run_here(todo, threads, say)
@@ -97,23 +84,21 @@ def run(
             _run_on_ray(todo, threads or 1, say)
         case _:
             raise ConfigError(f"cannot run on {on!r}; choose 'here' or 'ray'")
-    ablation = Ablation(recipe=recipe, folder=folder, variants=rows, seeds=list(range(seeds)))
-    ablation.lines = compare(rows, {(v.name, s): _finished(folder, recipe, v, s) or {} for v, s in cells}, seeds)
-    return ablation
+    cells = {(v.name, s): cell for v, s in grid if (cell := _read_cell(folder, recipe, v, s))}
+    return Ablation(recipe=recipe, folder=folder, seeds=list(range(seeds)), results=compare(rows, cells, seeds))
 
 
-# running
+# files
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
-    """Take ``folder`` for this recipe, or see that it was taken for it."""
+def _claim_folder(folder: Path, recipe: Recipe) -> None:
+    """Write the recipe into ``folder``; raise ConfigError if the folder already belongs to another recipe."""
     path = folder / "recipe.json"
-    plain = recipe.but(seed=0)
-    if path.exists():
-        if from_dict(Recipe, json.loads(path.read_text())) != plain:
-            raise ConfigError(f"{folder} holds an ablation of another recipe; choose another folder (--out)")
-    else:
-        write_file(path, json.dumps(to_dict(plain), indent=2))
+    recipe = recipe.but(seed=0)
+    if not path.exists():
+        write_file(path, json.dumps(to_dict(recipe), indent=2))
+    elif from_dict(Recipe, json.loads(path.read_text())) != recipe:
+        raise ConfigError(f"{folder} holds an ablation of another recipe; choose another folder (--out)")
 
 
 def _cell_recipe(recipe: Recipe, variant: Variant, seed: int) -> Recipe:
@@ -124,28 +109,36 @@ def _cell_file(folder: Path, variant: Variant, seed: int) -> Path:
     return folder / "cells" / f"{variant.name}-seed{seed}.json"
 
 
-def _finished(folder: Path, recipe: Recipe, variant: Variant, seed: int) -> dict[str, Any] | None:
-    """The cell's result, if it has run; ConfigError if what ran under its name was something else."""
+def _read_cell(folder: Path, recipe: Recipe, variant: Variant, seed: int) -> Cell | None:
+    """Return the cell if it is finished; raise ConfigError if its file is the result of another recipe."""
     path = _cell_file(folder, variant, seed)
     if not path.exists():
         return None
-    cell = json.loads(path.read_text())
+    cell = cast(Cell, json.loads(path.read_text()))
     if cell["recipe"] != to_dict(_cell_recipe(recipe, variant, seed)):
         raise ConfigError(f"{path} was run with other settings; choose another folder (--out)")
     return cell
 
 
-def run_cell(recipe: Recipe, file: str, threads: int | None) -> dict[str, Any]:
-    """Train one cell, beside ``file``; a run that was cut off there goes on from its last checkpoint."""
+def _save_cell(path: Path, cell: Cell, say: Callable[[str], None]) -> None:
+    write_file(path, json.dumps(cell, indent=2))
+    say(f"{path.stem}: top-1 {cell['top1']:.2f} in {cell['seconds']:.0f} s")
+
+
+# runs
+
+
+def run_cell(recipe: Recipe, path: Path, threads: int | None) -> Cell:
+    """Train one cell in a run directory beside its file ``path``; an interrupted run there is resumed."""
     from ecanet import training
 
     if threads is not None:
         torch.set_num_threads(threads)
-    place = Path(file).with_suffix("")
+    run_dir = path.with_suffix("")
     try:
-        report = training.run(recipe, folder=place, resume=(place / "recipe.json").exists(), quiet=True)
+        report = training.run(recipe, folder=run_dir, resume=(run_dir / "recipe.json").exists(), quiet=True)
     except EcanetError as error:
-        raise type(error)(f"{place.name}: {error}") from error
+        raise type(error)(f"{run_dir.name}: {error}") from error
     return {
         "recipe": to_dict(recipe),
         "top1": report.metrics["top1"],
@@ -156,72 +149,27 @@ def run_cell(recipe: Recipe, file: str, threads: int | None) -> dict[str, Any]:
     }
 
 
-def _run_here(todo: Sequence[tuple[str, Recipe]], threads: int | None, say: Callable[[str], None]) -> None:
+def _run_here(todo: Sequence[tuple[Path, Recipe]], threads: int | None, say: Callable[[str], None]) -> None:
     from rich.progress import track
 
-    for file, recipe in track(todo, description="cells", disable=not todo):
-        _keep(file, run_cell(recipe, file, threads), say)
+    for path, recipe in track(todo, description="cells", disable=not todo):
+        _save_cell(path, run_cell(recipe, path, threads), say)
 
 
-def _run_on_ray(todo: Sequence[tuple[str, Recipe]], threads: int, say: Callable[[str], None]) -> None:
+def _run_on_ray(todo: Sequence[tuple[Path, Recipe]], threads: int, say: Callable[[str], None]) -> None:
     try:
-        import ray  # pyright: ignore[reportMissingImports]
-        from ray.exceptions import RayTaskError  # pyright: ignore[reportMissingImports]
+        ray = cast(Any, importlib.import_module("ray"))  # an optional package without type annotations
     except ModuleNotFoundError as error:
         raise ConfigError("Ray is not installed: pip install 'ecanet[cluster]', or leave out --on ray") from error
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(run_cell)
-    running = {remote.remote(recipe, str(Path(file).absolute()), threads): file for file, recipe in todo}
+    # Workers have their own current directory, so they get absolute paths.
+    running: dict[object, Path] = {remote.remote(recipe, path.absolute(), threads): path for path, recipe in todo}
     while running:
-        done, _ = ray.wait(list(running))
+        done: list[object] = ray.wait(list(running))[0]
         try:
-            _keep(running.pop(done[0]), ray.get(done[0]), say)
-        except RayTaskError as error:
+            _save_cell(running.pop(done[0]), ray.get(done[0]), say)
+        except ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from None
-
-
-def _keep(file: str, cell: dict[str, Any], say: Callable[[str], None]) -> None:
-    write_file(Path(file), json.dumps(cell, indent=2))
-    say(f"{Path(file).stem}: top-1 {cell['top1']:.2f} in {cell['seconds']:.0f} s")
-
-
-# what came out
-
-
-def compare(rows: Sequence[Variant], cells: dict[tuple[str, int], dict[str, Any]], seeds: int) -> list[Line]:
-    """Mean and interval of each row, and its paired difference to the first row, none."""
-    top1 = {row.name: {s: float(cells[row.name, s]["top1"]) for s in range(seeds)} for row in rows}
-    lines = []
-    for row in rows:
-        mine, plain = top1[row.name], top1["none"]
-        pairs = [mine[s] - plain[s] for s in range(seeds)]
-        strict = estimate(pairs, level=1 - 0.05 / max(1, len(rows) - 1))
-        lines.append(
-            Line(
-                variant=row,
-                top1=estimate(list(mine.values())),
-                difference=None if row.name == "none" else estimate(pairs),
-                beyond_noise=None if row.name == "none" or strict.half is None else abs(strict.mean) > strict.half,
-                seconds=statistics.mean(float(cells[row.name, s]["seconds"]) for s in range(seeds)),
-                by_seed=mine,
-            )
-        )
-    return lines
-
-
-def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
-    """The mean of ``values`` and half the width of its t interval.
-
-    >>> found = estimate([1.0, 2.0, 3.0])
-    >>> found.mean, round(found.half, 3)
-    (2.0, 2.484)
-    """
-    from scipy import stats
-
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return Estimate(mean=mean, half=None)
-    t = stats.t.ppf((1 + level) / 2, len(values) - 1)
-    return Estimate(mean=mean, half=float(t * statistics.stdev(values) / len(values) ** 0.5))

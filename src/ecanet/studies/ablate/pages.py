@@ -1,50 +1,62 @@
-"""An ablation written down: Markdown, JSON, a picture and one self-contained page."""
+"""Write an ablation as Markdown, JSON, a picture and one self-contained HTML page."""
 
 import json
-from typing import Any
+
+from matplotlib.figure import Figure
 
 from ecanet.recipes import to_dict
 from ecanet.report import environment, figures, page, write_file
-from ecanet.studies.ablate.grid import Ablation, Estimate, Line
+from ecanet.studies.ablate.comparison import Estimate, Result
+from ecanet.studies.ablate.figures import draw
+from ecanet.studies.ablate.grid import Ablation
 
-HEADS = ("variant", "also", "parameters", "MACs", "top-1 (%)", "to none, paired", "beyond noise", "seconds")
+__all__ = ["explain", "format_estimate", "to_html", "to_json", "to_markdown", "write"]
+
+COLUMNS = (
+    "variant",
+    "same network as",
+    "parameters",
+    "MACs",
+    "top-1 (%)",
+    "paired difference to the plain network",
+    "significant (t test, 95 %)",
+    "seconds",
+)
 
 
 def write(ablation: Ablation) -> None:
     """Write ablation.md, ablation.json, ablation.png and ablation.html into the ablation's folder."""
-    figure = picture(ablation)
-    write_file(ablation.folder / "ablation.md", markdown(ablation))
+    figure = draw(ablation)
+    write_file(ablation.folder / "ablation.md", to_markdown(ablation))
     write_file(ablation.folder / "ablation.json", to_json(ablation))
     write_file(ablation.folder / "ablation.png", figures.to_png(figure))
-    write_file(ablation.folder / "ablation.html", html(ablation, figure))
+    write_file(ablation.folder / "ablation.html", to_html(ablation, figure))
 
 
-def markdown(ablation: Ablation) -> str:
-    """The table, and how to read it."""
-    lines = ["| " + " | ".join(HEADS) + " |", "|" + " --- |" * len(HEADS)]
-    lines += ["| " + " | ".join(cells(line)) + " |" for line in ablation.lines]
-    return "\n".join([*lines, "", reading(ablation), ""])
+def to_markdown(ablation: Ablation) -> str:
+    """Return the table as Markdown, with an explanation below it."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(_format_row(result)) + " |" for result in ablation.results]
+    return "\n".join([*lines, "", explain(ablation), ""])
 
 
-def cells(line: Line) -> list[str]:
-    """What a row of the table says."""
-    noise = {None: "", True: "yes", False: "no"}[line.beyond_noise]
+def _format_row(result: Result) -> list[str]:
     return [
-        line.variant.name,
-        ", ".join(line.variant.same_as),
-        f"{line.variant.cost.parameters:,}",
-        f"{line.variant.cost.macs / 1e6:,.1f} M",
-        said(line.top1),
-        said(line.difference, sign="+") if line.difference else "",
-        noise,
-        f"{line.seconds:,.0f}",
+        result.variant.label,
+        ", ".join(result.variant.same_as),
+        f"{result.variant.cost.parameters:,}",
+        f"{result.variant.cost.macs / 1e6:,.1f} M",
+        format_estimate(result.top1),
+        format_estimate(result.difference, sign="+") if result.difference else "",
+        {None: "", True: "yes", False: "no"}[result.significant],
+        f"{result.seconds:,.0f}",
     ]
 
 
-def said(estimate: Estimate, sign: str = "") -> str:
-    """A mean with its 95 % interval.
+def format_estimate(estimate: Estimate, sign: str = "") -> str:
+    """Return a mean with its 95 % interval; ``sign="+"`` shows the sign of positive numbers.
 
-    >>> said(Estimate(mean=0.25, half=0.5), sign="+")
+    >>> format_estimate(Estimate(mean=0.25, half=0.5), sign="+")
     '+0.25 (-0.25 to +0.75)'
     """
     if estimate.low is None or estimate.high is None:
@@ -52,89 +64,69 @@ def said(estimate: Estimate, sign: str = "") -> str:
     return f"{estimate.mean:{sign}.2f} ({estimate.low:{sign}.2f} to {estimate.high:{sign}.2f})"
 
 
-def reading(ablation: Ablation) -> str:
-    """What the columns are, and what may be concluded from them."""
-    seeds, rows = len(ablation.seeds), len(ablation.lines) - 1
-    beyond = [line.variant.name for line in ablation.lines if line.beyond_noise]
-    found = f"beyond noise: {', '.join(beyond)}" if beyond else "none of the differences is beyond noise"
+def explain(ablation: Ablation) -> str:
+    """Return what the columns mean, and which differences are significant."""
+    seeds, comparisons = len(ablation.seeds), len(ablation.results) - 1
     if seeds < 2:
-        return "One seed: no intervals, and no difference can be told from noise."
+        return "One seed: there are no intervals, and no difference can be tested."
+    names = [result.variant.name for result in ablation.results if result.significant]
+    found = f"Significant here: {', '.join(names)}." if names else "No difference is significant here."
     return (
-        f"Last epoch's held-out accuracy, mean and 95 % t interval over {seeds} seeds; the paired difference compares "
-        f"runs of the same seed. Beyond noise: the interval widened for {rows} comparisons (Bonferroni) leaves out 0. "
-        f"Here {found}. Every row had the same data, epochs and settings, tuned for none of them."
+        f"Top-1 is the held-out accuracy after the last epoch: mean and 95 % t interval over {seeds} seeds. The paired "
+        "difference to the plain network subtracts runs of the same seed. It is significant if its t interval, with "
+        f"Bonferroni's correction for {comparisons} comparisons, does not contain 0. {found} Every variant had the "
+        "same data, epochs and settings, and the settings were tuned for none of them."
     )
 
 
 def to_json(ablation: Ablation) -> str:
-    """Everything, as plain values: the recipe, each row, each seed."""
-    rows: list[dict[str, Any]] = []
-    for line in ablation.lines:
-        difference = line.difference and {"mean": line.difference.mean, "half_width": line.difference.half}
-        rows.append(
-            {
-                "variant": line.variant.name,
-                "same_as": list(line.variant.same_as),
-                "model": to_dict(line.variant.model),
-                "parameters": line.variant.cost.parameters,
-                "attention_parameters": line.variant.cost.attention_parameters,
-                "macs": line.variant.cost.macs,
-                "top1": {"mean": line.top1.mean, "half_width": line.top1.half},
-                "difference_to_none": difference,
-                "beyond_noise": line.beyond_noise,
-                "top1_by_seed": line.by_seed,
-                "seconds": line.seconds,
-            }
-        )
-    content = {"environment": environment(), "recipe": to_dict(ablation.recipe), "seeds": ablation.seeds, "rows": rows}
+    """Return everything as JSON: the recipe, each variant, each seed."""
+    content = {
+        "environment": environment(),
+        "recipe": to_dict(ablation.recipe),
+        "seeds": ablation.seeds,
+        "rows": [_result_to_dict(result) for result in ablation.results],
+    }
     return json.dumps(content, indent=2)
 
 
-def picture(ablation: Ablation) -> Any:
-    """Differences to none, one dot a seed, with mean and 95 % interval; beside it accuracy against parameters."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 1.8 + 0.32 * len(ablation.lines)), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    plain = ablation.lines[0].by_seed
-    for at, line in enumerate(reversed(ablation.lines[1:])):
-        colour = "tab:red" if line.beyond_noise else "tab:gray"
-        dots = [line.by_seed[seed] - plain[seed] for seed in ablation.seeds]
-        left.scatter(dots, [at] * len(dots), s=14, alpha=0.5, color=colour)
-        if line.difference is not None:
-            left.errorbar(line.difference.mean, at, xerr=line.difference.half, fmt="D", color=colour, capsize=4)
-    left.axvline(0, color="black", linewidth=1)
-    names = [", ".join((line.variant.name, *line.variant.same_as)) for line in reversed(ablation.lines[1:])]
-    left.set_yticks(range(len(names)), names)
-    left.set_ylim(-0.6, len(names) - 0.4)
-    left.set_xlabel("top-1 minus none's, same seed (points); red: beyond noise")
-    for line in ablation.lines:
-        at = (line.variant.cost.parameters, line.top1.mean)
-        right.errorbar(*at, yerr=line.top1.half, fmt="o", color="tab:blue")
-        right.annotate(line.variant.name, at, (4, 4), textcoords="offset points", fontsize=7)
-    right.set(xlabel="parameters", ylabel="top-1 (%)")
-    right.margins(x=0.15)
-    if max(line.variant.cost.parameters for line in ablation.lines) > 2 * ablation.lines[0].variant.cost.parameters:
-        right.set_xscale("log")
-    return figure
+def _result_to_dict(result: Result) -> dict[str, object]:
+    difference = result.difference and {"mean": result.difference.mean, "half_width": result.difference.half}
+    return {
+        "variant": result.variant.name,
+        "same_as": list(result.variant.same_as),
+        "model": to_dict(result.variant.model),
+        "parameters": result.variant.cost.parameters,
+        "attention_parameters": result.variant.cost.attention_parameters,
+        "macs": result.variant.cost.macs,
+        "top1": {"mean": result.top1.mean, "half_width": result.top1.half},
+        "difference_to_plain": difference,
+        "significant": result.significant,
+        "top1_by_seed": result.by_seed,
+        "seconds": result.seconds,
+    }
 
 
-def html(ablation: Ablation, figure: Any) -> str:
-    """The same as one page that needs nothing else."""
-    head = "".join(f"<th>{name}</th>" for name in HEADS)
-    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in cells(line)) + "</tr>" for line in ablation.lines)
+def to_html(ablation: Ablation, figure: Figure) -> str:
+    """Return one HTML page that needs no other file: the table, the figure, and every run."""
+    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{cell}</td>" for cell in _format_row(result)) + "</tr>" for result in ablation.results
+    )
     seeds = "".join(f"<th>seed {seed}</th>" for seed in ablation.seeds)
     by_seed = "".join(
-        f"<tr><td>{line.variant.name}</td>" + "".join(f"<td>{v:.2f}</td>" for v in line.by_seed.values()) + "</tr>"
-        for line in ablation.lines
+        f"<tr><td>{result.variant.name}</td>"
+        + "".join(f"<td>{top1:.2f}</td>" for top1 in result.by_seed.values())
+        + "</tr>"
+        for result in ablation.results
     )
-    recipe = ablation.recipe
+    recipe, networks = ablation.recipe, len(ablation.results)
     return page(
         title=f"Ablation of {recipe.model.name} on {recipe.data.name}",
         subtitle=f"recipe {recipe.name}, {recipe.epochs} epochs, {len(ablation.seeds)} seeds",
-        tiles=[(str(len(ablation.lines)), "networks"), (str(len(ablation.lines) * len(ablation.seeds)), "runs")],
+        tiles=[(str(networks), "networks"), (str(networks * len(ablation.seeds)), "runs")],
         sections=[
-            ("Table", reading(ablation), f"<table><tr>{head}</tr>{body}</table>"),
+            ("Table", explain(ablation), f"<table><tr>{head}</tr>{body}</table>"),
             ("Picture", "", figures.to_svg(figure)),
             ("Each run", "Top-1 in percent.", f"<table><tr><th></th>{seeds}</tr>{by_seed}</table>"),
         ],

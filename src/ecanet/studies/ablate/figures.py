@@ -1,0 +1,77 @@
+"""The picture of an ablation: paired differences to the plain network, and accuracy against parameters."""
+# matplotlib's own annotations leave many arguments open:
+# pyright: reportUnknownMemberType=false
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ecanet.studies.ablate.comparison import Result
+from ecanet.studies.ablate.grid import Ablation
+
+__all__ = ["draw", "spread_labels"]
+
+
+def draw(ablation: Ablation) -> Figure:
+    """Return a figure with the differences on the left and accuracy against parameters on the right."""
+    figure = Figure(figsize=(11, 1.8 + 0.32 * len(ablation.results)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    _draw_differences(left, ablation.results)
+    _draw_accuracies(right, ablation.results)
+    return figure
+
+
+def _draw_differences(axes: Axes, results: Sequence[Result]) -> None:
+    """Draw one dot for each seed, the mean, and its 95 % interval, from the first variant at the top downward."""
+    plain, *others = results
+    for y, result in enumerate(reversed(others)):
+        color = "tab:red" if result.significant else "tab:gray"
+        dots = [top1 - plain.by_seed[seed] for seed, top1 in result.by_seed.items()]
+        axes.scatter(dots, [y] * len(dots), s=14, alpha=0.5, color=color)
+        if result.difference is not None:
+            axes.errorbar(result.difference.mean, y, xerr=result.difference.half, fmt="D", color=color, capsize=4)
+    axes.axvline(0, color="black", linewidth=1)
+    names = [
+        ", ".join((result.variant.label.replace(" (", "\n("), *result.variant.same_as)) for result in reversed(others)
+    ]
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.set_xlabel("paired difference to the plain network (points of top-1); red: significant")
+
+
+def _draw_accuracies(axes: Axes, results: Sequence[Result]) -> None:
+    parameters = [result.variant.cost.parameters / 1e6 for result in results]
+    means = [result.top1.mean for result in results]
+    for x, result in zip(parameters, results, strict=True):
+        axes.errorbar(x, result.top1.mean, yerr=result.top1.half, fmt="o", color="tab:blue")
+    axes.set(xlabel="parameters (millions)", ylabel="top-1 (%)")
+    axes.margins(x=0.3)
+    if max(parameters) > 10 * min(parameters):
+        axes.set_xscale("log")
+    low, high = axes.get_ylim()
+    labels = spread_labels(means, gap=0.05 * (high - low))
+    for x, y, label_y, result in zip(parameters, means, labels, results, strict=True):
+        axes.annotate(
+            result.variant.name,
+            xy=(x, y),
+            xytext=(12, label_y),
+            textcoords=("offset points", "data"),
+            va="center",
+            fontsize=7,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "tab:gray"},
+        )
+
+
+def spread_labels(values: Sequence[float], gap: float) -> list[float]:
+    """Return a height for the label of each value: as near as possible, but at least ``gap`` apart, going upward.
+
+    >>> spread_labels([5.0, 1.0, 1.0, 1.25], gap=0.5)
+    [5.0, 1.0, 1.5, 2.0]
+    """
+    heights = [0.0] * len(values)
+    lowest = float("-inf")
+    for i in sorted(range(len(values)), key=lambda i: values[i]):
+        heights[i] = max(values[i], lowest)
+        lowest = heights[i] + gap
+    return heights
