@@ -197,7 +197,7 @@ def test_accuracy_is_evaluated_where_there_are_data_and_weights(tmp_path, monkey
 
 @pytest.mark.slow
 def test_accuracy_of_a_real_checkpoint(tmp_path):
-    """A random ECA-ResNet-50 on six images of two classes: evaluated, not guessed."""
+    """An untrained ECA-ResNet-50, really evaluated on six images of two classes."""
     from PIL import Image
 
     for part in ("train", "val"):

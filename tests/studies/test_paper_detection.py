@@ -184,7 +184,7 @@ def coco(tmp_path_factory):
 
 
 def save_run(path, **settings):
-    """The checkpoint of a run of a small Mask R-CNN that has learnt nothing."""
+    """Save the checkpoint of a run of a small, untrained Mask R-CNN."""
     from ecanet.data.sources import DataSpec
     from ecanet.recipes import find, to_dict
     from ecanet.training.tasks import build
@@ -227,7 +227,7 @@ def test_ap_is_that_of_the_checkpoint_in_the_folder(tmp_path, coco, monkeypatch)
 
 
 @pytest.mark.slow
-def test_ap_of_a_detector_that_has_learnt_nothing(tmp_path, coco):
+def test_ap_of_an_untrained_detector(tmp_path, coco):
     save_run(tmp_path / f"{NAME}.ckpt")
     measured = tables.measure_table(small_tables(MODEL)[0], ["accuracy"], coco, tmp_path, "cpu")
     assert float(measured.cells[0]["AP"].here) < 5

@@ -1,6 +1,6 @@
-"""Studies of networks: what they cost, what they bring, what they do.
+"""Studies of networks: their costs, their accuracy and speed, and the behaviour of their gates.
 
-Read downward: `gates` (what trained gates do), `ablate` (variants x seeds), `bench` (time and memory), `paper` (the
-paper's tables beside what is measured), `cost` (counts parameters, operations, bytes). Each is imported when it is
-used: some need packages that others do not.
+Read downward: `gates` (the behaviour of trained gates), `ablate` (variants with several seeds), `bench` (time and
+memory), `paper` (the paper's tables beside what is measured), `cost` (parameters, operations and bytes). Each is
+imported only when it is used, because some need packages that others do not.
 """
