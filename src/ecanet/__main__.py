@@ -1,7 +1,10 @@
-"""The console's entry point: what goes wrong is one line on standard error, and exit code 2."""
+"""The entry point of the command line. It prints a user's mistake as one line on standard error.
+
+Exit codes: 0 for success, 2 for a user's mistake, 130 for Ctrl-C. `ecanet.training` ends a run with 143 on SIGTERM.
+"""
 
 import sys
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from ecanet.errors import EcanetError
 
@@ -11,10 +14,26 @@ TRAIN_EXTRA = {
     "filelock", "jinja2", "lightning", "matplotlib", "PIL", "pycocotools", "rich", "sklearn", "tensorboard",
     "torchmetrics", "typer",
 }  # fmt: skip
+"""Import names of the packages that ``pip install 'ecanet[train]'`` brings."""
+
+INSTALL = "pip install 'ecanet[train]'"  # quoted, because zsh takes bare brackets for a pattern
+
+SHORT_HELP = f"""\
+Usage: ecanet COMMAND [OPTIONS]
+
+Channel attention for convolutional networks: train, evaluate, compare.
+
+Commands:
+  train, eval, predict, detect, models,
+  cost, paper, ablate, inspect, bench
+
+The commands need more packages: {INSTALL}
+"""
+"""The help that needs no package of the train extra."""
 
 
 def main() -> NoReturn:
-    """Run the command line and exit: 0 for success, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run the command line and exit with one of the codes above."""
     try:
         sys.exit(_run())
     except EcanetError as error:
@@ -22,7 +41,7 @@ def main() -> NoReturn:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in TRAIN_EXTRA:
             raise
-        _fail(f"{error.name} is not installed; the command line needs more packages: pip install ecanet[train]")
+        _answer_without_packages(error.name or "", sys.argv[1:])
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
@@ -32,25 +51,40 @@ def main() -> NoReturn:
 
 
 def _run() -> int:
+    """Run the command in ``sys.argv`` and return its exit code."""
     import typer
 
     from ecanet.cli import app
 
-    # typer carries click's errors in its own package in newer versions, and uses click's in older ones
-    usage_error = typer.BadParameter.__bases__[0]
+    # The base class is click's UsageError with an older typer, and typer's own copy of it with a newer one.
+    usage_error = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
     try:
         return app(prog_name="ecanet", standalone_mode=False) or 0
     except typer.Abort:
         return 130
-    except usage_error as error:  # pyright: ignore[reportGeneralTypeIssues]
-        command = error.ctx.command_path if getattr(error, "ctx", None) else "ecanet"
+    except usage_error as error:
         message = " ".join(error.format_message().split())
-        if not message:  # no arguments: typer has shown the help
+        if not message:  # without arguments, typer has already shown the help
             return 0
+        command = error.ctx.command_path if error.ctx else "ecanet"
         return _fail(f"{message.rstrip('.')} (see {command} --help)")
 
 
+def _answer_without_packages(missing: str, arguments: list[str]) -> NoReturn:
+    """Answer ``--version`` and ``--help``, and fail on all else, because the package ``missing`` is not installed."""
+    from ecanet import __version__
+
+    if arguments == ["--version"]:
+        print(f"ecanet {__version__}")
+        sys.exit(0)
+    if not arguments or arguments in (["--help"], ["-h"]):
+        print(SHORT_HELP, end="")
+        sys.exit(0)
+    _fail(f"{missing} is not installed; the command line needs more packages: {INSTALL}")
+
+
 def _fail(message: str) -> NoReturn:
+    """Print ``message`` as one line on standard error and exit with 2."""
     print(f"ecanet: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 

@@ -1,10 +1,10 @@
-"""Errors that a user's input can cause; the command line prints each as one line and exits with 2.
+"""The errors that a user can cause. The command line prints each as one line and exits with 2.
 
 EcanetError (a ValueError)
-├── ConfigError        a setting, option or name that does not exist or does not fit
-├── DataError          a data set, folder, image or annotation that is missing or broken
-├── CheckpointError    a weights file that is missing, broken, unsafe or for another network
-└── AttachError        nowhere to attach, or a promise that cannot be kept
+├── ConfigError        a setting, option or name does not exist or does not fit
+├── DataError          a data set, directory, image or annotation is missing or broken
+├── CheckpointError    a weights file is missing, broken, unsafe or made for another network
+└── AttachError        there is no place to attach, or a promise cannot be kept at a site
 """
 
 from numbers import Integral
@@ -21,23 +21,23 @@ __all__ = [
 
 
 class EcanetError(ValueError):
-    """Base of every error that ecanet raises on purpose."""
+    """Base class of the errors that ecanet raises for a user's mistake."""
 
 
 class ConfigError(EcanetError):
-    """A setting, option or name that does not exist or does not fit."""
+    """A setting, option or name does not exist or does not fit."""
 
 
 class DataError(EcanetError):
-    """A data set, folder, image or annotation that is missing or broken."""
+    """A data set, directory, image or annotation is missing or broken."""
 
 
 class CheckpointError(EcanetError):
-    """A weights file that is missing, broken, unsafe or made for another network."""
+    """A weights file is missing, broken, unsafe or made for another network."""
 
 
 class AttachError(EcanetError):
-    """Nowhere to attach, or a promise that cannot be kept at a site."""
+    """There is no place to attach, or a promise cannot be kept at a site."""
 
 
 def check_positive_int(name: str, value: object) -> int:

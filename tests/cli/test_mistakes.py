@@ -10,7 +10,7 @@ from ecanet.errors import AttachError, ConfigError
 from ecanet.studies import cost
 
 LINES = {
-    "cost resnet50 --side -5": "the image size must be positive",
+    "cost resnet50 --image-size -5": "the image size must be positive",
     "cost timm:resnet50 --attention eca": "for this library's networks",
     "cost timm:resnet50 --set reduction=4": "for this library's networks",
     "cost resnet50 --attention none --set reduction=4": "attention 'none' has no options, got reduction",
@@ -21,11 +21,11 @@ LINES = {
     "inspect nowhere --out taken": "--out taken: taken is a file",
     "detect nowhere taken --out taken": "--out taken: taken is a file",
     "detect nowhere taken --out taken/below": "--out taken/below: taken is a file",
-    "detect nowhere pictures --out pictures/found": "no images but those in --out pictures/found",
+    "detect nowhere pictures --out pictures/found": "the only images are those in --out pictures/found",
     "detect nowhere taken --device tpu": "unknown device 'tpu'; write auto, cpu, cuda, cuda:N or mps",
     "detect nowhere taken --on-corrupt maybe": "--on-corrupt must be error or skip",
     "paper 3 --device tpu": "unknown device 'tpu'; write auto, cpu, cuda, cuda:N or mps",
-    "paper 3 --data .": "measure it too",
+    "paper 3 --data-dir .": "used for accuracy only",
     "paper 5 --measure speed": "the paper prints no speed in table 5",
     "bench --device tpu": "unknown device 'tpu'; write auto, cpu, cuda, cuda:N or mps",
     "eval nowhere --on-corrupt maybe": "no checkpoint",
@@ -70,7 +70,7 @@ def test_a_long_name_can_be_read(ecanet):
         (lambda: library.create_model("resnet18", pretrained=True), "weights='torchvision'"),
         (lambda: library.create_model("resnet18", weigths="torchvision"), "did you mean 'weights'"),
         (lambda: library.create_model("resnet18", weights=True), "weights must be None, 'torchvision', a member"),
-        (lambda: library.fuse(library.attach(torchvision.models.resnet18())), "fuse first to have both"),
+        (lambda: library.fuse(library.attach(torchvision.models.resnet18())), "detach, fuse, then attach again"),
         (lambda: cost.make_table(["timm:resnet18"], attentions=["eca"]), "for this library's networks"),
     ],
 )

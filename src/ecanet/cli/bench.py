@@ -8,29 +8,28 @@ import typer
 from ecanet.cli.options import console
 from ecanet.errors import ConfigError
 
-__all__ = ["app"]
 
-app = typer.Typer()
-
-
-@app.command()
 def bench(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "cpu",
-    quick: Annotated[bool, typer.Option("--quick", help="One batch size, fewer rounds: about four minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One batch size: about four minutes.")] = False,
     compiled: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="Compiled networks too.", show_default="unless --quick"),
+        typer.Option("--compile/--no-compile", help="Time compiled networks.", show_default="not if quick"),
     ] = None,
     batch_size: Annotated[
         str | None,
-        typer.Option(help="One or more: 1,8,32.", show_default="8 or 256 with --quick; 1,8,32 or 1,32,256"),
+        typer.Option(help="Comma-separated batch sizes.", show_default="by device"),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The result, JSON; a plot goes beside it.")] = Path("bench.json"),
+    out: Annotated[Path, typer.Option(help="JSON file, with a plot next to it.")] = Path("bench.json"),
 ) -> None:
-    """Time ECA-ResNet-50 beside plain and SE, timm's and torchvision's, taking turns, once all are checked."""
+    """Time ECA-ResNet-50 against plain, SE, timm and torchvision.
+
+    Checks every network first. The networks take turns, so that other work on
+    the machine slows them all alike.
+    """
     from ecanet.studies import bench
 
-    sizes = None if batch_size is None else parsed_sizes(batch_size)
+    sizes = None if batch_size is None else parse_batch_sizes(batch_size)
     bench.check_out(out)
     result = bench.run(device=device, quick=quick, compiled=compiled, batch_sizes=sizes, say=console.print)
     picture = bench.write(result, out)
@@ -40,8 +39,11 @@ def bench(
     console.print(f"took {result['seconds']:.0f} s; result {out}, plot {picture}")
 
 
-def parsed_sizes(text: str) -> list[int]:
-    """The numbers of ``1,8,32``.
+def parse_batch_sizes(text: str) -> list[int]:
+    """Return the numbers in ``text``.
+
+    >>> parse_batch_sizes("1,8,32")
+    [1, 8, 32]
 
     Raises:
         ConfigError: one is not a whole number.

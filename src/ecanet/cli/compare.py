@@ -1,6 +1,5 @@
-"""The commands that count, compare and look inside: cost, paper, ablate, inspect."""
+"""The commands that count, compare and inspect: cost, paper, ablate, inspect."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,44 +13,46 @@ from ecanet.cli.options import (
     Checkpoint,
     DataDir,
     DataName,
+    Device,
     Epochs,
     KernelSizes,
     ModelName,
     Settings,
-    changed,
     check_folder,
     console,
+    given,
     model_config,
-    parsed,
+    parse_settings,
+    print_json,
 )
-from ecanet.recipes import parse_kernel_sizes
-
-__all__ = ["app"]
-
-app = typer.Typer()
+from ecanet.recipes import parse_kernel_sizes, with_settings
 
 
-@app.command()
 def cost(
-    names: Annotated[list[str], typer.Argument(metavar="MODEL…", help="NAME, torchvision:NAME or timm:NAME.")],
-    attention: Annotated[list[str] | None, typer.Option(help="none, eca, se, …; may be repeated.")] = None,
+    models: Annotated[list[str], typer.Argument(help="NAME, timm:NAME or torchvision:NAME.")],
+    attention: Annotated[str | None, typer.Option(help="Comma-separated attentions.", show_default="none,eca")] = None,
     kernel_sizes: KernelSizes = None,
-    side: Annotated[int | None, typer.Option(help="Image size; by default what the network is made for.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Height and width in pixels.", show_default="the network's own")
+    ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="An option of the attention: --set reduction=8.", metavar="KEY=VALUE"),
+        typer.Option("--set", help="Attention option: reduction=8.", metavar="KEY=VALUE", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Parameters, multiply-accumulates and bytes of networks, in today's units and in the paper's."""
+    """Count parameters, multiply-accumulates and bytes.
+
+    Counts are printed in today's units and in the paper's.
+    """
     from ecanet.studies import cost
 
-    options = parsed(settings or [])
+    options = parse_settings(settings or ())
     if kernel_sizes:
         options["kernel_sizes"] = parse_kernel_sizes(kernel_sizes)
-    rows = cost.make_table(names, attentions=attention, side=side, **options)
+    rows = cost.make_table(models, attentions=split(attention) or None, side=image_size, **options)
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print_json(rows)
         return
     table = Table("model", "parameters", "attention", "MACs", "MB", "paper's units")
     table.columns[0].overflow = "fold"
@@ -68,56 +69,64 @@ def cost(
     console.print(cost.WHY)
 
 
-@app.command()
 def paper(
     table: Annotated[str | None, typer.Argument(help="1 to 6, poster or figure4.", show_default="all")] = None,
-    measure: Annotated[str, typer.Option(help="Of params, flops, speed, accuracy.")] = "params,flops",
-    data: Annotated[Path | None, typer.Option(help="ImageNet's folder, for accuracy.", show_default=False)] = None,
-    weights: Annotated[Path | None, typer.Option(help="Folder of checkpoints, one a row.", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option(help="Write Markdown, JSON and pictures here.")] = None,
-    device: Annotated[str, typer.Option(help="Where speed is measured: auto, cpu, cuda, cuda:N or mps.")] = "cpu",
+    measure: Annotated[str, typer.Option(help="Comma-separated: params, flops, speed, accuracy.")] = "params,flops",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="ImageNet or COCO directory (accuracy).", show_default=False)
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Directory of checkpoints (accuracy).", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write Markdown, JSON and plots here.", show_default=False)] = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """The paper's tables, its numbers beside what is measured here: `ecanet paper 3`."""
+    """Show the paper's tables next to measured values: `ecanet paper 3`."""
     from ecanet.studies import paper
 
     check_folder(out)
-    tables = paper.run(table, measure=measure.split(","), data=data, weights=weights, device=device)
+    tables = paper.run(table, measure=split(measure), data=data_dir, weights=weights, device=device)
     print(paper.to_json(tables) if as_json else paper.to_markdown(tables), end="")
     if out is not None:
         paper.write(tables, out)
 
 
-@app.command()
 def ablate(
-    name: Annotated[str, typer.Argument(help="Recipe or data, as for train.")] = "quickstart",
-    variants: Annotated[str | None, typer.Option(help="Of them, by commas.", show_default="all")] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each variant.")] = 5,
+    recipe: Annotated[str, typer.Argument(help="Recipe or data set, as for train.")] = "quickstart",
+    variants: Annotated[str | None, typer.Option(help="Comma-separated variants.", show_default="all")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs per variant.")] = 5,
     model: ModelName = None,
     epochs: Epochs = None,
     data_dir: DataDir = None,
     settings: Settings = None,
-    out: Annotated[Path, typer.Option(help="Folder; cells finished in it are not run again.")] = Path("ablation"),
-    on: Annotated[str, typer.Option(help="here or ray.")] = "here",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of one cell.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="Output directory.")] = Path("ablation"),
+    on: Annotated[str, typer.Option(help="Run here or on ray.")] = "here",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per run.", show_default=False)] = None,
 ) -> None:
-    """Compare attentions fairly: variants x seeds x one recipe, with intervals. Killed, it goes on where it was."""
+    """Compare attention modules fairly, over several seeds.
+
+    Trains every variant with every seed by one recipe; prints 95 % intervals.
+    Run again after an interruption: finished runs in --out are kept.
+    """
     from ecanet.studies import ablate
 
     check_folder(out)
-    changes = {"model.name": model, "epochs": epochs, "data.root": data_dir}
-    changes = {key: value for key, value in changes.items() if value is not None} | parsed(settings or [])
-    recipe = changed(recipes.find(name), changes)
-    chosen = variants.split(",") if variants else tuple(ablate.VARIANTS)
+    changes = given({"model.name": model, "epochs": epochs, "data.root": data_dir}, settings)
     result = ablate.run(
-        recipe, folder=out, variants=chosen, seeds=seeds, on=on, threads=threads, say=lambda line: console.print(line)
+        with_settings(recipes.find(recipe), changes),
+        folder=out,
+        variants=split(variants) or tuple(ablate.VARIANTS),
+        seeds=seeds,
+        on=on,
+        threads=threads,
+        say=console.print,
     )
     ablate.write(result)
     print(ablate.to_markdown(result))
-    console.print(f"page {out / 'ablation.html'}")
+    console.print(f"report {out / 'ablation.html'}")
 
 
-@app.command()
 def inspect(
     checkpoint: Checkpoint,
     model: ModelName = None,
@@ -125,32 +134,44 @@ def inspect(
     kernel_sizes: KernelSizes = None,
     data: DataName = None,
     data_dir: DataDir = None,
-    classes: Annotated[str | None, typer.Option(help="To draw, by commas.", show_default="the first four")] = None,
-    image: Annotated[Path | None, typer.Option(help="An image file to explain.", show_default=False)] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the page, the pictures and the numbers.")] = Path("inspect"),
+    classes: Annotated[str | None, typer.Option(help="Comma-separated classes to plot.", show_default="four")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image file to explain.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="Output directory.")] = Path("inspect"),
 ) -> None:
-    """What the gates do: weights by layer and class, alarms, learned kernels; with --image, what they did to one."""
+    """Show what the gates of a trained network do.
+
+    Writes weights by layer and class, warnings and learned kernels. With --image: what each gate did to that image.
+    """
     from ecanet.studies import gates
 
     check_folder(out)
-    found = gates.run(
+    inspection = gates.run(
         checkpoint,
         out,
         model=model_config(model, attention, kernel_sizes),
         data_name=data,
         data_dir=data_dir,
-        classes=classes.split(",") if classes else (),
+        classes=split(classes),
         image=image,
     )
     table = Table("gate", "channels", "mean", "spread: classes", "images", "saturated", "dead")
-    for one in found.records:
-        numbers = (float(one.mean.mean()), one.spread, float(one.deviation.mean()))
-        shares = (f"{one.saturated:.1%}", str(int(one.dead.sum())))
-        table.add_row(one.name, str(one.channels), *(f"{number:.3f}" for number in numbers), *shares)
+    for gate in inspection.records:
+        numbers = (float(gate.mean.mean()), gate.spread, float(gate.deviation.mean()))
+        shares = (f"{gate.saturated:.1%}", str(int(gate.dead.sum())))
+        table.add_row(gate.name, str(gate.channels), *(f"{number:.3f}" for number in numbers), *shares)
     console.print(table)
-    for one in found.records:
-        for alarm in one.find_alarms():
-            console.print(f"alarm: {one.name}: {alarm}")
-    if found.answer:
-        console.print(found.answer)
-    console.print(f"page {out / 'inspect.html'}")
+    for gate in inspection.records:
+        for alarm in gate.find_alarms():
+            console.print(f"alarm: {gate.name}: {alarm}")
+    if inspection.answer:
+        console.print(inspection.answer)
+    console.print(f"report {out / 'inspect.html'}")
+
+
+def split(text: str | None) -> list[str]:
+    """Return the comma-separated names in ``text``, none for None.
+
+    >>> split("eca, se")
+    ['eca', 'se']
+    """
+    return [name.strip() for name in text.split(",")] if text else []

@@ -1,6 +1,5 @@
 """The command `ecanet detect`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,29 +9,26 @@ from ecanet.cli.options import (
     AsJson,
     Checkpoint,
     Device,
+    Images,
     OnCorrupt,
     check_folder,
     check_on_corrupt,
-    skipped,
+    print_json,
+    report_unreadable,
 )
 from ecanet.errors import ConfigError, DataError
 
-__all__ = ["app"]
 
-app = typer.Typer()
-
-
-@app.command()
 def detect(
     checkpoint: Checkpoint,
-    images: Annotated[list[str], typer.Argument(help="Image files, or folders of them.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder for the pictures and their JSON.")] = Path("detections"),
-    threshold: Annotated[float, typer.Option(help="Lowest score to show, from 0 to 1.")] = 0.5,
+    images: Images,
+    out: Annotated[Path, typer.Option(help="Output directory.")] = Path("detections"),
+    threshold: Annotated[float, typer.Option(help="Lowest score to show (0 to 1).")] = 0.5,
     on_corrupt: OnCorrupt = "error",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Draw boxes and masks onto pictures, with JSON beside."""
+    """Detect objects: draw boxes and masks on images, write JSON."""
     check_on_corrupt(on_corrupt)
     check_folder(out)
     if not 0 <= threshold <= 1:
@@ -40,26 +36,31 @@ def detect(
     from ecanet import networks, training
 
     found_device = networks.find_device(device)
-    # what was drawn before, in a folder inside that of the images, is not looked at again
+    # If --out is inside a directory of images, it may hold pictures that an earlier call drew: those are no input.
     files = [
-        f for path in images for f in training.image_files(path) if not (Path(path).is_dir() and _inside(f, out, path))
+        file
+        for path in images
+        for file in training.image_files(path)
+        if not (Path(path).is_dir() and _is_output(file, out, path))
     ]
     if not files:
-        raise DataError(f"there are no images but those in --out {out}; give their folder itself, and another --out")
-    found = []
+        raise DataError(
+            f"the only images are those in --out {out}; name that directory itself and choose another --out"
+        )
+    found: list[dict[str, object]] = []
     for answer in training.detect(training.restore(checkpoint), files, out, threshold=threshold, device=found_device):
         if isinstance(answer, DataError):
-            skipped(answer, on_corrupt)
+            report_unreadable(answer, on_corrupt)
             continue
         found.append(answer)
         if not as_json:
             names = ", ".join(f"{o['name']} {o['score']:.2f}" for o in answer["objects"])
             print(f"{answer['path']}: {names or 'nothing'} -> {answer['picture']}")
     if as_json:
-        print(json.dumps(found, indent=2))
+        print_json(found)
 
 
-def _inside(file: Path, out: Path, folder: str) -> bool:
-    """Whether ``file`` lies in ``out``, and ``out`` inside ``folder``."""
-    whole, place = Path(folder).resolve(), out.resolve()
-    return place != whole and place.is_relative_to(whole) and file.resolve().is_relative_to(place)
+def _is_output(file: Path, out: Path, folder: str) -> bool:
+    """Return whether ``file`` lies in ``out``, and ``out`` is below ``folder`` and not ``folder`` itself."""
+    whole, output = Path(folder).resolve(), out.resolve()
+    return output != whole and output.is_relative_to(whole) and file.resolve().is_relative_to(output)

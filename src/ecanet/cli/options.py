@@ -1,81 +1,102 @@
-"""Options that several commands share, and how they are read."""
+"""The options that several commands share, and the functions that read them."""
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from ecanet.errors import ConfigError, DataError
-from ecanet.recipes import ModelConfig, Recipe, parse_kernel_sizes, with_settings
+from ecanet.recipes import ModelConfig, parse_kernel_sizes
 
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
-Checkpoint = Annotated[str, typer.Argument(help="A checkpoint, or a run's folder (its best one).", show_default=False)]
+Checkpoint = Annotated[str, typer.Argument(help="Checkpoint file or run directory.", show_default=False)]
+Images = Annotated[list[str], typer.Argument(help="Image files or directories.", show_default=False)]
 ModelName = Annotated[str | None, typer.Option("--model", help="Network: see `ecanet models`.", show_default=False)]
-Attention = Annotated[str | None, typer.Option(help="none, eca, se, …", show_default=False)]
-KernelSizes = Annotated[str | None, typer.Option(help="adaptive (default), official or 3,5,5,7.", show_default=False)]
-DataName = Annotated[
-    str | None, typer.Option("--data", help="digits, fashion-mnist, …, folder:PATH.", show_default=False)
+Attention = Annotated[str | None, typer.Option("--attention", help="none, eca, se, cbam, …", show_default=False)]
+KernelSizes = Annotated[
+    str | None, typer.Option("--kernel-sizes", help="adaptive (default), official or 3,5,5,7.", show_default=False)
 ]
-DataDir = Annotated[str | None, typer.Option(help="Where the data's files are.", show_default=False)]
+DataName = Annotated[str | None, typer.Option("--data", help="Data set: digits, folder:PATH, …", show_default=False)]
+DataDir = Annotated[str | None, typer.Option("--data-dir", help="Directory of the data files.", show_default=False)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
-Epochs = Annotated[int | None, typer.Option(help="Times through the data.", show_default=False)]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Number of epochs.", show_default=False)]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Any other setting: --set data.workers=4.", metavar="KEY=VALUE", show_default=False),
+    typer.Option("--set", help="Other setting: data.workers=4.", metavar="KEY=VALUE", show_default=False),
 ]
-OnCorrupt = Annotated[str, typer.Option(help="error, or skip: go on without unreadable files.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+OnCorrupt = Annotated[str, typer.Option("--on-corrupt", help="Unreadable files: error or skip.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def model_config(name: str | None, attention: str | None, kernel_sizes: str | None) -> ModelConfig | None:
-    """The network that ``--model`` and its companions name; None without it."""
+    """Return the network that ``--model``, ``--attention`` and ``--kernel-sizes`` describe; None without ``--model``.
+
+    Raises:
+        ConfigError: one of the other two is given without ``--model``.
+    """
     if name is None:
         if attention or kernel_sizes:
-            raise ConfigError("--attention and --kernel-sizes need --model; a run's checkpoint knows its own")
+            raise ConfigError("--attention and --kernel-sizes need --model; a run's checkpoint holds its own")
         return None
-    return ModelConfig(
-        name=name, attention=attention or "eca", kernel_sizes=parse_kernel_sizes(kernel_sizes or "adaptive")
-    )
+    config = ModelConfig(name=name)
+    if attention is not None:
+        config = config.but(attention=attention)
+    if kernel_sizes is not None:
+        config = config.but(kernel_sizes=parse_kernel_sizes(kernel_sizes))
+    return config
 
 
-def parsed(settings: list[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` pairs; a value that is not JSON is a text."""
-    found: dict[str, Any] = {}
+def given(options: Mapping[str, object], settings: Sequence[str] | None) -> dict[str, object]:
+    """Return the options that are not None, and the ``--set`` pairs, which win."""
+    return {key: value for key, value in options.items() if value is not None} | parse_settings(settings or ())
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, object]:
+    """Return ``KEY=VALUE`` pairs as a dictionary. A value that is not JSON is a string.
+
+    >>> parse_settings(["data.workers=4", "name=first"])
+    {'data.workers': 4, 'name': 'first'}
+
+    Raises:
+        ConfigError: a setting has no ``=``.
+    """
+    pairs: dict[str, object] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as --set data.workers=4")
         try:
-            found[key] = json.loads(text)
+            pairs[key] = json.loads(text)
         except json.JSONDecodeError:
-            found[key] = text
-    return found
-
-
-def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """``recipe`` with ``changes``, values by dotted name."""
-    return with_settings(recipe, changes)
+            pairs[key] = text
+    return pairs
 
 
 def check_folder(out: Path | None) -> None:
-    """Raise ConfigError where ``--out`` names a file, before any work is done for it."""
-    for part in (out, *out.parents) if out is not None else ():
-        if part.exists() and not part.is_dir():
-            raise ConfigError(f"--out {out}: {part} is a file; give a folder")
+    """Raise ConfigError if ``--out`` or one of its parents is a file. Call it before long work."""
+    for path in (out, *out.parents) if out is not None else ():
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--out {out}: {path} is a file; give a directory")
 
 
 def check_on_corrupt(choice: str) -> None:
-    """Raise ConfigError unless ``choice`` is one."""
+    """Raise ConfigError unless ``choice`` is "error" or "skip"."""
     if choice not in ("error", "skip"):
         raise ConfigError(f"--on-corrupt must be error or skip, got {choice!r}")
 
 
-def skipped(problem: DataError, on_corrupt: str) -> None:
-    """Say that a file is left out, or raise ``problem``."""
+def report_unreadable(problem: DataError, on_corrupt: str) -> None:
+    """Print on standard error that a file is skipped, or raise ``problem`` if ``--on-corrupt`` is "error"."""
     if on_corrupt == "error":
-        raise DataError(f"{problem}; --on-corrupt skip goes on without such files")
+        raise DataError(f"{problem}; --on-corrupt skip leaves out such files")
     print(f"skipped: {problem}", file=sys.stderr)
+
+
+def print_json(value: object) -> None:
+    """Print ``value`` as indented JSON on standard output."""
+    print(json.dumps(value, indent=2))

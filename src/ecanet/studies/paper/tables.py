@@ -118,7 +118,7 @@ def _add_accuracy(
 ) -> list[str]:
     """Write the accuracies of the checkpoints in ``weights`` into ``cells``; return remarks if it cannot be done."""
     if data is None or weights is None:
-        return ["Accuracy was not measured: give --data and --weights, or train a row as below."]
+        return ["Accuracy was not measured: give --data-dir and --weights, or train a row as below."]
     if wrong := describe_wrong_data(table, data):
         return [f"Accuracy was not measured: {wrong}."]
     for row, found in zip(table.rows, cells, strict=True):
