@@ -89,7 +89,7 @@ def test_the_page_says_the_figures(report):
 
 def test_classes_are_listed_worst_first_with_their_rivals():
     rows = re.findall(
-        r"<tr><td>(.*?)</td>.*?<td>(\d+ of \d+)</td><td>(.*?)</td></tr>", figures.accuracy_by_class(MATRIX, NAMES)
+        r"<tr><td>(.*?)</td>.*?<td>(\d+ of \d+)</td><td>(.*?)</td></tr>", figures.show_accuracy(MATRIX, NAMES)
     )
     assert [(name, count) for name, count, _ in rows] == [
         ("horse", "4 of 10"), ("cat", "7 of 10"), ("&lt;dog&gt; &amp; co", "10 of 10")
@@ -99,15 +99,15 @@ def test_classes_are_listed_worst_first_with_their_rivals():
 
 
 def test_a_class_without_images_does_not_divide_by_zero():
-    assert "0 of 0" in figures.accuracy_by_class([[0, 0], [1, 1]], ["a", "b"])
-    assert "<svg" in figures.confusion([[0, 0], [1, 1]], ["a", "b"])
+    assert "0 of 0" in figures.show_accuracy([[0, 0], [1, 1]], ["a", "b"])
+    assert "<svg" in figures.plot_confusion([[0, 0], [1, 1]], ["a", "b"])
 
 
 def test_many_classes_are_cut_to_the_worst():
     n = 50
     matrix = [[10 - at % 10 if a == at else (at % 10 if a == (at + 1) % n else 0) for a in range(n)] for at in range(n)]
-    table = figures.accuracy_by_class(matrix, [f"c{at}" for at in range(n)])
-    assert table.count("<tr><td>") == figures.MOST_CLASSES_LISTED
+    table = figures.show_accuracy(matrix, [f"c{at}" for at in range(n)])
+    assert table.count("<tr><td>") == figures.MAX_LISTED_CLASSES
     assert "20 better classes are left out" in table
 
 

@@ -572,7 +572,7 @@ def test_a_moved_run_still_knows_its_best(tmp_path):
 
 def photographs(folder: Path, names: tuple[str, ...] = ("cat", "dog")) -> Path:
     """Four images of each class in ImageNet's layout."""
-    from ecanet.report.figures import png
+    from ecanet.report.figures import to_png
 
     random = torch.Generator().manual_seed(0)
     for part in ("train", "val"):
@@ -580,7 +580,7 @@ def photographs(folder: Path, names: tuple[str, ...] = ("cat", "dog")) -> Path:
             (folder / part / name).mkdir(parents=True)
             for at in range(4):
                 image = torch.randint(0, 256, (3, 40, 40), generator=random, dtype=torch.uint8)
-                (folder / part / name / f"{at}.png").write_bytes(png(image))
+                (folder / part / name / f"{at}.png").write_bytes(to_png(image))
     return folder
 
 

@@ -1,9 +1,15 @@
-"""Write results down: one HTML page a run, pictures, JSON.
+"""Results on disk: JSON, pictures, and one HTML page per run.
 
-Read downward: `report` (`Report`, pages, files written whole or not at all), `figures` (the only place that draws).
+The files, in reading order: `report` (the results of a run), `html_page` (the layout of a page), `figures` (draws the
+pictures), `artifacts` (what a run keeps beside its numbers), `machine` (describes machine and software), `files`
+(writes a file completely or not at all).
 """
 
 from ecanet.report import figures
-from ecanet.report.report import Report, environment, page, write_file
+from ecanet.report.artifacts import Artifacts, DetectionExample, Example
+from ecanet.report.files import write_file
+from ecanet.report.html_page import page
+from ecanet.report.machine import environment
+from ecanet.report.report import Report
 
-__all__ = ["Report", "environment", "figures", "page", "write_file"]
+__all__ = ["Artifacts", "DetectionExample", "Example", "Report", "environment", "figures", "page", "write_file"]

@@ -1,47 +1,61 @@
-"""Pictures for the report, as pieces of HTML with everything inside: no file, no font, no script from elsewhere."""
+"""Draw the report's figures, as pieces of HTML that need no file, font or script from elsewhere."""
+# The annotations of matplotlib and torchvision leave many arguments open:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportMissingTypeStubs=false
 
 import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
+from ecanet.report.artifacts import DetectionExample, Example
+
 __all__ = [
-    "accuracy_by_class",
-    "confusion",
-    "curves",
-    "detections",
     "draw_detections",
-    "examples",
-    "precision_recall",
+    "plot_confusion",
+    "plot_curves",
+    "plot_precision_recall",
+    "show_accuracy",
+    "show_detections",
+    "show_examples",
     "to_png",
     "to_svg",
 ]
 
-# matrices up to this many classes show their numbers
-MOST_CLASSES_NUMBERED = 20
-# tables of classes show this many at most, the worst
-MOST_CLASSES_LISTED = 30
+MAX_NUMBERED_CLASSES = 20
+"""Confusion matrices of more classes show shades without numbers."""
+
+MAX_LISTED_CLASSES = 30
+"""Tables of classes list at most this many, the worst ones."""
+
 COLOURS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45", "#ffe119"]
-# red, green and blue together from which black is read more easily on a colour than white
+
 BRIGHT = 400
-# the shorter side, in pixels, that a picture with boxes on it has at least, give or take its whole factor
-SMALLEST_DRAWN = 480
-# to which a long side is enlarged at most
-LARGEST_ENLARGED = 2000
-NO_METRIC = ("epoch", "learning_rate", "images_per_second", "seconds")
+"""Sum of red, green and blue from which black text is easier to read on a colour than white text."""
+
+MAX_SHORT_SIDE = 480
+"""Images with boxes on them are enlarged by the largest integer that keeps the short side at most this long."""
+
+MAX_LONG_SIDE = 2000
+"""No image is enlarged beyond a long side of this many pixels."""
+
+NOT_METRICS = ("epoch", "learning_rate", "images_per_second", "seconds")
+"""Columns of a run's history that do not measure its quality."""
 
 
-def curves(history: Sequence[Mapping[str, float]]) -> str:
-    """Losses, the task's metrics and the learning rate by epoch, side by side."""
+# plots: SVG
+
+
+def plot_curves(history: Sequence[Mapping[str, float]]) -> str:
+    """Return the losses, the metrics and the learning rate by epoch, side by side, as SVG."""
     panels = [
         ("loss", [name for name in history[0] if name.endswith("loss")]),
-        ("held-out metrics", [n for n in history[0] if not n.endswith("loss") and n not in NO_METRIC]),
+        ("held-out metrics", [n for n in history[0] if not n.endswith("loss") and n not in NOT_METRICS]),
         ("learning rate", ["learning_rate"]),
     ]
     figure = Figure(figsize=(11, 3), layout="constrained")
@@ -57,136 +71,150 @@ def curves(history: Sequence[Mapping[str, float]]) -> str:
     return to_svg(figure)
 
 
-def confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
-    """How often each class (row) was taken for each (column); shades are shares of the row."""
+def plot_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
+    """Return the confusion matrix as SVG: rows are true classes, and the shade of a cell is its share of the row."""
     counts = torch.tensor(matrix)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    few = len(class_names) <= MOST_CLASSES_NUMBERED
-    side = 2.5 + 0.5 * len(class_names) if few else 8
+    classes = len(class_names)
+    numbered = classes <= MAX_NUMBERED_CLASSES
+    side = 2.5 + 0.5 * classes if numbered else 8
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="predicted", ylabel="true")
-    if few:
-        axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
-        axes.set_yticks(range(len(class_names)), class_names)
-        for (row, column), count in ((at, int(counts[at])) for at in _positions(len(class_names))):
-            if count:
-                colour = "white" if shares[row, column] > 0.5 else "black"
-                axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
+    if numbered:
+        axes.set_xticks(range(classes), class_names, rotation=45, ha="right")
+        axes.set_yticks(range(classes), class_names)
+        for row in range(classes):
+            for column in range(classes):
+                if count := int(counts[row, column]):
+                    colour = "white" if shares[row, column] > 0.5 else "black"
+                    axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
     return to_svg(figure)
 
 
-def accuracy_by_class(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
-    """A bar for each class, the worst first, with what it is most often taken for."""
-    rows: list[tuple[float, str, int, int, str]] = []
-    for label, counts in enumerate(matrix):
-        total, right = sum(counts), counts[label]
-        mistakes = [(count, other) for other, count in enumerate(counts) if other != label and count]
-        rival = f"{class_names[max(mistakes)[1]]} ({max(mistakes)[0]})" if mistakes else ""
-        rows.append((right / total if total else 0.0, class_names[label], right, total, rival))
-    rows.sort()
-    lines = [
-        f"<tr><td>{html.escape(name)}</td><td class=bar><i style='width:{share:.1%}'></i></td><td>{share:.1%}</td>"
-        f"<td>{right} of {total}</td><td>{html.escape(rival)}</td></tr>"
-        for share, name, right, total, rival in rows[:MOST_CLASSES_LISTED]
-    ]
-    left_out = len(rows) - len(lines)
-    more = f"<p>{left_out} better classes are left out.</p>" if left_out else ""
-    head = "<tr><th>class</th><th></th><th>right</th><th></th><th>most often taken for</th></tr>"
-    return f"<table>{head}{''.join(lines)}</table>{more}"
-
-
-def examples(found: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> str:
-    """Images with what the network said of them, and what they are where that differs."""
-    cards = []
-    for example in found:
-        right = example["label"] == example["prediction"]
-        label, prediction = (str(class_names[example[what]]) for what in ("label", "prediction"))
-        said = html.escape(f"{prediction} {example['probability']:.0%}")
-        truth = "" if right else f"<br>is {html.escape(label)}"
-        cards.append(
-            f"<figure class={'right' if right else 'wrong'}>{_to_img(example['image'])}"
-            f"<figcaption>{said}{truth}</figcaption></figure>"
-        )
-    return f"<div class=grid>{''.join(cards)}</div>"
-
-
-def precision_recall(found: Mapping[str, Sequence[float]]) -> str:
-    """Precision at recall 0, 0.01, …, 1, one line for boxes and one for masks."""
+def plot_precision_recall(curves: Mapping[str, Sequence[float]]) -> str:
+    """Return precision against recall as SVG, one line per name; precisions are at recall 0, 0.01, …, 1."""
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
-    for name, values in found.items():
-        axes.plot([at / 100 for at in range(len(values))], values, label=name)
+    for name, precisions in curves.items():
+        axes.plot([at / 100 for at in range(len(precisions))], precisions, label=name)
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return to_svg(figure)
 
 
-def detections(found: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> str:
-    """Images with what a detector found drawn on them, and what there is where that differs."""
-    cards = []
-    for example in found:
-        truth = example["truth"]
-        missed = None if example["right"] else truth["boxes"]
-        picture = draw_detections(example["image"], example["found"], class_names, missed)
-        names = ", ".join(str(class_names[label - 1]) for label in truth["labels"].tolist()) or "nothing"
-        cards.append(
-            f"<figure class={'right' if example['right'] else 'wrong'}>{_to_img(picture)}"
-            f"<figcaption>is {html.escape(names)}</figcaption></figure>"
-        )
+# tables and pictures: HTML
+
+
+def show_accuracy(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
+    """Return a table of the accuracy of each class, the worst first, with the class it is most often taken for."""
+    rows: list[tuple[float, str, int, int, str]] = []
+    for label, counts in enumerate(matrix):
+        total, correct = sum(counts), counts[label]
+        mistakes = [(count, other) for other, count in enumerate(counts) if other != label and count]
+        rival = f"{class_names[max(mistakes)[1]]} ({max(mistakes)[0]})" if mistakes else ""
+        rows.append((correct / total if total else 0.0, class_names[label], correct, total, rival))
+    rows.sort()
+    lines = [
+        f"<tr><td>{html.escape(name)}</td><td class=bar><i style='width:{share:.1%}'></i></td><td>{share:.1%}</td>"
+        f"<td>{correct} of {total}</td><td>{html.escape(rival)}</td></tr>"
+        for share, name, correct, total, rival in rows[:MAX_LISTED_CLASSES]
+    ]
+    left_out = len(rows) - len(lines)
+    note = f"<p>{left_out} better classes are left out.</p>" if left_out else ""
+    head = "<tr><th>class</th><th></th><th>correct</th><th></th><th>most often taken for</th></tr>"
+    return f"<table>{head}{''.join(lines)}</table>{note}"
+
+
+def show_examples(examples: Sequence[Example], class_names: Sequence[str]) -> str:
+    """Return images with their predictions as HTML, and with their true class where the prediction is wrong."""
+    cards: list[str] = []
+    for example in examples:
+        label, prediction = class_names[example["label"]], class_names[example["prediction"]]
+        correct = example["label"] == example["prediction"]
+        caption = html.escape(f"{prediction} {example['probability']:.0%}")
+        if not correct:
+            caption += f"<br>is {html.escape(label)}"
+        cards.append(_make_card(example["image"], caption, correct))
     return f"<div class=grid>{''.join(cards)}</div>"
+
+
+def show_detections(examples: Sequence[DetectionExample], class_names: Sequence[str]) -> str:
+    """Return images with the detected objects drawn on them as HTML; true boxes are drawn where there are mistakes."""
+    cards: list[str] = []
+    for example in examples:
+        truth = example["truth"]
+        boxes = None if example["right"] else truth["boxes"]
+        picture = draw_detections(example["image"], example["found"], class_names, boxes)
+        names = ", ".join(class_names[int(label) - 1] for label in truth["labels"]) or "nothing"
+        cards.append(_make_card(picture, f"is {html.escape(names)}", example["right"]))
+    return f"<div class=grid>{''.join(cards)}</div>"
+
+
+def _make_card(image: Tensor, caption: str, correct: bool) -> str:
+    """Return a uint8 image with its caption in HTML; the image's data are part of the element."""
+    data = base64.b64encode(to_png(image)).decode()
+    return (
+        f"<figure class={'right' if correct else 'wrong'}><img src='data:image/png;base64,{data}' alt=''>"
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+# detections on an image
 
 
 def draw_detections(
     image: Tensor, found: Mapping[str, Tensor], class_names: Sequence[str], truth: Tensor | None = None
 ) -> Tensor:
-    """``image``, uint8 (3, H, W), with the boxes and masks ``found`` on it, each in a colour of its own.
+    """Return ``image``, uint8 (3, H, W), with the ``found`` boxes and masks, each object in its own colour.
 
-    Boxes ``truth`` are white. A small image is enlarged by a whole number, so that names can be read.
+    ``found`` is one image's output of torchvision's detectors: ``boxes``, ``labels`` counted from 1, ``scores``, and
+    perhaps ``masks``. ``truth`` (N, 4) are boxes to draw in white. A small image is enlarged by an integer factor, so
+    that the names can be read.
     """
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-    colours: Any = [COLOURS[at % len(COLOURS)] for at in range(len(found["boxes"]))]
+    colours = [COLOURS[at % len(COLOURS)] for at in range(len(found["boxes"]))]
     if colours and "masks" in found:
-        image = draw_segmentation_masks(image, found["masks"][:, 0] > 0.5, alpha=0.5, colors=colours)
-    factor = max(1, min(SMALLEST_DRAWN // min(image.shape[1:]), LARGEST_ENLARGED // max(image.shape[1:])))
+        image = draw_segmentation_masks(image, found["masks"][:, 0] > 0.5, alpha=0.5, colors=[*colours])
+    factor = max(1, min(MAX_SHORT_SIDE // min(image.shape[1:]), MAX_LONG_SIDE // max(image.shape[1:])))
     image = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     width = max(1, min(image.shape[1:]) // 200)
     if truth is not None and len(truth):
         image = draw_bounding_boxes(image, factor * truth, colors="white", width=width)
     if not colours:
         return image
-    image = draw_bounding_boxes(image, factor * found["boxes"], colors=colours, width=width)
-    names = [
-        f"{class_names[label - 1]} {score:.2f}"
-        for label, score in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)
-    ]
-    return _labelled(image, (factor * found["boxes"]).tolist(), names, colours)
+    boxes = factor * found["boxes"]
+    image = draw_bounding_boxes(image, boxes, colors=[*colours], width=width)
+    pairs = zip(found["labels"], found["scores"], strict=True)
+    names = [f"{class_names[int(label) - 1]} {float(score):.2f}" for label, score in pairs]
+    return _write_names(image, [(float(box[0]), float(box[1])) for box in boxes], names, colours)
 
 
-def _labelled(image: Tensor, boxes: Sequence[Sequence[float]], names: Sequence[str], colours: Sequence[str]) -> Tensor:
-    """Each name on its box's colour, above the box where there is room, and inside the picture."""
+def _write_names(
+    image: Tensor, corners: Sequence[tuple[float, float]], names: Sequence[str], colours: Sequence[str]
+) -> Tensor:
+    """Return ``image`` with each name above the left top corner of its box, or as close to it as the image allows."""
     from matplotlib.font_manager import findfont
     from PIL import ImageColor, ImageDraw, ImageFont
-    from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+    from torchvision.transforms.v2.functional import pil_to_tensor
 
-    picture = to_pil_image(image)
+    picture = _to_pil(image)
     font = ImageFont.truetype(findfont("DejaVu Sans"), max(11, min(picture.size) // 34))
     draw = ImageDraw.Draw(picture)
-    # the surest come first: they are written last, over the others
-    for (left, top, _, _), name, colour in reversed(list(zip(boxes, names, colours, strict=True))):
+    # Detections are sorted by score. The best are written last, on top of the others.
+    for (left, top), name, colour in reversed(list(zip(corners, names, colours, strict=True))):
         _, _, width, height = draw.textbbox((2, 2), name, font=font)
-        at = max(0.0, min(left, picture.width - width - 2.0)), max(0.0, top - height - 2.0)
-        draw.rectangle((*at, at[0] + width + 2, at[1] + height + 2), fill=colour)
+        x, y = max(0.0, min(left, picture.width - width - 2.0)), max(0.0, top - height - 2.0)
+        draw.rectangle((x, y, x + width + 2, y + height + 2), fill=colour)
         bright = sum(ImageColor.getrgb(colour)[:3]) > BRIGHT
-        draw.text((at[0] + 2, at[1] + 2), name, fill="black" if bright else "white", font=font)
+        draw.text((x + 2, y + 2), name, fill="black" if bright else "white", font=font)
     return pil_to_tensor(picture)
 
 
-def _positions(n: int) -> list[tuple[int, int]]:
-    return [(row, column) for row in range(n) for column in range(n)]
+# figures and images as files
 
 
 def to_png(picture: Figure | Tensor, *, dpi: int = 120) -> bytes:
@@ -195,9 +223,7 @@ def to_png(picture: Figure | Tensor, *, dpi: int = 120) -> bytes:
     if isinstance(picture, Figure):
         picture.savefig(buffer, format="png", dpi=dpi)
     else:
-        from torchvision.transforms.v2.functional import to_pil_image
-
-        to_pil_image(picture).save(buffer, "png")
+        _to_pil(picture).save(buffer, "png")
     return buffer.getvalue()
 
 
@@ -211,6 +237,7 @@ def to_svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _to_img(image: Tensor) -> str:
-    """Return a uint8 image as an HTML element that holds its own data."""
-    return f"<img src='data:image/png;base64,{base64.b64encode(to_png(image)).decode()}' alt=''>"
+def _to_pil(image: Tensor) -> Image.Image:
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    return to_pil_image(image)

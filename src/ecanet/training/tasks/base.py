@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ecanet.data import DataSpec, check_classes, derive_seed
 from ecanet.errors import ConfigError
 from ecanet.recipes import Recipe, to_dict
+from ecanet.report import Artifacts
 from ecanet.training.tasks.schedule import learning_rate_factor
 
 __all__ = ["NOTHING_READ", "Task"]
@@ -37,8 +38,8 @@ class Task(L.LightningModule):
             return None
         return torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad]).sum() * 0
 
-    def artifacts(self) -> dict[str, Any]:
-        """Plain data that the report draws; `ecanet.report` says which names it knows."""
+    def artifacts(self) -> Artifacts:
+        """Return what the report draws."""
         return {}
 
     def files(self) -> dict[str, str]:

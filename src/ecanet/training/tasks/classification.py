@@ -1,6 +1,6 @@
 """The task of image classification."""
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ecanet import models
 from ecanet.data import DataSpec, has_boxes
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import Recipe
+from ecanet.report import Artifacts, Example
 from ecanet.training.tasks.base import NOTHING_READ, Task
 
 __all__ = ["Classification"]
@@ -49,7 +50,7 @@ class Classification(Task):
         self.held_out_loss = MeanMetric()
         self.confusion = MulticlassConfusionMatrix(classes) if classes <= MOST_CLASSES_COMPARED else None
         self.confused: list[list[int]] = []
-        self.examples: list[dict[str, Any]] = []
+        self.examples: list[Example] = []
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of ``logits`` (N, K) for ``labels``: numbers (N,), or shares of each class (N, K)."""
@@ -102,7 +103,7 @@ class Classification(Task):
             self.confused = self.confusion.compute().tolist()
             self.confusion.reset()
 
-    def artifacts(self) -> dict[str, Any]:
+    def artifacts(self) -> Artifacts:
         """Class names, the confusion matrix (rows are the truth), and examples, right and wrong."""
         return {"class_names": list(self.spec.class_names), "confusion": self.confused, "examples": self.examples}
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ecanet.data import DataSpec
 from ecanet.errors import DataError
 from ecanet.recipes import Recipe
+from ecanet.report import Artifacts
 from ecanet.training.tasks.base import NOTHING_READ, Task
 from ecanet.training.tasks.outcome import Outcome, detector
 
@@ -67,9 +68,9 @@ class Detection(Task):
             raise DataError(NOTHING_READ)
         self.log_dict(self.outcome.score(), batch_size=1)
 
-    def artifacts(self) -> dict[str, Any]:
+    def artifacts(self) -> Artifacts:
         """Class names, precision by recall, and examples, right and wrong."""
-        found = self.outcome.artifacts() if self.outcome else {}
+        found: Artifacts = self.outcome.artifacts() if self.outcome else {}
         return {"class_names": list(self.spec.class_names), **found}
 
     def files(self) -> dict[str, str]:

@@ -13,6 +13,7 @@ from ecanet.data import Annotations, DataSpec, encode_mask, has_boxes
 from ecanet.errors import ConfigError
 from ecanet.models import create_detector
 from ecanet.recipes import Recipe
+from ecanet.report import Artifacts, DetectionExample
 
 __all__ = ["METRICS", "Outcome", "average_precision", "detector"]
 
@@ -59,7 +60,7 @@ class Outcome:
         self.annotations = annotations
         self.seen: list[int] = []
         self.results: dict[str, list[dict[str, Any]]] = {"bbox": []}
-        self.examples: list[dict[str, Any]] = []
+        self.examples: list[DetectionExample] = []
         self.curves: dict[str, list[float]] = {}
 
     def add(self, images: list[Tensor], targets: list[dict[str, Tensor]], found: list[dict[str, Tensor]]) -> None:
@@ -92,7 +93,7 @@ class Outcome:
             self.curves["masks" if kind == "segm" else "boxes"] = curve
         return figures
 
-    def artifacts(self) -> dict[str, Any]:
+    def artifacts(self) -> Artifacts:
         """What the report draws."""
         return {"precision_recall": self.curves, "detections": self.examples}
 
