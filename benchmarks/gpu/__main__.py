@@ -63,7 +63,7 @@ def main() -> int:
     torch.backends.cudnn.benchmark = not options.rehearse
     record = Record(options.out, options.seconds, describe_machine(setting))
     record.note(variants.list_missing())
-    setting = setting.beside(options.out)
+    setting = setting.with_trace(options.out)
     for name in chosen:
         least, part = PARTS[name]
         record.run(name, 0 if options.rehearse else least, lambda part=part: part(setting))

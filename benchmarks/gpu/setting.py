@@ -42,8 +42,8 @@ class Setting:
         """Whether the run is the real one."""
         return self.device == "cuda"
 
-    def beside(self, out: Path) -> "Setting":
-        """Return this setting with the trace beside the JSON file ``out``."""
+    def with_trace(self, out: Path) -> "Setting":
+        """Return this setting with a file for the trace next to the JSON file ``out``."""
         return replace(self, trace=out.with_suffix(".trace.json.gz"))
 
     def random_images(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -61,7 +61,7 @@ def measure_enqueueing(step: Step, setting: Setting) -> float:
 
 
 def measure_peak_memory(step: Step, setting: Setting) -> float | None:
-    """Return the MB that ``step`` allocates at its peak beside what is allocated before; None on a CPU."""
+    """Return the MB that ``step`` allocates at its peak, without what was allocated before; None on a CPU."""
     if not setting.on_gpu:
         return None
     step()

@@ -32,7 +32,7 @@ def time_batch(setting: Setting, batch: int, names: list[str]) -> dict[str, obje
     figures = summarize_steps(interleave(steps, setting), batch, setting)
     for name in names:
         variants.clear_gradients(found[name])
-    return figures | {"beside": extra}
+    return figures | {"single_step": extra}
 
 
 def time_graphs(setting: Setting) -> dict[str, object]:

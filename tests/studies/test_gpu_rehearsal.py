@@ -78,7 +78,7 @@ def test_the_rehearsal_checks_the_kernels(record):
 def test_the_rehearsal_times_every_network(record):
     figures = {name: part["figures"] for name, part in record["parts"].items()}
     assert set(figures["training"]["ms"]) == NETWORKS | {"ecanet eca lean"}
-    assert set(figures["training"]["beside"]["timm eca"]) == {"peak_mb", "enqueue_ms"}
+    assert set(figures["training"]["single_step"]["timm eca"]) == {"peak_mb", "enqueue_ms"}
     assert set(figures["training-small-batch"]["ms"]) == set(figures["training-graph"]["ms"]) == NETWORKS
     assert set(figures["training-compiled"]["ms"]) == {"torchvision plain", "ecanet eca"}
     for form in ("autocast", "bfloat16", "bfloat16, CUDA graph"):

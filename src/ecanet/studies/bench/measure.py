@@ -144,7 +144,7 @@ def make_copy(device: str) -> tuple[Step, int]:
 
 
 def measure_memory(step: Step, device: str) -> float:
-    """Return the MB that ``step`` needs beside what is allocated before it.
+    """Return the MB that ``step`` needs in addition to what is allocated before it.
 
     On a GPU it is the peak of the allocator, on a CPU what autograd keeps for the backward.
     """

@@ -19,7 +19,7 @@ from ecanet.studies.bench import measure
 from ecanet.studies.bench import networks as bench_networks
 from ecanet.studies.bench.machine import describe_environment
 from ecanet.studies.bench.measure import Budget
-from ecanet.studies.bench.rows import LayerRow, NetworkRow, RatioRow, Result
+from ecanet.studies.bench.rows import CheckRow, LayerRow, NetworkRow, RatioRow, Result
 
 __all__ = ["FULL", "QUICK", "run"]
 
@@ -97,27 +97,13 @@ def run(
     checks = bench_check.check_networks(networks, image_size, device)
     checks += bench_check.check_layers(shapes, device, fused=device == "cuda")
     say(f"{len(checks)} checks passed")
-    result: Result = {
-        "format": 1,
-        "environment": describe_environment(device, model, image_size),
-        "checks": checks,
-        "compile_seconds": {},
-        "networks": [],
-        "layers": [],
-        "ratios": [],
-        "copy": [],
-        "seconds": 0.0,
-    }
-    optimized = bench_networks.optimize_ours(networks)
-    fast = bench_networks.compile_networks(networks | optimized) if compiled else {}
-    variants = Variants(trained=networks, optimized=optimized, compiled=fast)
+    result = make_result(describe_environment(device, model, image_size), checks)
+    variants = make_variants(networks, compiled)
     counts = count_traffic(variants, image_size, device)
     for size in sizes:
         try:
             images = bench_networks.make_images(size, image_size, device)
-            checks, seconds = bench_check.check_compiled(variants.eager, fast, images, say)
-            result["checks"] += checks
-            result["compile_seconds"] |= {f"{name}, batch {size}": value for name, value in seconds.items()}
+            add_compiled_checks(variants, images, result, say)
             time_networks(variants, images, budgets, counts, result)
             time_layers(shapes, size, device, budgets["layers"], result)
         except RuntimeError as error:
@@ -128,6 +114,35 @@ def run(
             ) from None
     result["seconds"] = time.perf_counter() - started
     return result
+
+
+def make_result(environment: dict[str, object], checks: list[CheckRow]) -> Result:
+    """Return a result without times."""
+    return {
+        "format": 1,
+        "environment": environment,
+        "checks": checks,
+        "compile_seconds": {},
+        "networks": [],
+        "layers": [],
+        "ratios": [],
+        "copy": [],
+        "seconds": 0.0,
+    }
+
+
+def make_variants(networks: dict[str, nn.Module], compiled: bool) -> Variants:
+    """Return ``networks`` with the optimized copies of this library's, and all of them compiled if ``compiled``."""
+    optimized = bench_networks.optimize_ours(networks)
+    fast = bench_networks.compile_networks(networks | optimized) if compiled else {}
+    return Variants(trained=networks, optimized=optimized, compiled=fast)
+
+
+def add_compiled_checks(variants: Variants, images: Tensor, result: Result, say: Callable[[str], None]) -> None:
+    """Compile the networks for ``images``, check them, and add checks and seconds to ``result``."""
+    checks, seconds = bench_check.check_compiled(variants.eager, variants.compiled, images, say)
+    result["checks"] += checks
+    result["compile_seconds"] |= {f"{name}, batch {len(images)}": value for name, value in seconds.items()}
 
 
 def select_device(name: str) -> str:
