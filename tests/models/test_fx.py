@@ -58,3 +58,12 @@ def test_an_optimized_copy_is_traced(name):
     graph = fx.symbolic_trace(copy)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(graph(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_a_network_of_features_is_traced(name):
+    torch.manual_seed(0)
+    model = ecanet.create_model(name, features_only=True).double().eval()
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    for a, b in zip(fx.symbolic_trace(model)(x), model(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

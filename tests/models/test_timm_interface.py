@@ -61,7 +61,7 @@ def test_only_chosen_levels_are_computed_and_kept(name, out_indices):
 
 @pytest.mark.parametrize("out_indices", [(5,), (-6,), ()], ids=str)
 def test_levels_that_do_not_exist(out_indices):
-    with pytest.raises(ConfigError, match=r"out_indices must be from 0 to 4 \(there are 5 levels\)"):
+    with pytest.raises(ConfigError, match=r"out_indices must be indices of the 5 levels, from 0 to 4"):
         network(features_only=True, out_indices=out_indices)
 
 

@@ -1,17 +1,20 @@
 """Networks with an attention slot: ECA-ResNets, ECA-MobileNetV2, and small-image ResNets."""
 
+import fnmatch
 import inspect
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor, nn
 
 from ecanet.attention import AttentionLike, find_attention
-from ecanet.errors import CheckpointError, ConfigError, check_positive_int
+from ecanet.errors import CheckpointError, ConfigError, check_int, check_positive_int
 from ecanet.models import mobilenet, placement, resnet
 from ecanet.models.checkpoints import LoadReport, load_checkpoint, load_state_dict
 from ecanet.models.kernel_sizes import RELEASED, KernelSizes
+from ecanet.models.network import FeatureNetwork, Network
 from ecanet.models.slots import make_slot
 
 if TYPE_CHECKING:
@@ -20,13 +23,43 @@ if TYPE_CHECKING:
 __all__ = ["LoadReport", "create_model", "list_models", "load_checkpoint"]
 
 
-def list_models() -> list[str]:
-    """Return the names that `create_model` takes.
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the names that `create_model` takes and that match ``pattern``, a glob.
 
-    >>> list_models()[:3]
-    ['resnet18', 'resnet34', 'resnet50']
+    >>> list_models("resnet1*")
+    ['resnet18', 'resnet101', 'resnet152', 'resnet14']
     """
-    return [*resnet.LAYERS, "mobilenet_v2"]
+    return fnmatch.filter([*resnet.LAYERS, "mobilenet_v2"], pattern)
+
+
+@overload
+def create_model(
+    name: str,
+    *,
+    attention: AttentionLike = "eca",
+    kernel_sizes: KernelSizes = "adaptive",
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    features_only: Literal[False] = False,
+    out_indices: None = None,
+    weights: "str | Path | WeightsEnum | None" = None,
+    **options: object,
+) -> Network: ...
+
+
+@overload
+def create_model(
+    name: str,
+    *,
+    attention: AttentionLike = "eca",
+    kernel_sizes: KernelSizes = "adaptive",
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    features_only: Literal[True],
+    out_indices: Sequence[int] | None = None,
+    weights: "str | Path | WeightsEnum | None" = None,
+    **options: object,
+) -> FeatureNetwork: ...
 
 
 def create_model(
@@ -36,9 +69,11 @@ def create_model(
     kernel_sizes: KernelSizes = "adaptive",
     num_classes: int = 1000,
     in_channels: int = 3,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
     weights: "str | Path | WeightsEnum | None" = None,
     **options: object,
-) -> nn.Module:
+) -> Network:
     """Build the network called ``name`` with ``attention`` in every block.
 
     Args:
@@ -47,8 +82,11 @@ def create_model(
             the dotted path of a class ("package.module.Class"); "none" builds the plain network.
         kernel_sizes: "adaptive" (Eq. 12 on each block's output channels, as in `ecanet.attach`), "official" (the
             released checkpoints'; Eq. 12 where there is none), one integer, or one integer per stage.
-        num_classes: number of logits.
+        num_classes: number of logits; 0 gives pooled features (N, num_features) without a classifier.
         in_channels: channels of the images.
+        features_only: return a list of feature maps, finest first, from a network without a head, which is described by
+            its ``feature_info``, as in timm.
+        out_indices: with ``features_only``, the levels to return; None returns all.
         weights: None (random), "torchvision" (its newest ImageNet weights), one member of torchvision's enums
             (``ResNet50_Weights.IMAGENET1K_V1``), or the path of a checkpoint. Gates that the weights do not have are
             made neutral, so the outputs are the plain network's. That is not possible for "se-var1", which has no
@@ -69,23 +107,29 @@ def create_model(
     attention_kind = find_attention(attention)
     attention_kind.check(options, inspect.signature(create_model).parameters)
     check_weights(weights)
+    if out_indices is not None and not features_only:
+        raise ConfigError(f"out_indices needs features_only=True, got out_indices={out_indices!r} without it")
     shape = {
-        "num_classes": check_positive_int("num_classes", num_classes),
+        "num_classes": check_int("num_classes", num_classes, least=0),
         "in_channels": check_positive_int("in_channels", in_channels),
     }
     if name in resnet.LAYERS:
         kind, layers = resnet.LAYERS[name]
         gates = make_slot(attention_kind, kernel_sizes, len(layers), RELEASED.get(name), options)
-        model = resnet.ResNet(kind, layers, gates, **shape)
+        build = resnet.ResNetFeatures if features_only else resnet.ResNet
+        model = build(kind, layers, gates, **shape)
     elif name == "mobilenet_v2":
         if attention_kind.name in placement.IN_RESNETS_ONLY:
             raise ConfigError(f"attention {attention_kind.name!r} has a place in ResNets only, not in {name!r}")
         gates = make_slot(attention_kind, kernel_sizes, len(mobilenet.SETTINGS), RELEASED[name], options)
-        model = mobilenet.MobileNetV2(gates, **shape)
+        build = mobilenet.MobileNetV2Features if features_only else mobilenet.MobileNetV2
+        model = build(gates, **shape)
     else:
         raise ConfigError(f"unknown model {name!r}; choose one of {', '.join(list_models())}")
     # A plain attribute: copied with the model, and no part of its state dict.
     vars(model)["load_report"] = None if weights is None else load_weights(model, name, weights)
+    if isinstance(model, FeatureNetwork):
+        model.keep_levels(out_indices)
     return model
 
 
