@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from test_checkpoints import authors_file
-from test_models import randomize
+
+from published_networks import authors_file, randomize
 
 ROOT = Path(__file__).resolve().parents[1]
 README, CHINESE = (ROOT / name for name in ("README.md", "README.zh-CN.md"))

@@ -51,10 +51,10 @@ IRREGULAR = {
 }
 
 # rooms whose words are still being rewritten
-WORDS_LEFT = {"cli", "data", "inference", "models", "ops", "recipes", "studies", "surgery", "training"}
+WORDS_LEFT = {"cli", "ops", "studies", "surgery", "training"}
 DOCSTRINGS_LEFT = True
 DOCS_LEFT = True
-NAMES_LEFT = {"attention", "cli", "data", "inference", "models", "ops", "studies", "surgery"}
+NAMES_LEFT = {"attention", "cli", "ops", "studies", "surgery"}
 
 
 def rooms(left: set[str]) -> list[object]:

@@ -6,45 +6,12 @@ import pickle
 import pytest
 import torch
 import torchvision
-from test_models import GATES, randomize, recompute
 from torch import nn
 
 import ecanet
 from ecanet.errors import CheckpointError
 from ecanet.models.checkpoints import load_state_dict
-
-RELEASED = {
-    "resnet18": (3, 5, 7, 7),
-    "resnet34": (3, 3, 5, 7),
-    "resnet50": (3, 5, 5, 7),
-    "resnet101": (3, 3, 5, 7),
-    "resnet152": (3, 3, 5, 7),
-}
-"""Kernel sizes in the names of the authors' released files."""
-
-
-def authors_state(name):
-    """A state dict with the names and shapes of the authors' file: torchvision's network and one kernel a block."""
-    state = dict(randomize(torchvision.models.get_model(name)).state_dict())
-    g = torch.Generator().manual_seed(3)
-    if name == "mobilenet_v2":
-        # torchvision's `features.N.conv.M` is theirs; the gate follows the projection's norm; k = 1 below 96 channels
-        for n in range(1, 18):
-            last = max(int(k.split(".")[3]) for k in state if k.startswith(f"features.{n}.conv."))
-            channels = len(state[f"features.{n}.conv.{last}.bias"])
-            k = 1 if channels < 96 else 3
-            state[f"features.{n}.conv.{last + 1}.conv.weight"] = torch.randn(1, 1, k, generator=g)
-    else:
-        for block in sorted({k.rsplit(".", 2)[0] for k in state if k.startswith("layer") and ".conv1." in k}):
-            k = RELEASED[name][int(block[len("layer")]) - 1]
-            state[f"{block}.eca.conv.weight"] = torch.randn(1, 1, k, generator=g)
-    return state
-
-
-def authors_file(path, name):
-    """As `main.py` saves it: DataParallel's prefix, a wrapper, and (in one released file) a wrong `arch` tag."""
-    state = {"module." + key: value for key, value in authors_state(name).items()}
-    torch.save({"epoch": 100, "arch": "se_resnet50", "state_dict": state, "best_prec1": 77.48}, path)
+from published_networks import GATES, authors_file, authors_state, randomize, recompute
 
 
 @pytest.mark.parametrize("name", GATES)

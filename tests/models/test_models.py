@@ -1,16 +1,15 @@
 """Networks: the paper's parameter counts, torchvision's outputs, and the gate where the paper puts it."""
 
 import copy
-import re
 
 import pytest
 import torch
 import torchvision
-from torch.nn import functional as F
 
 import ecanet
 from ecanet import create_model, ops
 from ecanet.errors import CheckpointError, ConfigError
+from published_networks import GATES, randomize, recompute
 
 PLAIN = {
     "resnet18": 11_689_512,
@@ -21,15 +20,6 @@ PLAIN = {
     "mobilenet_v2": 3_504_872,
 }
 """Parameters of torchvision's networks (its documentation); / 2^20 they are the paper's column."""
-
-GATES = {  # official, adaptive, 3 everywhere: paper.md's counts of the released checkpoints and of Eq. 12
-    "resnet18": (44, 36, 24),
-    "resnet34": (72, 74, 48),
-    "resnet50": (80, 86, 48),
-    "resnet101": (157, 171, 99),
-    "resnet152": (234, 256, 150),
-    "mobilenet_v2": (31, 59, 51),
-}
 
 
 def parameters(name, **options):
@@ -54,25 +44,6 @@ def test_se_networks_have_the_papers_counts(name, reduction, millions):
     assert f"{count / 2**20:.{len(millions.split('.')[1])}f}" == millions
 
 
-def randomize(model, seed=0):
-    """Give every tensor of ``model`` a value away from 0 and 1, so that nothing hides behind a fresh network."""
-    g = torch.Generator().manual_seed(seed)
-    state = model.state_dict()
-    for name, tensor in state.items():
-        if tensor.is_floating_point():
-            noise = torch.randn(tensor.shape, generator=g)
-            if name.endswith("running_var") or (tensor.dim() == 1 and name.endswith("weight")):
-                state[name] = (1.0 if name.endswith("running_var") else 0.3) + 0.1 * noise.abs()
-            elif tensor.dim() == 1:
-                state[name] = 0.1 * noise
-            elif tensor.dim() == 3:
-                state[name] = 2 * noise
-            else:
-                state[name] = noise * (2 / max(1, tensor[0].numel())) ** 0.5
-    model.load_state_dict(state)
-    return model.eval()
-
-
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_networks_are_torchvisions(name):
     ours = ecanet.create_model(name, attention="none", num_classes=7).eval()
@@ -81,68 +52,6 @@ def test_plain_networks_are_torchvisions(name):
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(ours(x), theirs(x))
-
-
-def recompute_gate(x, kernel):
-    """ECA from its definition: means, taps over zero-padded channels, sigmoid, product."""
-    taps = kernel.flatten()
-    means = F.pad(x.flatten(2).mean(2), (len(taps) // 2, len(taps) // 2))
-    logits = sum(taps[j] * means[:, j : j + x.shape[1]] for j in range(len(taps)))
-    return x / (1 + torch.exp(-logits))[:, :, None, None]
-
-
-def recompute(name, state, x):
-    """The network's logits from the tensors of ``state`` alone, by functional calls."""
-
-    def conv(x, key, **options):
-        return F.conv2d(x, state[key + ".weight"], **options)
-
-    def norm(x, key):
-        return F.batch_norm(
-            x, state[key + ".running_mean"], state[key + ".running_var"], state[key + ".weight"], state[key + ".bias"]
-        )
-
-    if name == "mobilenet_v2":
-        return recompute_mobilenet(state, x, conv, norm)
-    x = F.relu(norm(conv(x, "conv1", stride=2, padding=3), "bn1"))
-    x = F.max_pool2d(x, 3, 2, 1)
-    for block in sorted({".".join(k.split(".")[:2]) for k in state if k.startswith("layer")}, key=natural):
-        first = block.endswith(".0") and not block.startswith("layer1")
-        stride = 2 if first else 1
-        if f"{block}.conv3.weight" in state:
-            b = F.relu(norm(conv(x, f"{block}.conv1"), f"{block}.bn1"))
-            b = F.relu(norm(conv(b, f"{block}.conv2", stride=stride, padding=1), f"{block}.bn2"))
-            b = norm(conv(b, f"{block}.conv3"), f"{block}.bn3")
-        else:
-            b = F.relu(norm(conv(x, f"{block}.conv1", stride=stride, padding=1), f"{block}.bn1"))
-            b = norm(conv(b, f"{block}.conv2", padding=1), f"{block}.bn2")
-        b = recompute_gate(b, state[f"{block}.eca.conv.weight"])
-        if f"{block}.downsample.0.weight" in state:
-            x = norm(conv(x, f"{block}.downsample.0", stride=stride), f"{block}.downsample.1")
-        x = F.relu(b + x)
-    return F.linear(x.mean((2, 3)), state["fc.weight"], state["fc.bias"])
-
-
-def recompute_mobilenet(state, x, conv, norm):
-    strides = {2: 2, 4: 2, 7: 2, 14: 2}  # first block of the stages that halve the image
-    x = F.relu6(norm(conv(x, "features.0.0", stride=2, padding=1), "features.0.1"))
-    for n in range(1, 18):
-        at = f"features.{n}.conv"
-        y, depthwise = x, 0
-        if n > 1:
-            y, depthwise = F.relu6(norm(conv(y, f"{at}.0.0"), f"{at}.0.1")), 1
-        stride = strides.get(n, 1)
-        y = conv(y, f"{at}.{depthwise}.0", stride=stride, padding=1, groups=y.shape[1])
-        y = F.relu6(norm(y, f"{at}.{depthwise}.1"))
-        y = norm(conv(y, f"{at}.{depthwise + 1}"), f"{at}.{depthwise + 2}")
-        y = recompute_gate(y, state[f"{at}.{depthwise + 3}.conv.weight"])
-        x = x + y if stride == 1 and x.shape == y.shape else y
-    x = F.relu6(norm(conv(x, "features.18.0"), "features.18.1"))
-    return F.linear(x.mean((2, 3)), state["classifier.1.weight"], state["classifier.1.bias"])
-
-
-def natural(key):
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -1,7 +1,7 @@
 """Attach to other people's networks and check every promise: `make sweep`, or this file as a command.
 
-OMP_NUM_THREADS=1 python tests/surgery/attach_sweep.py                 # run all, write JSON and table
-OMP_NUM_THREADS=1 python tests/surgery/attach_sweep.py resnet50 dla34  # run these, print
+OMP_NUM_THREADS=1 python tests/attach_sweep.py                 # run all, write JSON and table
+OMP_NUM_THREADS=1 python tests/attach_sweep.py resnet50 dla34  # run these, print
 """
 
 import argparse
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import ecanet
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "attach-sweep.json"
 TABLE = ROOT / "docs" / "attach-sweep.md"
 
@@ -422,7 +422,7 @@ def main() -> int:
             f"a {torch.get_num_threads()}-thread {platform.machine()} CPU, torch {torch.__version__.split('+')[0]}"
         )
         results = {
-            "command": "OMP_NUM_THREADS=1 python tests/surgery/attach_sweep.py",
+            "command": "OMP_NUM_THREADS=1 python tests/attach_sweep.py",
             "machine": machine,
             "rows": rows,
         }
