@@ -100,11 +100,11 @@ def test_float64_is_the_reference(impl, last, pair):
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize(("cached", "whole"), [(1, 1), (2 * 17 * 99, 1), (2 * 17 * 99, 2**18)])
-def test_lean_in_groups_of_samples(cached, whole, last, monkeypatch):
+@pytest.mark.parametrize(("group", "large"), [(1, 1), (2 * 17 * 99, 1), (2 * 17 * 99, 2**18)])
+def test_lean_in_groups_of_samples(group, large, last, monkeypatch):
     """One sample after the other and two at a time, by a native operation each or by several for the group."""
-    monkeypatch.setattr(ops.lean, "CACHED", cached)
-    monkeypatch.setattr(ops.lean, "WHOLE", whole)
+    monkeypatch.setattr(ops.lean, "GROUP_ELEMENTS", group)
+    monkeypatch.setattr(ops.lean, "LARGE_SAMPLE_ELEMENTS", large)
     tensors, norm, gate = case((5, 17, 9, 11), last, torch.float64)
     tensors[0] += torch.arange(5)[:, None, None, None]  # samples with means of their own
     norm, gate = norm.double(), gate.double()

@@ -165,10 +165,10 @@ def test_the_first_use_under_whatever_a_forward_runs_in(gpu, ran, monkeypatch):
 
 
 def test_a_capture_is_not_disturbed(gpu, ran, monkeypatch):
-    monkeypatch.setattr(proof, "capturing", lambda device: True)
-    with pytest.warns(UserWarning, match="a CUDA graph is captured before they could be tried; run one step before"):
+    monkeypatch.setattr(proof, "is_capturing", lambda device: True)
+    with pytest.warns(UserWarning, match="a CUDA graph is captured before they could be checked; run one step"):
         tail()
-    monkeypatch.setattr(proof, "capturing", lambda device: False)
+    monkeypatch.setattr(proof, "is_capturing", lambda device: False)
     tail()
     assert ran == ["lean", "launch"]
 

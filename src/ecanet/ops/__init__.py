@@ -1,10 +1,12 @@
-"""The operations of channel attention: one specification, several implementations.
+"""The operations of channel attention.
+
+Every operation has one specification and several implementations with the same values and gradients.
 
 Read downward: `dispatch` (chooses the implementation), `proof` (checks the kernels on a device before networks use
-them), `triton` (the passes as kernels for a GPU), `lean` (the passes in PyTorch), `tail` (the algebra between the
-passes), `nodes` (the autograd functions around it), `passes` (what an implementation of the passes must offer),
+them), `triton` (the passes over memory as kernels for a GPU), `lean` (the passes in PyTorch), `tail` (the algebra
+between the passes), `nodes` (the autograd functions around the algebra), `passes` (the protocol of the passes),
 `reference` (the specification, in plain PyTorch), `tracing` (lets torch.fx record a function as one node), `calls`
-(must a module be called, or may its parts be used?).
+(whether a module must be called or its parts may be used).
 """
 
 from ecanet.ops import lean, proof, reference

@@ -1,14 +1,17 @@
-"""Operations with one meaning and several implementations; ``reference.py`` is the meaning.
+"""Choose the implementation of an operation.
 
-``impl="reference"`` is plain PyTorch, ``"lean"`` the same in fewer passes over memory (any device), ``"fused"`` the
-fewest, in Triton kernels (CUDA). ``"auto"`` is fused on a GPU where the kernels have shown that they are right, with a
-warning where they have not (`proof`); lean elsewhere; and the reference where neither applies: under export,
-forward-mode differentiation and `torch.func`, with a mask, and under `torch.compile`, which fuses the reference itself.
-For whole networks `prefer_impl` decides. An explicit choice is never replaced by another: it raises where it does not
-apply.
+- ``impl="reference"`` is plain PyTorch (`reference`, the specification).
+- ``impl="lean"`` takes fewer passes over memory in PyTorch operations, on any device.
+- ``impl="fused"`` takes the fewest, in Triton kernels on a CUDA device.
+- ``impl="auto"`` is fused on a GPU where the kernels have passed their proof (`proof`; a failed proof warns), and lean
+  elsewhere. It is the reference where neither applies: with a mask, under export, forward-mode differentiation and
+  `torch.func`, and under `torch.compile`, which fuses the reference itself.
+
+Networks use "auto"; `prefer_impl` changes its meaning for whole networks. An explicit choice is never replaced by
+another: it raises where it does not apply.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Literal, cast
 
@@ -28,19 +31,21 @@ __all__ = ["Activation", "Gate", "Impl", "prefer_impl", "residual_tail", "residu
 Impl = Literal["auto", "reference", "lean", "fused"]
 
 KNOWN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-"""Batch norms, exactly: a subclass may do more in its forward."""
+"""Batch norms of exactly these classes are supported: a subclass may do more in its forward."""
 
 _requests: list[tuple[object, Literal["lean", "fused"]]] = []
-"""What the open `prefer_impl` blocks ask for; the last one counts. Not by thread: checkpoints are computed again in
-autograd's."""
+"""The requests of the open `prefer_impl` blocks; the last one counts.
+
+They are shared by all threads, because checkpointed activations are recomputed in autograd's threads.
+"""
 
 
 @contextmanager
-def prefer_impl(impl: Literal["lean", "fused"]) -> Iterator[None]:
-    """Inside, ``impl="auto"``, which is what networks ask for, means ``impl`` wherever it applies.
+def prefer_impl(impl: Literal["lean", "fused"]) -> Generator[None, None, None]:
+    """Make ``impl="auto"``, which networks use, mean ``impl`` wherever it applies.
 
-    Without it that is "fused" on a GPU where `proof` passed, and "lean" elsewhere. With "fused" this library's ResNets
-    run every norm, activation, gate and addition in Triton kernels. To choose the lean passes on a GPU:
+    By default "auto" means "fused" on a GPU where `proof` passed, and "lean" elsewhere. With "fused" this library's
+    ResNets run every norm, activation, gate and addition in Triton kernels. To use the lean passes on a GPU:
 
     >>> import ecanet
     >>> from ecanet import ops
@@ -49,14 +54,15 @@ def prefer_impl(impl: Literal["lean", "fused"]) -> Iterator[None]:
     ...     tuple(model(torch.randn(2, 3, 32, 32)).shape)
     (2, 1000)
 
-    It holds for every thread, and must enclose the backward too where activations are computed again (checkpointing).
+    The choice holds for all threads. With activation checkpointing it must enclose the backward too, which recomputes
+    the activations.
 
     Raises:
         ConfigError: ``impl`` is neither.
     """
     if impl not in ("lean", "fused"):
         raise ConfigError(f"prefer_impl() takes 'lean' or 'fused', got {impl!r}")
-    request = object(), impl
+    request = object(), impl  # the object tells equal requests apart, since blocks may end in any order
     _requests.append(request)
     try:
         yield
@@ -65,36 +71,36 @@ def prefer_impl(impl: Literal["lean", "fused"]) -> Iterator[None]:
 
 
 def requested_impl() -> Literal["lean", "fused"] | None:
-    """What `prefer_impl` asks for now."""
+    """Return the implementation that the innermost open `prefer_impl` block requests, None outside of any."""
     return _requests[-1][1] if _requests else None
 
 
 def uses_kernels(x: Tensor) -> bool:
-    """Whether ``impl="auto"`` means "fused" for ``x``."""
+    """Return whether ``impl="auto"`` means "fused" for ``x``."""
     if torch.compiler.is_compiling() or is_jit_tracing():
         return False
     if _requests:
         return requested_impl() == "fused"
-    plain = type(x) in (Tensor, nn.Parameter)  # a subclass, fake tensors too, may want to see operations
+    plain = type(x) in (Tensor, nn.Parameter)  # subclasses (fake tensors too) may need to see PyTorch's operations
     return plain and x.dtype in proof.DTYPES and runs_on_gpu(x) and proof.is_proven(x.device, x.dtype)
 
 
 def runs_on_gpu(x: Tensor) -> bool:
-    """Whether ``x`` lies where the kernels are meant to run."""
+    """Return whether ``x`` is on a device for which the kernels are made."""
     return x.is_cuda
 
 
 def squeeze_scale(x: Tensor, gate: Gate, *, mask: Tensor | None = None, impl: Impl = "auto") -> Tensor:
-    """``x * gate(mean(x))`` over the spatial axes of ``x`` (N, C, ...); see `reference.squeeze_scale`.
+    """Return ``x * gate(mean(x))`` over the spatial axes of ``x`` (N, C, ...); see `reference.squeeze_scale`.
 
     Raises:
         ConfigError: ``impl`` is unknown or does not apply, ``x`` is not a float tensor of 2 to 5 axes, or ``mask``
-            does not fit it.
+            does not fit ``x``.
     """
     if is_traced(x):  # its rank and dtype are not known
         return reference.squeeze_scale(x, gate, mask)
     check_input(x, mask)
-    passes = choose(impl, x, "a mask needs it" if mask is not None else None)
+    passes = choose(impl, x, "a mask needs the reference" if mask is not None else None)
     if passes is None:
         return reference.squeeze_scale(x, gate, mask)
     return tail.squeeze_scale(make_dense(x), gate, passes)
@@ -110,13 +116,14 @@ def residual_tail(
     *,
     impl: Impl = "auto",
 ) -> Tensor:
-    """``act(b * gate(mean(b)) + shortcut)`` with ``b = norm(z)``; see `reference.residual_tail`.
+    """Return ``act(b * gate(mean(b)) + shortcut)`` with ``b = norm(z)``; see `reference.residual_tail`.
 
-    ``norm`` and ``shortcut_norm`` are batch norms (synchronised and frozen ones too), whose running statistics are
-    updated in training as their own forward does. Any other norm takes the reference.
+    ``z`` and ``shortcut`` are (N, C, ...), and so is the result. ``norm`` and ``shortcut_norm`` are batch norms,
+    synchronised and frozen ones included; in training their running statistics are updated as by their own forward.
+    Any other norm takes the reference.
 
     Raises:
-        ConfigError: ``impl`` is unknown or does not apply, or shapes do not fit.
+        ConfigError: ``impl`` or ``activation`` is unknown, ``impl`` does not apply, or shapes do not fit.
     """
     return residual_tail_pair(z, norm, gate, shortcut, shortcut_norm, activation, impl=impl, second_output=False)[0]
 
@@ -132,33 +139,35 @@ def residual_tail_pair(
     impl: Impl = "auto",
     second_output: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`residual_tail`'s output two times, for the next block's branch and for its shortcut.
+    """Return `residual_tail`'s output twice, as two outputs of one autograd node.
 
-    The two are one tensor with an edge to the backward each, so that their gradients are added inside its first pass
-    over memory. Each has only its own way's gradient: give them to nobody who might ask for the whole of it. Where the
-    reference runs, without a shortcut, or with ``second_output`` false, they are the same object.
+    One is for the next block's branch, one for its shortcut. Each output carries only one path's gradient, so do not
+    expose them to hooks. The two gradients are added inside the node's first pass over memory; for a single output
+    autograd adds them in three passes of its own. The outputs share their memory. Without a shortcut, with
+    ``second_output`` false and where the reference runs, they are the same object, which carries the whole gradient.
 
     Raises:
-        ConfigError: as `residual_tail`.
+        ConfigError: See `residual_tail`.
     """
     check_input(z, None)
     if shortcut is not None and shortcut.shape != z.shape:
-        raise ConfigError(f"the shortcut has shape {tuple(shortcut.shape)}, the branch {tuple(z.shape)}")
+        raise ConfigError(f"shortcut must have the branch's shape {tuple(z.shape)}, got {tuple(shortcut.shape)}")
     if activation not in ("relu", "relu6", None):
         raise ConfigError(f"unknown activation {activation!r}; choose 'relu', 'relu6' or None")
-    obstacle = _obstacle(norm) or (None if shortcut_norm is None else _obstacle(shortcut_norm))
+    obstacle = _find_norm_obstacle(norm) or (None if shortcut_norm is None else _find_norm_obstacle(shortcut_norm))
     if shortcut is not None and shortcut.dtype != z.dtype:
-        obstacle = f"a {z.dtype} branch and a {shortcut.dtype} shortcut need it"
+        obstacle = f"a {z.dtype} branch with a {shortcut.dtype} shortcut needs the reference"
     passes = choose(impl, z, obstacle)
     if passes is not None:
         z = make_dense(z)
         shortcut = None if shortcut is None else make_dense(shortcut, z)
     if impl == "auto" and passes is lean:
-        # measured: without a gate PyTorch's own batch norm needs no help, and with frozen statistics only the gate does
+        # By measurement: without a gate PyTorch's own batch norm is as fast. With frozen statistics the norm is as fast
+        # too, and only gate and addition gain.
         if gate is None:
             passes = None
         elif not tail.uses_batch_statistics(norm) and z.dtype == reference.accumulation_dtype(z.dtype):
-            y = lean.evaluated_tail(z, norm, gate, shortcut, shortcut_norm, activation)
+            y = lean.compute_frozen_tail(z, norm, gate, shortcut, shortcut_norm, activation)
             return y, y
     if passes is None:
         y = reference.residual_tail(z, norm, gate, shortcut, shortcut_norm, activation)
@@ -167,10 +176,12 @@ def residual_tail_pair(
 
 
 def choose(impl: Impl, x: Tensor, obstacle: str | None = None) -> Passes | None:
-    """The passes that ``impl`` means for ``x``, None for the reference; ``obstacle`` says why only that would do.
+    """Return the passes that ``impl`` means for ``x``, None for the reference.
+
+    ``obstacle`` is a reason why only the reference applies, if the caller knows one.
 
     Raises:
-        ConfigError: ``impl`` is unknown, or does not apply.
+        ConfigError: ``impl`` is unknown or does not apply.
     """
     if impl not in ("auto", "reference", "lean", "fused"):
         raise ConfigError(f"unknown impl {impl!r}; choose 'auto', 'reference', 'lean' or 'fused'")
@@ -203,43 +214,56 @@ def list_implementations() -> tuple[Passes, ...]:
 def expand(
     h: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor | None, shortcut: Tensor | None, activation: Activation
 ) -> Tensor:
-    """Run a last 1x1 convolution with gate, addition and activation in one Triton kernel: see `triton.expansion`."""
+    """Run a block's last 1x1 convolution with gate, addition and activation in one Triton kernel.
+
+    See `triton.expansion.expand` for the equation, shapes and errors.
+    """
     from ecanet.ops.triton import expansion  # Triton is optional and slow to import
 
     return expansion.expand(h, weight, bias, g, shortcut, activation)
 
 
 def find_mode_obstacle(x: Tensor) -> str | None:
-    """What rules out our own backward passes here, if anything does."""
+    """Return why the current mode (export, tracing, transforms) rules out our own backward passes; None if it does not.
+
+    ``x`` is an input; today the modes are global.
+    """
     if torch.compiler.is_exporting():
         return "an exported graph consists of PyTorch's operations"
     if torch.compiler.is_compiling():
         return None
     if is_jit_tracing():
         return "a traced graph consists of PyTorch's operations"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms need operations they know"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation needs operations that know it"
+    if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage]
+        return "torch.func transforms support PyTorch's operations only"
+    if forward_ad._current_level >= 0:  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
+        return "forward-mode differentiation supports PyTorch's operations only"
     return None
 
 
-def _obstacle(norm: nn.Module) -> str | None:
-    """Why the norm must be called as a module, if it must: it is no batch norm, or something listens to it."""
+def _find_norm_obstacle(norm: nn.Module) -> str | None:
+    """Return why ``norm`` must be called as a module: it is not a batch norm, has hooks or another forward."""
     if type(norm) not in KNOWN_NORMS and not is_frozen_norm(norm):
-        return f"{type(norm).__name__} is not a batch norm it knows"
+        return f"{type(norm).__name__} is not a supported batch norm"
     if must_be_called(norm) or not has_original_forward(norm):
         return "the norm has hooks or another forward"
     return None
 
 
 def is_frozen_norm(norm: nn.Module) -> bool:
-    """Whether ``norm`` is torchvision's frozen batch norm, which need not be installed. Others have its name, too."""
+    """Return whether ``norm`` is torchvision's frozen batch norm.
+
+    The class is recognised by its name and module, because torchvision's detection code need not be imported, and
+    other libraries have a class of the same name.
+    """
     return type(norm).__name__ == "FrozenBatchNorm2d" and type(norm).__module__ == "torchvision.ops.misc"
 
 
 def make_dense(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """``x`` contiguous or channels-last (as ``like`` is, where given); itself if it is already."""
+    """Return ``x`` contiguous or channels-last, a copy only if it is neither.
+
+    With ``like``, the result has the layout of ``like``, which is one of the two.
+    """
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if like is not None:
         last = x.dim() in formats and not like.is_contiguous()
@@ -250,7 +274,12 @@ def make_dense(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def check_input(x: Tensor, mask: Tensor | None) -> None:
-    """Raise ConfigError unless ``x`` is (N, C[, L | H, W | D, H, W]) and ``mask`` is its boolean (N[, ...])."""
+    """Check an input ``x`` (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) and its mask.
+
+    Raises:
+        ConfigError: ``x`` has another rank or is not floating-point, or ``mask`` is not boolean or has another shape
+            than ``x`` without its channel axis.
+    """
     if not 2 <= x.dim() <= 5:
         raise ConfigError(f"expected (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), got shape {tuple(x.shape)}")
     if not x.is_floating_point():

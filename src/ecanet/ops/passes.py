@@ -1,6 +1,7 @@
-"""What a residual tail asks of whoever reads and writes whole tensors: `lean` in PyTorch, `fused` in Triton.
+"""The passes over memory of a residual tail, as a protocol: `lean` implements it in PyTorch, `triton.launch` in Triton.
 
-Planes are (n, c) pairs; P is the number of positions in a plane; what belongs to planes is (N, C), to channels (C,).
+A plane is one channel of one sample, and P is the number of positions in it. Numbers for each plane have shape (N, C),
+numbers for each channel (C,).
 """
 
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from ecanet.ops.reference import Activation
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """``y = act(a (z - mu) + b + s)``, s the shortcut or, with a norm, ``shortcut_a (shortcut - shortcut_mu)``.
+    """The elementwise part of a tail: ``y = act(a (z - mu) + b + s)``.
 
-    ``a``, ``b``, ``shortcut_a`` are (N, C), ``mu``, ``shortcut_mu`` (C,); None stands for 0 (``shortcut_a``: for 1).
+    ``s`` is the shortcut or, if it has a norm, ``shortcut_a (shortcut - shortcut_mu)``. ``a``, ``b`` and ``shortcut_a``
+    have shape (N, C), ``mu`` and ``shortcut_mu`` (C,). None means 0, and 1 for ``shortcut_a``.
     """
 
     a: Tensor
@@ -30,33 +32,37 @@ class Passes(Protocol):
     """One method for each pass over memory."""
 
     recomputes_sign: bool
-    """Whether, without a shortcut, the activation's sign is computed again from z instead of kept."""
+    """Whether the backward of a tail without a shortcut recomputes the activation's sign from z; else it is saved."""
 
     def moments(self, z: Tensor, order: int) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of each plane; ``order`` 1 leaves the variance 0, order 0 both.
+        """Return mean and biased variance of each plane. With ``order`` 1 the variance is 0, with 0 both are.
 
-        Only the mean over the samples of ``variance + mean^2`` is used: it alone must be right.
+        The variances of single planes may be wrong as long as the mean of ``variance + mean^2`` over the samples is
+        right, because nothing else is computed from them.
         """
         ...
 
     def apply(self, z: Tensor, shortcut: Tensor | None, form: Form) -> tuple[Tensor, Tensor | None]:
-        """``y``, and what `reduce` needs to know where the activation was flat (None: nothing)."""
+        """Return ``y``, and what `reduce` needs to find where the activation's slope is 0 (None if nothing)."""
         ...
 
     def reduce(
         self, dy: Tensor, second_dy: Tensor | None, kept: Tensor | None, z: Tensor, shortcut: Tensor | None, form: Form
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """``sum t (z - mu)``, ``sum t``, ``sum t (shortcut - shortcut_mu)`` over each plane, and t.
+        """Return ``sum t (z - mu)``, ``sum t``, ``sum t (shortcut - shortcut_mu)`` over each plane, and ``t``.
 
-        ``t`` is the gradient before the activation; ``dy`` itself stands for it where the sign is computed again.
-        The gradient after it is ``dy``, or ``dy + second_dy`` where the output went two ways.
+        ``t`` is the gradient before the activation. The gradient after it is ``dy``, or ``dy + second_dy`` if the tail
+        has a second output. Where the sign is recomputed the returned ``t`` is ``dy``, and `grads` applies the sign.
         """
         ...
 
     def grads(self, t: Tensor, z: Tensor, form: Form, m: Tensor, dm: Tensor | None, dv: Tensor | None) -> Tensor:
-        """``dz = a t + dm / P + 2 (z - m) dv / P``; with ``form.activation`` ``t`` is dy, the sign computed again."""
+        """Return ``dz = a t + dm / P + 2 (z - m) dv / P``.
+
+        With ``form.activation`` ``t`` is the gradient after the activation, whose sign is recomputed from z.
+        """
         ...
 
-    def active(self, kept: Tensor, z: Tensor, form: Form) -> Tensor:
-        """Boolean, of ``z``'s shape: where the activation passed the gradient on."""
+    def find_active(self, kept: Tensor, z: Tensor, form: Form) -> Tensor:
+        """Return a boolean tensor of ``z``'s shape: True where the activation passes the gradient on."""
         ...

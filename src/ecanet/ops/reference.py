@@ -1,4 +1,4 @@
-"""The specification: what every faster path must equal, in plain PyTorch.
+"""The specification in plain PyTorch: every faster implementation must give the same values and gradients.
 
 Sums run in float32 or wider, autocast is off, and the output has the input's dtype and memory format.
 """
@@ -13,32 +13,39 @@ from torch import Tensor, nn
 from ecanet.ops.tracing import is_traced, record_as_one_node
 
 Gate = Callable[[Tensor], Tensor]
-"""Maps channel means (N, C) to channel weights (N, C)."""
+"""A function from channel means (N, C) to channel weights (N, C)."""
 
 Activation = Literal["relu", "relu6"] | None
-"""What ends a residual block; None is the identity."""
+"""The activation at the end of a residual block; None is the identity."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums of ``dtype`` values run: float32, or float64 for float64."""
+    """Return the dtype for sums of ``dtype`` values: float64 for float64, float32 for all others.
+
+    >>> accumulation_dtype(torch.bfloat16)
+    torch.float32
+    """
     return torch.promote_types(dtype, torch.float32)
 
 
 def disable_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """A context in which autocast leaves ``x``'s device alone (none when it is off: exports stay free of it)."""
+    """Return a context in which autocast is off on ``x``'s device.
+
+    Where autocast is off already the context does nothing, so that exported graphs contain no trace of it.
+    """
     if is_traced(x):
         return nullcontext()
     kind = x.device.type
-    enabled = kind != "meta" and torch.is_autocast_enabled(kind)  # asked about "meta", torch raises
+    enabled = kind != "meta" and torch.is_autocast_enabled(kind)  # PyTorch raises if the device is "meta"
     return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
 @record_as_one_node
 def squeeze(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over the spatial axes: (N, C, ...) -> (N, C), float32 or wider.
+    """Return the mean over the spatial axes: (N, C, ...) -> (N, C), in float32 or wider.
 
-    With ``mask``, boolean and of shape (N, ...) like ``x`` without its channel axis, only True positions count;
-    what stands at the others (padding, even NaN) has no influence. A sample without a True position gives 0.
+    ``mask`` is boolean and has ``x``'s shape without the channel axis. Only positions where it is True count: values at
+    the others (padding, even NaN) have no influence. A sample without a True position gives 0.
     """
     axes = tuple(range(2, x.dim()))
     wide = accumulation_dtype(x.dtype)
@@ -51,13 +58,13 @@ def squeeze(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 @record_as_one_node
 def scale(x: Tensor, g: Tensor) -> Tensor:
-    """Multiply each channel of ``x`` (N, C, ...) by its weight in ``g`` (N, C); dtype and layout are ``x``'s."""
-    g = g[(..., *(None,) * (x.dim() - 2))]  # N C 1 ...; no shape is asked for, so exports have none
+    """Multiply each channel of ``x`` (N, C, ...) by its weight in ``g`` (N, C); keep ``x``'s dtype and layout."""
+    g = g[(..., *(None,) * (x.dim() - 2))]  # N C 1 ...; unlike reshape, this puts no shape into an exported graph
     return (x.to(g.dtype) * g).to(x.dtype)
 
 
 def squeeze_scale(x: Tensor, gate: Gate, mask: Tensor | None = None) -> Tensor:
-    """``y = x * gate(mean(x))``: the three steps of channel attention on ``x`` (N, C, ...)."""
+    """Return ``x * gate(mean(x))``, the three steps of channel attention on ``x`` (N, C, ...)."""
     with disable_autocast(x):
         return scale(x, gate(squeeze(x, mask)))
 
@@ -70,10 +77,10 @@ def residual_tail(
     shortcut_norm: nn.Module | None = None,
     activation: Activation = "relu",
 ) -> Tensor:
-    """``act(b * gate(mean(b)) + shortcut)`` with ``b = norm(z)``: what follows a block's last convolution.
+    """Return ``act(b * gate(mean(b)) + shortcut)`` with ``b = norm(z)``: what follows a block's last convolution.
 
-    Without ``gate`` the factor, without ``shortcut`` the addend is left out; ``shortcut_norm`` is the norm of the
-    shortcut's own convolution. In training the norms update their running statistics, once.
+    Without ``gate`` nothing is multiplied, without ``shortcut`` nothing is added. ``shortcut_norm`` is the norm of the
+    shortcut's own convolution. In training the norms update their running statistics once.
     """
     y = norm(z)
     if gate is not None:
@@ -82,7 +89,7 @@ def residual_tail(
         y = y + (shortcut if shortcut_norm is None else shortcut_norm(shortcut))
     match activation:
         case "relu":
-            return y.relu() if y is z else y.relu_()
+            return y.relu() if y is z else y.relu_()  # y is z where norm is the identity: the input must not change
         case "relu6":
             return y.clamp(0, 6)
         case _:

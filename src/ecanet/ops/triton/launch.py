@@ -66,7 +66,7 @@ def grads(t: Tensor, z: Tensor, form: Form, m: Tensor, dm: Tensor | None, dv: Te
     return _launcher(_grads)(t, z, form.a, form.b, form.mu, m, dm, dv, form.activation)
 
 
-def active(kept: Tensor, z: Tensor, form: Form) -> Tensor:
+def find_active(kept: Tensor, z: Tensor, form: Form) -> Tensor:
     """The kept bits as booleans of ``z``'s shape."""
     grid = _Grid(z)
     eight = (kept[..., None] >> torch.arange(8, device=kept.device)) & 1
