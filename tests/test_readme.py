@@ -1,4 +1,4 @@
-"""What the README says runs as it stands, and the two languages show the same code and figures."""
+"""The README's snippets run and its figures are right; both languages show the same code, figures and map."""
 
 import re
 from pathlib import Path
@@ -9,22 +9,31 @@ import torchvision
 
 from published_networks import authors_file, randomize
 
+import ecanet
+
 ROOT = Path(__file__).resolve().parents[1]
 README, CHINESE = (ROOT / name for name in ("README.md", "README.zh-CN.md"))
+BOTH = pytest.mark.parametrize("path", [README, CHINESE], ids=lambda path: path.name)
 
 
 def snippets(path):
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("path", [README, CHINESE], ids=lambda p: p.name)
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@BOTH
 def test_the_first_snippet_attaches_losslessly(path):
     names = {}
     exec(snippets(path)[0], names)
     gates = [m for m in names["model"].modules() if isinstance(m, names["ecanet"].ECA)]
-    assert (len(gates), sum(p.numel() for gate in gates for p in gate.parameters())) == (16, 86)
+    assert (len(gates), sum(count(gate) for gate in gates)) == (16, 86)
     with torch.no_grad():
-        gates[-1].conv.weight.fill_(1)  # and the assertion in it can fail
+        gates[-1].conv.weight.fill_(
+            1
+        )  # the snippet's own assertion can fail: a gate that is not neutral changes outputs
     assert not torch.equal(names["model"](names["x"]), names["before"])
 
 
@@ -40,14 +49,31 @@ def test_the_second_snippet_runs(tmp_path, monkeypatch):
     assert names["gate"].kernel_size == 5
     assert names["y"].shape == (8, 256, 14, 14)
     assert names["report"].complete
+    assert count(names["released"]) == 25_557_032 + 80
 
 
-def test_both_languages_show_the_same():
+def test_the_parameter_counts_are_the_networks():
+    total, *added = re.findall(r"([\d,]+) \+ (\d+) parameters.*?\+ (\d+) parameters", README.read_text(), re.DOTALL)[0]
+    total = int(total.replace(",", ""))
+    sizes = ("adaptive", "official")
+    assert [count(ecanet.create_model("resnet50", kernel_sizes=s)) - total for s in sizes] == [int(n) for n in added]
+    # the Chinese README says the same in a sentence
+    assert all(f"{number} " in CHINESE.read_text() for number in added)
+
+
+def test_both_languages_show_the_same_code_and_figures():
     figures = r"\| (?:0|27|8,064) \|.*"
     assert snippets(README)[0].count("\n") == snippets(CHINESE)[0].count("\n")
     assert re.findall(figures, README.read_text().replace("**", "")) == re.findall(
         figures, CHINESE.read_text().replace("**", "")
     )
+
+
+def test_both_languages_have_the_same_map_of_the_rooms():
+    maps = [re.findall(r"\]\((src/ecanet/[^)]+)\)", path.read_text()) for path in (README, CHINESE)]
+    assert maps[0] == maps[1]
+    rooms = {path.name for path in (ROOT / "src" / "ecanet").iterdir() if (path / "__init__.py").is_file()}
+    assert rooms == {room for target in maps[0] if (room := target.split("/")[2]).isidentifier()}
 
 
 @pytest.mark.parametrize("path", [README, CHINESE, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
@@ -57,11 +83,12 @@ def test_links_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
-def test_the_commands_exist():
+@BOTH
+def test_the_commands_exist(path):
     typer = pytest.importorskip("typer")
     from ecanet.cli import app
 
     known = typer.main.get_command(app).commands
-    named = set(re.findall(r"^    ecanet (\S+)", README.read_text(), re.MULTILINE))
-    assert len(named) > 3
+    named = set(re.findall(r"^    ecanet (\S+)", path.read_text(), re.MULTILINE))
     assert named <= set(known)
+    assert set(known) <= named, "the README shows every command"

@@ -19,8 +19,8 @@ from ecanet.cli.options import (
     ModelName,
     Settings,
     check_folder,
+    collect_changes,
     console,
-    given,
     model_config,
     parse_settings,
     print_json,
@@ -112,7 +112,7 @@ def ablate(
     from ecanet.studies import ablate
 
     check_folder(out)
-    changes = given({"model.name": model, "epochs": epochs, "data.root": data_dir}, settings)
+    changes = collect_changes({"model.name": model, "epochs": epochs, "data.root": data_dir}, settings)
     result = ablate.run(
         with_settings(recipes.find(recipe), changes),
         folder=out,

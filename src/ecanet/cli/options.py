@@ -51,7 +51,7 @@ def model_config(name: str | None, attention: str | None, kernel_sizes: str | No
     return config
 
 
-def given(options: Mapping[str, object], settings: Sequence[str] | None) -> dict[str, object]:
+def collect_changes(options: Mapping[str, object], settings: Sequence[str] | None) -> dict[str, object]:
     """Return the options that are not None, and the ``--set`` pairs, which win."""
     return {key: value for key, value in options.items() if value is not None} | parse_settings(settings or ())
 

@@ -21,8 +21,8 @@ from ecanet.cli.options import (
     OnCorrupt,
     Settings,
     check_on_corrupt,
+    collect_changes,
     console,
-    given,
     model_config,
     print_json,
     report_unreadable,
@@ -51,7 +51,7 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Train a network: `ecanet train quickstart`."""
-    changes = given(
+    changes = collect_changes(
         {
             "model.name": model,
             "model.attention": attention,
