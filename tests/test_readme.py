@@ -7,9 +7,8 @@ import pytest
 import torch
 import torchvision
 
-from published_networks import authors_file, randomize
-
 import ecanet
+from published_networks import authors_file, randomize
 
 ROOT = Path(__file__).resolve().parents[1]
 README, CHINESE = (ROOT / name for name in ("README.md", "README.zh-CN.md"))
