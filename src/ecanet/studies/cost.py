@@ -92,7 +92,7 @@ def count(model: nn.Module, size: Sequence[int] = (3, 224, 224)) -> Cost:
     >>> from ecanet import create_model
     >>> cost = count(create_model("resnet50"))
     >>> cost.parameters, cost.attention_parameters, round(cost.macs / 1e9, 2)
-    (25557112, 80, 4.09)
+    (25557118, 86, 4.09)
     >>> round(cost.parameters / 2**20, 2), round(cost.operations / 2**30, 2)
     (24.37, 3.86)
 
