@@ -208,7 +208,7 @@ def test_accuracy_of_a_real_checkpoint(tmp_path):
                 Image.new("RGB", (240, 230), (80 * i, 10, 200)).save(folder / f"{i}.png")
     weights = tmp_path / "weights"
     weights.mkdir()
-    model = ecanet.create_model("resnet50", num_classes=2)
+    model = ecanet.create_model("resnet50", kernel_sizes="official", num_classes=2)
     torch.save(model.state_dict(), weights / "resnet50-eca.pth")
     measured = tables.run("3", measure=["accuracy"], data=tmp_path / "data", weights=weights)[0]
     top1 = float(measured.cells[7]["Top-1"].here)
