@@ -56,6 +56,7 @@ def test_scenes_lists_finished_runs_without_training(monkeypatch, tmp_path):
     script = load("scenes")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "RESULT", tmp_path / "scenes.json")
+    monkeypatch.setattr(script.training, "run", lambda *args, **options: pytest.fail("it trained"))
     monkeypatch.setattr(sys, "argv", ["scenes.py", "--missing", "skip"])
     script.main()
     result = json.loads((tmp_path / "scenes.json").read_text())
