@@ -1,11 +1,13 @@
-"""Annotated images: what a folder in COCO's layout says, and what is said of a broken one."""
+"""Annotated images in COCO's layout: targets, batches, and the messages for broken files."""
 
 import json
 import math
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -33,7 +35,7 @@ def annotation(number=1, image=1, category=7, box=(2.0, 3.0, 5.0, 6.0), segmenta
 
 
 def folder(path, annotations, images=((1, 20, 12), (2, 10, 30))):
-    """A COCO folder with pictures (id, width, height) whose two halves are alike."""
+    """A COCO folder with pictures (id, width, height); both splits are the same."""
     content = {
         "images": [{"id": i, "file_name": f"{i}.png", "width": width, "height": height} for i, width, height in images],
         "categories": [{"id": 7, "name": "cup"}, {"id": 3, "name": "cat"}],
@@ -53,7 +55,7 @@ def read(path, **options):
     return read_annotations(path / "annotations" / "instances_val2017.json", path / "val2017", **options)
 
 
-def test_a_target_is_what_the_file_says(tmp_path):
+def test_a_target_holds_the_annotations_of_the_file(tmp_path):
     crowd = annotation(3, box=(0, 0, 20, 12), iscrowd=1, segmentation={"size": [12, 20], "counts": [0, 240]})
     found = read(folder(tmp_path, [annotation(), annotation(2, category=3, box=(0, 0, 4, 4)), crowd]))
     assert found.class_names == ("cat", "cup")
@@ -66,7 +68,7 @@ def test_a_target_is_what_the_file_says(tmp_path):
     expected = torch.zeros(12, 20, dtype=torch.uint8)
     expected[3:9, 2:7] = 1
     assert torch.equal(target["masks"][0], expected)
-    # evaluation knows the crowd
+    # the evaluation has the crowd
     assert [a["iscrowd"] for a in found.to_coco().dataset["annotations"]] == [0, 0, 1]
 
 
@@ -77,19 +79,19 @@ def test_an_image_without_objects_has_an_empty_target(tmp_path):
     assert target["masks"].shape == (0, 30, 10)
 
 
-def test_flips_take_boxes_and_masks_along(tmp_path):
+def test_a_flip_moves_boxes_and_masks(tmp_path):
     data = DetectionDataset(read(folder(tmp_path, [annotation()])))
     image, target = data[0, False]
-    mirrored, moved = data[0, True]
-    assert torch.equal(mirrored, image.flip(-1))
+    flipped, moved = data[0, True]
+    assert torch.equal(flipped, image.flip(-1))
     # 20 wide: the box from 2 to 7 is now from 13 to 18
     assert moved["boxes"].tolist() == [[13, 3, 18, 9]]
     rows, columns = moved["masks"][0].nonzero().unbind(1)
     assert [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] == [13, 3, 18, 9]
-    assert torch.equal(flip_sample(mirrored, moved)[1]["boxes"], target["boxes"])
+    assert torch.equal(flip_sample(flipped, moved)[1]["boxes"], target["boxes"])
 
 
-def test_targets_are_clipped_and_the_evaluation_has_the_files_boxes(tmp_path):
+def test_targets_are_clipped_and_the_evaluation_keeps_the_original_boxes(tmp_path):
     hanging, outside = annotation(2, box=(15, -4, 10, 8)), annotation(3, box=(30, 2, 5, 5))
     path = folder(tmp_path, [annotation(), hanging, outside, annotation(4, box=(19.5, 2, 5, 5))])
     found = read(path)
@@ -126,7 +128,7 @@ def test_a_broken_annotation_is_named_in_one_line(tmp_path, complaint):
     with pytest.raises(DataError, match=rf"annotation 9 of image \S+: .*{complaint}.*data.on_corrupt=skip") as error:
         read(path)
     assert "\n" not in str(error.value)
-    # and without it the rest is as it was
+    # without it the rest stays
     found = read(path, skip=True)
     assert len(found.problems) == 1
     assert [len(p.objects) for p in found.pictures] == [1, 0]
@@ -139,7 +141,7 @@ def test_a_missing_image_is_named_or_skipped(tmp_path):
         read(path)
     found = read(path, skip=True)
     assert [p.id for p in found.pictures] == [1]
-    # one line for the image, none for what was on it
+    # one line for the image, and none for its annotations
     assert len(found.problems) == 1
 
 
@@ -160,7 +162,7 @@ IMAGE = {"id": 1, "file_name": "1.png", "width": 20, "height": 12}
         (json.dumps({"images": [IMAGE], "categories": [{"id": "a", "name": "b"}]}), "an id that is not an integer"),
     ],
 )
-def test_a_file_of_another_kind_is_said_to_be(tmp_path, content, complaint):
+def test_a_file_in_another_format_is_refused(tmp_path, content, complaint):
     path = folder(tmp_path, [])
     (path / "annotations" / "instances_val2017.json").write_text(content)
     with pytest.raises(DataError, match=complaint):
@@ -184,7 +186,7 @@ def test_compressed_run_lengths_are_read_as_pycocotools_writes_them():
         assert np.array_equal(decode_mask({"size": list(mask.shape), "counts": text}, *mask.shape), mask)
 
 
-def test_batches_are_of_one_shape_and_repeat_by_epoch(tmp_path):
+def test_batches_have_one_orientation_and_depend_on_the_epoch(tmp_path):
     shapes = [(i, 20 if i % 2 else 10, 15) for i in range(1, 17)]
     wide = [width > height for _, width, height in shapes]
 
@@ -196,11 +198,11 @@ def test_batches_are_of_one_shape_and_repeat_by_epoch(tmp_path):
     assert epoch(0) == epoch(0)
     assert epoch(0) != epoch(1)
     for batch in epoch(0):
-        assert len({wide[place] for place, _ in batch}) == 1
-    places = [place for batch in epoch(5) for place, _ in batch]
-    assert sorted(places) == list(range(16))
-    assert {mirror for batch in epoch(0) for _, mirror in batch} == {True, False}
-    assert not any(mirror for batch in epoch(0, flip=False) for _, mirror in batch)
+        assert len({wide[index] for index, _ in batch}) == 1
+    indices = [index for batch in epoch(5) for index, _ in batch]
+    assert sorted(indices) == list(range(16))
+    assert {flip for batch in epoch(0) for _, flip in batch} == {True, False}
+    assert not any(flip for batch in epoch(0, flip=False) for _, flip in batch)
     # two processes share the batches of one
     assert sorted(epoch(0, 0, 2) + epoch(0, 1, 2)) == sorted(epoch(0))
 
@@ -208,9 +210,9 @@ def test_batches_are_of_one_shape_and_repeat_by_epoch(tmp_path):
 def test_a_coco_folder_becomes_batches(tmp_path, capsys):
     path = folder(tmp_path, [annotation(), BROKEN["unknown category 4"], annotation(5, box=(30, 2, 5, 5))])
     data = load_boxes(DataConfig(name=f"coco:{path}", batch_size=2, workers=0, on_corrupt="skip"))
-    said = capsys.readouterr().err.splitlines()
-    assert sum("skipped: annotation 9" in line for line in said) == 2
-    assert sum(line.startswith("not trained on: 1 boxes") for line in said) == 1
+    printed = capsys.readouterr().err.splitlines()
+    assert sum("skipped: annotation 9" in line for line in printed) == 2
+    assert sum(line.startswith("not trained on: 1 boxes") for line in printed) == 1
     assert len(data.train) == len(data.held_out) == 2
     images, targets, unreadable = next(iter(data.val_dataloader()))
     assert [tuple(image.shape) for image in images] == [(3, 12, 20), (3, 30, 10)]
@@ -218,7 +220,7 @@ def test_a_coco_folder_becomes_batches(tmp_path, capsys):
     assert unreadable == []
 
 
-def test_without_masks_segmentations_are_not_looked_at(tmp_path):
+def test_without_masks_segmentations_are_ignored(tmp_path):
     bare = annotation(3)
     del bare["segmentation"], bare["iscrowd"], bare["area"]
     path = folder(tmp_path, [annotation(segmentation=[]), annotation(2, segmentation=[[1.0]]), bare])
@@ -233,7 +235,7 @@ def test_without_masks_segmentations_are_not_looked_at(tmp_path):
         read(path)
 
 
-def test_a_file_of_which_nothing_can_be_used_is_refused(tmp_path):
+def test_a_file_without_usable_annotations_is_refused(tmp_path):
     path = folder(tmp_path, [annotation(), annotation(2)])
     file = path / "annotations" / "instances_val2017.json"
     content = json.loads(file.read_text())
@@ -244,7 +246,7 @@ def test_a_file_of_which_nothing_can_be_used_is_refused(tmp_path):
         read(path, skip=True)
 
 
-def test_sizes_written_as_fractions(tmp_path):
+def test_sizes_may_be_floats(tmp_path):
     path = folder(tmp_path, [annotation()])
     file = path / "annotations" / "instances_val2017.json"
     file.write_text(file.read_text().replace('"width": 20', '"width": 20.0'))
@@ -259,7 +261,7 @@ def test_images_too_thin_for_any_network_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(("orientation", "upright"), [(3, True), (6, True), (6, False)])
-def test_photographs_are_turned_as_their_camera_says(tmp_path, orientation, upright):
+def test_photographs_are_turned_by_their_exif_orientation(tmp_path, orientation, upright):
     path = folder(tmp_path, [annotation()], ((1, 20, 12),))
     turned = Image.new("RGB", (20, 12))
     turned.putpixel((4, 5), (255, 255, 255))  # inside the box
@@ -284,14 +286,56 @@ def test_photographs_are_turned_as_their_camera_says(tmp_path, orientation, upri
         ({"eval_crop": 0.5}, "data.eval_crop is for classification"),
     ],
 )
-def test_settings_that_mean_nothing_here_are_refused(tmp_path, settings, complaint):
+def test_settings_of_classification_are_refused(tmp_path, settings, complaint):
     with pytest.raises(ConfigError, match=complaint):
         load_boxes(DataConfig(name=f"coco:{folder(tmp_path, [annotation()])}", **settings))
 
 
-def test_sound_pixels_are_read_though_their_exif_is_broken(tmp_path):
+def test_images_with_broken_exif_are_read(tmp_path):
     path = folder(tmp_path, [annotation()], ((1, 20, 12),))
     picture = Image.open(path / "val2017" / "1.png")
     picture.save(path / "val2017" / "1.png", exif=b"Exif\x00\x00garbage!")
     image, _ = DetectionDataset(read(path))[0, False]
     assert image.shape == (3, 12, 20)
+
+
+class Recorder(L.LightningModule):
+    """A task that learns nothing and records the batches of each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.epochs: dict[int, list[tuple[int, list[list[float]]]]] = {}
+
+    def training_step(self, batch, batch_idx):
+        _, targets = batch
+        seen = self.epochs.setdefault(self.current_epoch, [])
+        seen += [(int(target["image_id"]), target["boxes"].tolist()) for target in targets]
+        return 0 * self.weight
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_resumed_run_with_workers_sees_the_batches_of_its_epochs(tmp_path):
+    shapes = [(i, 20 if i % 2 else 10, 15) for i in range(1, 13)]
+    objects = [annotation(i, image=i, box=(1, 2, 3, 4), segmentation=[]) for i, _, _ in shapes]
+    path = folder(tmp_path / "coco", objects, images=shapes)
+    config = DataConfig(name=f"coco:{path}", batch_size=2, workers=1, flip=True)
+
+    def train(epochs, checkpoint=None):
+        recorder = Recorder()
+        trainer = L.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path, num_sanity_val_steps=0, limit_val_batches=0,
+            callbacks=[ModelCheckpoint(tmp_path, filename=f"after-{epochs}")],
+        )  # fmt: skip
+        data = load_boxes(config, seed=3, masks=False)
+        trainer.fit(recorder, data, ckpt_path=checkpoint)
+        return recorder.epochs
+
+    whole = train(2)
+    assert sorted(number for number, _ in whole[0]) == list(range(1, 13))
+    assert whole[0] != whole[1]
+    assert train(1) == {0: whole[0]}
+    assert train(2, tmp_path / "after-1.ckpt") == {1: whole[1]}

@@ -1,4 +1,4 @@
-"""Images arrive whole, once, in the order that seed and epoch say; broken ones are named."""
+"""Classification data: order, augmentation, class folders, and the messages for broken files."""
 
 import gzip
 from pathlib import Path
@@ -29,7 +29,7 @@ def some_images(*shape: int, seed: int = 0) -> Tensor:
 
 
 def batches(module: Any, loader: Any) -> list[tuple[Tensor, Tensor]]:
-    """As the trainer sees them before they go to the device."""
+    """Return the batches as the trainer moves them to the device."""
     return [module.on_before_batch_transfer(batch, 0) for batch in loader]
 
 
@@ -53,7 +53,7 @@ def folder_config(folder: Path, **options: Any) -> DataConfig:
 # small sets
 
 
-def test_digits_are_split_once_and_for_all():
+def test_the_split_of_digits_is_fixed():
     from sklearn.datasets import load_digits
 
     module = data.build(DataConfig(name="digits"))
@@ -61,7 +61,7 @@ def test_digits_are_split_once_and_for_all():
     assert len(module.train) + len(module.held_out) == len(everything.target) == 1797
     held_out = [at for at in range(1797) if at % 5 == 0]
     assert module.held_out.labels.tolist() == [everything.target[at] for at in held_out]
-    # 17 grey levels, told apart after scaling to bytes
+    # the 17 grey levels stay distinct as bytes
     original = torch.tensor(everything.images[held_out[3]])
     assert torch.equal((module.held_out.images[3, 0].double() * 16 / 255).round(), original)
     normalized = module.spec.normalize(module.train.images)
@@ -69,19 +69,19 @@ def test_digits_are_split_once_and_for_all():
     assert (normalized.std() - 1).abs() < 0.02
 
 
-def test_pixels_undo_normalize():
+def test_denormalize_inverts_normalize():
     for small in SMALL_SETS.values():
         images = torch.arange(256, dtype=torch.uint8).expand(2, small.spec.channels, 3, 256)
         assert torch.equal(small.spec.denormalize(small.spec.normalize(images)), images)
 
 
-def test_names_of_classes_are_all_different():
+def test_class_names_are_unique():
     assert {name: len(set(s.spec.class_names)) for name, s in SMALL_SETS.items()} == {
         "digits": 10, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100
     }  # fmt: skip
 
 
-def test_another_image_size():
+def test_images_are_resized():
     module = data.build(DataConfig(name="digits", image_size=12))
     assert module.train.images.shape == (1437, 1, 12, 12)
     assert module.spec.size == 12
@@ -121,7 +121,7 @@ def test_fashion_mnist_from_a_folder(tmp_path, zipped, place):
     assert torch.equal(module.held_out.labels, content["t10k-labels-idx1-ubyte"].long())
 
 
-def test_fashion_mnist_nowhere_says_both_ways_to_get_it(tmp_path, monkeypatch):
+def test_missing_fashion_mnist_names_both_remedies(tmp_path, monkeypatch):
     import torchvision
 
     def offline(*_: Any, **__: Any) -> None:
@@ -139,7 +139,7 @@ def test_fashion_mnist_nowhere_says_both_ways_to_get_it(tmp_path, monkeypatch):
     assert "\n" not in message
 
 
-def test_a_data_folder_that_is_not_there(tmp_path):
+def test_a_missing_data_folder_is_refused(tmp_path):
     with pytest.raises(DataError, match="nowhere: no such folder"):
         data.build(DataConfig(name="fashion-mnist", root=str(tmp_path / "nowhere")))
 
@@ -155,7 +155,7 @@ def test_broken_idx_files(tmp_path):
         gzip.compress(idx(some_images(3, 3))[:-1]),
     ):
         images.write_bytes(broken)
-        with pytest.raises(DataError, match="train-images.*cannot be read.*get the file anew"):
+        with pytest.raises(DataError, match="train-images.*cannot be read.*download the file again"):
             read_idx(images)
     images.write_bytes(gzip.compress(idx(some_images(3, 28, 28))))
     with pytest.raises(DataError, match="3 train images but 9 labels"):
@@ -188,10 +188,10 @@ def test_shift_images_moves_each_image_on_its_own():
     for image, result in zip(images, moved, strict=True):
         wide = torch.zeros(2, 9, 10, dtype=torch.uint8)
         wide[:, 2:7, 2:8] = image
-        places = [(y, x) for y in range(5) for x in range(5) if torch.equal(wide[:, y : y + 5, x : x + 6], result)]
-        assert len(places) == 1
-        seen |= set(places)
-    # all 25 places come up: each is missed by 200 images with probability (24/25)**200 < 0.0003
+        shifts = [(y, x) for y in range(5) for x in range(5) if torch.equal(wide[:, y : y + 5, x : x + 6], result)]
+        assert len(shifts) == 1
+        seen |= set(shifts)
+    # all 25 shifts occur: 200 images miss one with probability (24/25)**200 < 0.0003
     assert len(seen) == 25
 
 
@@ -201,7 +201,7 @@ def test_flip_images_flips_half():
     result = flip_images(images)
     flipped = [torch.equal(a, b.flip(-1)) for a, b in zip(result, images, strict=True)]
     assert all(f or torch.equal(a, b) for f, a, b in zip(flipped, result, images, strict=True))
-    # mean 200, deviation 10
+    # mean 200, standard deviation 10
     assert 150 < sum(flipped) < 250
 
 
@@ -227,9 +227,9 @@ def test_each_augmentation_does_something(option):
     assert not torch.equal(module.spec.denormalize(module.on_after_batch_transfer((images, images), 0)[0]), images)
 
 
-def test_evaluation_takes_the_middle():
+def test_evaluation_crops_the_center():
     spec = DataSpec(class_names=("a",), channels=1, size=8, mean=(0.0,), std=(1.0,), crop=0.5)
-    # a ramp from left to right stays one under resizing; its middle half is left of 3/4 and right of 1/4
+    # resizing keeps a horizontal ramp; its central half lies between 1/4 and 3/4 of the range
     ramp = torch.arange(32, dtype=torch.uint8).expand(1, 32, 32) * 8
     result = build_eval_transform(spec)(ramp)
     assert result.shape == (1, 8, 8)
@@ -240,13 +240,13 @@ def test_evaluation_takes_the_middle():
 # order
 
 
-def placed(rank: int, world: int) -> SimpleNamespace:
+def fake_trainer(rank: int, world: int) -> SimpleNamespace:
     return SimpleNamespace(global_rank=rank, world_size=world, training=True)
 
 
 def order(epoch: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> list[int]:
     module = data.build(DataConfig(name="digits", batch_size=100), seed=seed)
-    module.trainer = placed(rank, world)
+    module.trainer = fake_trainer(rank, world)
     module.load_state_dict({"first_epoch": epoch})
     return list(module.train_dataloader().sampler)
 
@@ -258,25 +258,25 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert order(3) != order(3, seed=1)
 
 
-def test_neighbouring_seeds_have_orders_of_their_own():
+def test_neighbouring_seeds_have_different_orders():
     assert order(1, seed=0) != order(0, seed=1)
 
 
-def test_processes_draw_augmentations_of_their_own(photos):
-    def drawn(rank, epoch=0, seed=0):
+def test_processes_draw_different_augmentations(photos):
+    def worker_seed(rank, epoch=0, seed=0):
         module = data.build(folder_config(photos, batch_size=2), seed=seed)
-        module.trainer = placed(rank, 2)
+        module.trainer = fake_trainer(rank, 2)
         module.first_epoch = epoch
         return module.train_dataloader().generator.initial_seed()
 
-    seeds = [drawn(*at) for at in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    seeds = [worker_seed(*at) for at in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
     assert len(set(seeds)) == 4
-    assert drawn(0) == seeds[0]
+    assert worker_seed(0) == seeds[0]
 
 
 def test_more_processes_than_held_out_images_are_refused(photos):
     module = data.build(folder_config(photos))
-    module.trainer = placed(0, 5)
+    module.trainer = fake_trainer(0, 5)
     with pytest.raises(DataError, match="5 processes cannot share 4 held-out images"):
         module.val_dataloader()
 
@@ -288,7 +288,7 @@ def test_small_images_are_evaluated_whole():
 
 def test_processes_share_an_epoch():
     halves = [order(1, rank=rank, world=2) for rank in (0, 1)]
-    # an odd number of images: the sampler repeats one, so that the processes take as many steps
+    # of an odd number of images the sampler repeats one, so that the processes take equally many steps
     assert set(halves[0]) | set(halves[1]) == set(range(1437))
     assert len(halves[0]) == len(halves[1]) == 719
 
@@ -297,7 +297,7 @@ def test_processes_evaluate_each_image_once():
     module = data.build(DataConfig(name="digits", batch_size=50), train=False)
     labels = []
     for rank in range(3):
-        module.trainer = placed(rank, 3)
+        module.trainer = fake_trainer(rank, 3)
         labels.append(torch.cat([found for _, found in batches(module, module.val_dataloader())]))
     together = torch.full((360,), -1)
     for rank in range(3):
@@ -321,7 +321,7 @@ def test_a_folder_of_photographs(photos):
         assert len(labels) == 4
 
 
-def test_workers_read_the_same(photos):
+def test_workers_read_the_same_images(photos):
     [alone] = batches(m := data.build(folder_config(photos)), m.val_dataloader())
     [helped] = batches(m := data.build(folder_config(photos, workers=1)), m.val_dataloader())
     assert torch.equal(alone[0], helped[0])
@@ -334,7 +334,7 @@ def test_only_the_evaluation_part_is_needed_to_evaluate(photos):
         data.build(folder_config(photos))
 
 
-def test_folders_that_do_not_hold_what_they_should(photos):
+def test_incomplete_class_folders_are_refused(photos):
     with pytest.raises(DataError, match="nowhere: no such folder"):
         data.build(folder_config(photos / "nowhere"))
     (photos / "val" / "horse").mkdir()
@@ -375,7 +375,7 @@ def test_a_batch_with_nothing_readable_is_empty(photos):
     assert all(len(images) == len(labels) == 0 for images, labels in batches(module, module.val_dataloader()))
 
 
-def test_skipping_goes_on_past_a_batch_of_one_bad_image_and_stops_where_nothing_is_left(photos, tmp_path):
+def test_training_skips_an_unreadable_batch_and_stops_if_no_image_is_left(photos, tmp_path):
     from ecanet.recipes.config import ModelConfig, Recipe
     from ecanet.training.trainer import run
 
@@ -391,7 +391,7 @@ def test_skipping_goes_on_past_a_batch_of_one_bad_image_and_stops_where_nothing_
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_sixteen_bits_a_value_are_scaled_down(tmp_path, channels):
+def test_16_bit_values_are_scaled_to_8_bits(tmp_path, channels):
     from PIL import Image
 
     ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
@@ -413,7 +413,7 @@ def test_one_class_is_not_enough(photos):
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (1, "RGBA"), (3, "P"), (3, "L")])
-def test_any_kind_of_image_becomes_what_the_network_takes(tmp_path, channels, mode):
+def test_images_of_any_mode_are_converted(tmp_path, channels, mode):
     from PIL import Image
 
     Image.new("RGB", (7, 5), (204, 204, 204)).convert(mode).save(tmp_path / "x.png")

@@ -1,4 +1,4 @@
-"""Scenes are a true COCO folder, the same for the same seed, and their held-out digits are held out."""
+"""Scenes are a valid COCO folder, equal for equal seeds, and their held-out digits appear in no training scene."""
 
 import json
 
@@ -17,24 +17,24 @@ FEW = SceneConfig(train=6, held_out=60)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     return make_scenes(FEW, tmp_path_factory.mktemp("scenes"))
 
 
-def content(place, split="val2017"):
-    return json.loads((place / "annotations" / f"instances_{split}.json").read_text())
+def content(folder, split="val2017"):
+    return json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
 
 
-def test_the_folder_is_cocos_and_nothing_is_wrong_with_it(place):
+def test_scenes_are_a_valid_coco_folder(folder):
     for split, count in (("train2017", 6), ("val2017", 60)):
-        found = read_annotations(place / "annotations" / f"instances_{split}.json", place / split)
+        found = read_annotations(folder / "annotations" / f"instances_{split}.json", folder / split)
         assert len(found.pictures) == count
         assert found.count_clipped_away() == 0
         assert found.class_names == tuple("0123456789")
 
 
-def test_one_to_eight_objects_of_all_sizes(place):
-    annotations = content(place)["annotations"]
+def test_scenes_have_one_to_eight_objects_of_all_sizes(folder):
+    annotations = content(folder)["annotations"]
     per_image = np.bincount([a["image_id"] for a in annotations], minlength=61)[1:]
     assert per_image.min() >= 1
     assert per_image.max() <= 8
@@ -45,9 +45,9 @@ def test_one_to_eight_objects_of_all_sizes(place):
     assert (areas > 96**2).any()
 
 
-def test_boxes_hold_their_masks_tightly_and_masks_do_not_overlap(place):
+def test_boxes_enclose_their_masks_tightly_and_masks_do_not_overlap(folder):
     seen = {}
-    for a in content(place)["annotations"]:
+    for a in content(folder)["annotations"]:
         mask = decode_mask(a["segmentation"], 128, 128)
         rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
         x, y, width, height = a["bbox"]
@@ -58,7 +58,7 @@ def test_boxes_hold_their_masks_tightly_and_masks_do_not_overlap(place):
     assert all(count.max() == 1 for count in seen.values())
 
 
-def test_some_objects_are_hidden_in_part_and_none_too_much():
+def test_objects_are_hidden_partly_but_never_too_much():
     sprites, labels = _load_sprites(FEW, train=False)
     hidden = 0
     for n in range(40):
@@ -73,28 +73,28 @@ def test_some_objects_are_hidden_in_part_and_none_too_much():
     assert hidden >= 10
 
 
-def test_the_same_seed_makes_the_same_files(place, tmp_path):
+def test_the_same_seed_makes_the_same_files(folder, tmp_path):
     again = make_scenes(FEW, tmp_path)
     other = make_scenes(SceneConfig(train=6, held_out=60, seed=1), tmp_path)
-    assert content(again) == content(place)
-    assert content(other)["annotations"] != content(place)["annotations"]
-    first = [np.asarray(Image.open(p / "val2017" / "000000000001.png")) for p in (place, again, other)]
+    assert content(again) == content(folder)
+    assert content(other)["annotations"] != content(folder)["annotations"]
+    first = [np.asarray(Image.open(p / "val2017" / "000000000001.png")) for p in (folder, again, other)]
     assert np.array_equal(first[0], first[1])
     assert not np.array_equal(first[0], first[2])
     assert first[0].shape == (128, 128, 3)
 
 
-def test_made_once(place, monkeypatch):
+def test_existing_scenes_are_not_made_again(folder, monkeypatch):
     monkeypatch.setattr("ecanet.data.scenes._draw_scene", None)
-    assert make_scenes(FEW, place.parent) == place
+    assert make_scenes(FEW, folder.parent) == folder
 
 
-def test_scenes_of_another_edition_are_not_taken_for_these(place, monkeypatch):
+def test_scenes_of_another_edition_are_made_again(folder, monkeypatch):
     monkeypatch.setattr("ecanet.data.scenes.EDITION", 1)
-    assert make_scenes(SceneConfig(train=1, held_out=1), place.parent).name == "digits-128-1-1-8-0-1"
+    assert make_scenes(SceneConfig(train=1, held_out=1), folder.parent).name == "digits-128-1-1-8-0-1"
 
 
-def test_ink_is_legible_and_fills_where_it_must():
+def test_rendered_sprites_are_legible_and_fill_the_canvas():
     """Half of full darkness is the edge, and a quarter where an object fills the canvas."""
     sprite = np.zeros((8, 8), dtype=np.uint8)
     sprite[1:7, 2:5] = [[102, 255, 102]]
@@ -125,6 +125,6 @@ def test_held_out_scenes_show_held_out_sprites():
         ({"most": 0}, "most"),
     ],
 )
-def test_settings_that_make_no_scenes_are_refused(wrong, complaint):
+def test_invalid_settings_are_refused(wrong, complaint):
     with pytest.raises(ConfigError, match=complaint):
         SceneConfig(**wrong)

@@ -1,4 +1,4 @@
-"""The page shows what was found, and needs nothing but itself."""
+"""The report's page shows the results and needs no other file."""
 
 import re
 from html.parser import HTMLParser
@@ -42,11 +42,11 @@ def report(tmp_path):
     )
 
 
-def test_the_page_needs_nothing_else(report):
+def test_the_page_needs_no_other_file(report):
     page = report.to_html()
     sources = re.findall(r"""(?:src|href)=["']?([^"'\s>]+)""", page)
     assert sources
-    # data inside the page, and marks inside its own drawings
+    # images are part of the page, and drawings refer to their own marks
     assert all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
     assert not re.findall(r"<(?:script|link|iframe)\b|url\((?!#)|@import", page)
 
@@ -73,7 +73,7 @@ def test_the_page_is_well_formed_and_escapes_names(report):
     assert opened == []
 
 
-def test_the_page_says_the_figures(report):
+def test_the_page_shows_the_numbers(report):
     text = re.sub(r"<[^>]+>", " ", report.to_html())
     for shown in (
         "71.5",
@@ -103,7 +103,7 @@ def test_a_class_without_images_does_not_divide_by_zero():
     assert "<svg" in figures.plot_confusion([[0, 0], [1, 1]], ["a", "b"])
 
 
-def test_many_classes_are_cut_to_the_worst():
+def test_long_tables_list_only_the_worst_classes():
     n = 50
     matrix = [[10 - at % 10 if a == at else (at % 10 if a == (at + 1) % n else 0) for a in range(n)] for at in range(n)]
     table = figures.show_accuracy(matrix, [f"c{at}" for at in range(n)])
@@ -111,7 +111,7 @@ def test_many_classes_are_cut_to_the_worst():
     assert "20 better classes are left out" in table
 
 
-def test_png_is_the_image():
+def test_to_png_keeps_the_pixels():
     import io
 
     import numpy as np
@@ -123,7 +123,7 @@ def test_png_is_the_image():
         assert torch.equal(read if channels == 1 else read.permute(2, 0, 1), image.squeeze(0))
 
 
-def test_written_and_read_again(report):
+def test_a_report_is_read_as_it_was_written(report):
     page = report.write()
     assert page.read_text() == report.to_html()
     assert sorted(path.name for path in (report.folder / "examples").iterdir()) == ["00-cat.png", "01--dog-co.png"]
@@ -131,7 +131,7 @@ def test_written_and_read_again(report):
     assert again.to_dict() == report.to_dict()
 
 
-def test_reports_that_cannot_be_read(tmp_path):
+def test_unreadable_reports_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"no finished run here \(metrics.json is missing\)"):
         Report.read(tmp_path)
     for text in ("{", "[]", '{"recipe": {}}', '{"recipe": {"epoch": 3}}'):
@@ -140,7 +140,7 @@ def test_reports_that_cannot_be_read(tmp_path):
             Report.read(tmp_path)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     write_file(path, "old")
     monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError("disk full")))

@@ -19,7 +19,7 @@ def derive_seed(*numbers: int) -> int:
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """Another order of the images in each epoch; the processes share it.
+    """A random order of the images for each epoch, of which each process gets its share.
 
     ``generator`` is the random generator from which the loader seeds this process's workers in each epoch.
     """
@@ -39,8 +39,8 @@ class GroupedBatchSampler(Sampler[list[tuple[int, bool]]]):
     """Batches of (index, flip) pairs that group images by aspect ratio: wide ones together, and tall ones together.
 
     Images of one batch are padded to a common size, so a batch of both would waste computation on padding. ``wide``
-    says of each image whether it is wide, and ``flip`` whether half of the images are flipped. The processes share
-    the batches of an epoch.
+    has one value per image: whether it is wider than tall. With ``flip`` half of the images are flipped, chosen at
+    random. Each process gets its share of the same batches.
     """
 
     def __init__(self, wide: Sequence[bool], batch_size: int, *, flip: bool, seed: int, rank: int, world: int):

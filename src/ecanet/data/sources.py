@@ -140,7 +140,7 @@ def load_fashion_mnist(root: str | None, train: bool) -> Arrays:
         images = read_idx(_require_idx(folder, f"{part}-images-idx3-ubyte"))[:, None]
         labels = read_idx(_require_idx(folder, f"{part}-labels-idx1-ubyte")).long()
         if len(images) != len(labels):
-            raise DataError(f"{folder}: {len(images)} {part} images but {len(labels)} labels; get the files anew")
+            raise DataError(f"{folder}: {len(images)} {part} images but {len(labels)} labels; download the files again")
         return images, labels
     remedy = (
         "get it with Debian's package (`apt install dataset-fashion-mnist`), or online with torchvision "
@@ -178,7 +178,7 @@ def read_idx(path: Path) -> Tensor:
         shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes)]
         return torch.as_tensor(np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape).copy())
     except (OSError, EOFError, ValueError, IndexError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); get the file anew") from None
+        raise DataError(f"{path}: cannot be read ({error}); download the file again") from None
 
 
 def get_cache_folder(*parts: str) -> Path:
@@ -192,7 +192,7 @@ def _find_idx(folder: Path, name: str) -> Path | None:
 
 def _require_idx(folder: Path, name: str) -> Path:
     if (path := _find_idx(folder, name)) is None:
-        raise DataError(f"{folder}: {name} is missing; get the four files anew")
+        raise DataError(f"{folder}: {name} is missing; download the four files again")
     return path
 
 
