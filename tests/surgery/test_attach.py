@@ -1,9 +1,11 @@
 """Attach, detach, fold: bit for bit, at the papers' places, under the papers' keys."""
 
 import copy
+import random
 import warnings
 
 import attach_sweep as sweep
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -137,6 +139,41 @@ def test_channel_axis_is_found():
     assert torch.allclose(model(x), model[0](x) + y * 0.5, atol=1e-6)
 
 
+class ChannelsLastImages(nn.Module):
+    """A network that takes images (N, H, W, C), as TensorFlow does, and shuffles channels as ShuffleNet does."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalize = nn.Identity()
+        self.stem = nn.Conv2d(4, 8, 3, padding=1)
+        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        self.shuffle = Shuffle()
+
+    def forward(self, x):
+        x = self.stem(self.normalize(x).permute(0, 3, 1, 2))
+        return x + self.shuffle(self.branch(x))
+
+
+class Shuffle(nn.Module):
+    def forward(self, x):
+        n, c, *size = x.shape
+        return x.view(n, 2, c // 2, *size).transpose(1, 2).reshape(n, c, *size)
+
+
+def test_channels_are_axis_1_where_nothing_else_is_known():
+    x = torch.rand(2, 6, 10, 4)
+    model = ChannelsLastImages()
+    before = model(x)
+    ecanet.attach(model, example=x)
+    (site,) = ecanet.attached(model)
+    # A convolution puts channels on axis 1, whatever axis they had before; so does the end of the shuffle.
+    assert (site.after, site.channels) == ("shuffle", 8)
+    assert torch.equal(model(x), before)
+    # The channels of the model's own input are taken for axis 1.
+    first = ecanet.attach(nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 1)), where="0", example=torch.rand(2, 3, 6, 10))
+    assert ecanet.attached(first)[0].channels == 3
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
 @pytest.mark.parametrize("preserve", [True, False])
 @pytest.mark.parametrize("sizes", [{}, {"kernel_sizes": "official"}])
@@ -201,11 +238,11 @@ def test_load_checkpoint_makes_gates_absent_from_the_file_neutral(tmp_path):
     assert torch.equal(model.eval()(image()), plain(image()))
 
 
-def test_watching_leaves_no_trace():
+def test_the_run_on_an_example_leaves_no_trace():
     class Noisy(nn.Module):
         def forward(self, x):
             self.count += 1
-            return x + torch.rand(())
+            return x + torch.rand(()) + random.random() + numpy.random.rand()
 
         def __init__(self):
             super().__init__()
@@ -215,11 +252,16 @@ def test_watching_leaves_no_trace():
     model[0].layer2.eval()
     flags = [(m, m.training) for m in model.modules()]
     buffers = {k: b.clone() for k, b in model.named_buffers()}
-    torch.manual_seed(3)
-    expected = torch.rand(3)
-    torch.manual_seed(3)
+
+    def seed():
+        for function in (torch.manual_seed, random.seed, numpy.random.seed):
+            function(3)
+
+    seed()
+    expected = torch.rand(()), random.random(), numpy.random.rand()
+    seed()
     ecanet.attach(model, "se-var1", preserve=False)  # it draws no numbers of its own
-    assert torch.equal(torch.rand(3), expected)
+    assert (torch.rand(()), random.random(), numpy.random.rand()) == expected
     assert all(m.training == training for m, training in flags)
     assert all(torch.equal(b, buffers[k]) for k, b in model.named_buffers() if k in buffers)
     assert all(p.grad is None for p in model.parameters())
