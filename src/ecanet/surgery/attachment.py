@@ -12,7 +12,7 @@ from ecanet.errors import AttachError
 from ecanet.models import KernelSizes
 from ecanet.surgery import hooks
 from ecanet.surgery.build import build_gates, check_kernel_options
-from ecanet.surgery.example import watch
+from ecanet.surgery.example import record_run
 from ecanet.surgery.folding import fold, unfold
 from ecanet.surgery.hooks import Record
 from ecanet.surgery.replace import replace_modules
@@ -76,7 +76,7 @@ def attach(
     hooks.refuse_wrapped(model)
     kind.check(options, inspect.signature(attach).parameters)
     check_kernel_options(kind, kernel_sizes, options)
-    trace = watch(model, example)
+    trace = record_run(model, example)
     if replace is not None:
         replace_modules(model, trace, replace, kind, where, preserve, kernel_sizes, options)
         return model
@@ -100,7 +100,7 @@ def detach(model: Model) -> Model:
         AttachError: nothing is attached, or a gate is no longer reachable.
     """
     hooks.refuse_wrapped(model)
-    found = list(hooks.gates(model))
+    found = list(hooks.find_gates(model))
     if not found:
         raise AttachError(f"no attention is attached to this {type(model).__name__}; attach() puts it in")
     largest = max(measure_change(gate, record) for _, gate, record in found)
@@ -126,7 +126,7 @@ def attached(model: nn.Module) -> Report:
     Raises:
         AttachError: a gate is no longer reachable, because a module was removed or replaced after `attach`.
     """
-    return Report(describe(name, gate, record) for name, gate, record in hooks.gates(model))
+    return Report(describe(name, gate, record) for name, gate, record in hooks.find_gates(model))
 
 
 def check_arguments(model: object, attention: AttentionLike, where: object, preserve: object) -> AttentionKind:

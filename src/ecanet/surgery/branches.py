@@ -1,11 +1,11 @@
-"""Which operand of an addition is a residual branch, and what lies on its way: questions about values alone.
+"""Find out which operand of an addition is a residual branch, from values alone.
 
-An addition ends a residual block if one operand, the shortcut, is an ancestor of the other, the branch: as it is, or
-through at most one convolution without an activation; and the branch has an activation on its way. So the inner sums
-of RepVGG (no activation), HRNet (no common ancestor) and Res2Net (another slice) are none.
+An addition ends a residual block if one operand, the shortcut, is an ancestor of the other, the branch. The shortcut
+may pass at most one convolution and no activation; the branch passes an activation. So three kinds of inner sums do not
+count: RepVGG's (no activation), HRNet's (no common ancestor) and Res2Net's (another slice of the tensor).
 """
 
-from ecanet.surgery.watch import CONVOLUTIONS, NORMS, PRODUCTS, Call, Value
+from ecanet.surgery.recording import CONVOLUTIONS, NORMS, PRODUCTS, Call, Value
 
 _LINEAR = (
     "add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ __isub__ __rsub__ neg mean sum expand input detach "
@@ -16,34 +16,34 @@ _LINEAR = (
     "adaptive_avg_pool2d adaptive_avg_pool3d max_pool1d max_pool2d max_pool3d interpolate upsample"
 )
 LINEAR = frozenset(_LINEAR.split(" "))
-"""Operations that are not an activation; convolutions, norms and products with a constant belong to them too."""
+"""Operations that are no activation; convolutions, norms and products with a constant are none either."""
 
 MERGES = frozenset(["cat", "concat", "concatenate", "stack", "split", "chunk", "unbind", "tensor_split"])
 """Linear operations that a shortcut does not pass: Res2Net's slices are branches of their own."""
 
 
-WHOLES = ("module", "multi_head_attention_forward", "scaled_dot_product_attention")
+OPAQUE = ("module", "multi_head_attention_forward", "scaled_dot_product_attention")
 """Operations with weights of their own inside: a gate before them would be at the start of a branch."""
 
 
-def branch_of(a: Value, b: Value, start: int) -> Value | None:
-    """The operand that is a residual branch, the other being its shortcut; None if neither is.
+def find_branch(a: Value, b: Value, start: int) -> Value | None:
+    """Return the operand of ``a + b`` that is a residual branch, the other being its shortcut; None if neither is.
 
-    Only what was made since ``start``, and what that was made of, is looked at.
+    Only values made since ``start``, and their direct parents, are considered.
     """
     best: tuple[int, Value] | None = None
     for shortcut, branch in ((a, b), (b, a)):
-        reachable = ancestors(branch, start)
-        for convolutions, value in shortcut_path(shortcut, start):
-            if value in reachable and value is not branch and activated(value, branch, reachable):
+        reachable = find_ancestors(branch, start)
+        for convolutions, value in follow_shortcut(shortcut, start):
+            if value in reachable and value is not branch and passes_activation(value, branch, reachable):
                 if best is None or convolutions < best[0]:
                     best = convolutions, branch
                 break
     return best[1] if best else None
 
 
-def ancestors(value: Value, start: int) -> set[Value]:
-    """Everything that ``value`` was made of, back to what was there before ``start``."""
+def find_ancestors(value: Value, start: int) -> set[Value]:
+    """Return ``value`` and every value that it was made from, back to those that existed before ``start``."""
     seen, queue = {value}, [value]
     while queue:
         here = queue.pop()
@@ -54,8 +54,8 @@ def ancestors(value: Value, start: int) -> set[Value]:
     return seen
 
 
-def shortcut_path(value: Value, start: int) -> list[tuple[int, Value]]:
-    """``value`` and what came before it on a shortcut, each with the number of convolutions passed so far."""
+def follow_shortcut(value: Value, start: int) -> list[tuple[int, Value]]:
+    """Return ``value`` and its predecessors on a shortcut, each with the number of convolutions between them."""
     path, convolutions = [(0, value)], 0
     while value.index >= start and len(value.parents) == 1 and is_linear(value) and value.op not in MERGES:
         convolutions += value.op in CONVOLUTIONS
@@ -66,8 +66,8 @@ def shortcut_path(value: Value, start: int) -> list[tuple[int, Value]]:
     return path
 
 
-def activated(source: Value, branch: Value, within: set[Value]) -> bool:
-    """Whether some way from ``source`` to ``branch`` leads through an activation."""
+def passes_activation(source: Value, branch: Value, within: set[Value]) -> bool:
+    """Return whether a path from ``source`` to ``branch`` leads through an activation."""
     passed = {source: False}
     for value in sorted(within, key=lambda v: v.index):
         from_here = [passed[parent] for parent in value.parents if parent in passed]
@@ -77,20 +77,20 @@ def activated(source: Value, branch: Value, within: set[Value]) -> bool:
 
 
 def is_linear(value: Value) -> bool:
-    """Whether the operation behind ``value`` is no activation."""
+    """Return whether the operation that made ``value`` is no activation."""
     if value.op in PRODUCTS:
         return len(value.parents) == 1
     return value.op in LINEAR or value.op in CONVOLUTIONS or value.op in NORMS
 
 
-def only_scales(value: Value, call: Call) -> bool:
-    """Whether ``call`` does nothing but multiply its input by a constant (layer scale)."""
+def is_layer_scale(value: Value, call: Call) -> bool:
+    """Return whether ``call`` only multiplies its input by a constant."""
     return value.op in PRODUCTS and len(value.parents) == 1 and value.parents[0] in call.inputs
 
 
 def step_back(value: Value) -> Value | None:
-    """What ``value`` was made of, if a gate may stand before that operation: one operand, or a product's larger one."""
-    if value.op in CONVOLUTIONS or value.op in NORMS or value.op in MERGES or value.op in WHOLES:
+    """Return the operand before ``value``'s operation, if a gate may stand there; of a product, the larger operand."""
+    if value.op in CONVOLUTIONS or value.op in NORMS or value.op in MERGES or value.op in OPAQUE:
         return None
     if len(value.parents) == 1:
         return value.parents[0]

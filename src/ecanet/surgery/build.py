@@ -37,7 +37,7 @@ def build_gates(
         AttachError: the attention cannot be neutral, or does not keep the shape of its input.
         ConfigError: an option does not fit the channels of a site.
     """
-    sizes = kernel_sizes_at(sites, kernel_sizes) if "kernel_size" in kind.options else [None] * len(sites)
+    sizes = choose_kernel_sizes(sites, kernel_sizes) if "kernel_size" in kind.options else [None] * len(sites)
     gates: list[nn.Module] = []
     for site, size in zip(sites, sizes, strict=True):
         gate = kind.build(site.channels, **(options if size is None else {**options, "kernel_size": size}))
@@ -74,7 +74,7 @@ def try_gate(gate: nn.Module, kind: AttentionKind, site: Site, *, lossless: bool
     x = torch.randn((2, site.channels, *site.shape), generator=generator, device="cpu").to(device)
     modes = [(module, module.training) for module in gate.modules()]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
             y: object = gate.eval()(x)
     except Exception as error:  # a user's forward may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
@@ -92,7 +92,7 @@ def try_gate(gate: nn.Module, kind: AttentionKind, site: Site, *, lossless: bool
         )
 
 
-def kernel_sizes_at(sites: Sequence[Site], kernel_sizes: KernelSizes) -> list[int | None]:
+def choose_kernel_sizes(sites: Sequence[Site], kernel_sizes: KernelSizes) -> list[int | None]:
     """Return a kernel size for each site; None stands for the attention's own rule, in ECA Eq. 12 on its channels.
 
     Raises:

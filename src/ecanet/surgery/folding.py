@@ -1,4 +1,4 @@
-"""Move the constant 2 of lossless gates into the norm or convolution before them: the paper's module, a plain file."""
+"""Move the constant 2 of lossless gates into the norm or convolution before them, which leaves the paper's module."""
 
 from typing import TypeVar
 
@@ -10,75 +10,81 @@ from ecanet.attention import ATTENTIONS, ChannelAttention
 from ecanet.errors import AttachError
 from ecanet.surgery import hooks
 from ecanet.surgery.hooks import Record
+from ecanet.surgery.modules import forward_pre_hooks, own_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+NORMS = (
+    nn.modules.batchnorm._BatchNorm,  # pyright: ignore[reportPrivateUsage]
+    nn.GroupNorm,
+    nn.LayerNorm,
+)
 
 
 def fold(model: Model) -> Model:
-    """Double what stands before each lossless gate, and make the gate the paper's; in place, outputs unchanged.
+    """Double the layer before each lossless gate and give the gate the paper's form, in place; outputs stay the same.
 
     ``2 sigmoid(f(mean(b))) b`` becomes ``sigmoid(f(mean(2b) / 2)) 2b``: weight and bias of the norm (or convolution)
     that makes ``b`` are doubled, the gate's first weights halved, ``gain`` is 1 and leaves the state dict. Doubling and
     halving are exact in floating point. All gates are folded, or none.
 
     Raises:
-        AttachError: nothing is attached, or a gate has no norm or convolution of its own before it; names the first.
+        AttachError: nothing is attached, or a gate cannot be folded because no norm or convolution of its own precedes
+            it; the message names the first.
     """
-    found = [item for item in hooks.gates(model) if item[2].mode != "replace" and not hooks.is_folded(*item[1:])]
+    found = [item for item in hooks.find_gates(model) if item[2].mode != "replace" and not hooks.is_folded(*item[1:])]
     if not found:
         raise AttachError("there is no lossless gate to fold; attach first")
     for name, gate, record in found:
-        reason = obstacle(model, name, gate, record)
+        reason = find_obstacle(model, name, gate, record)
         if reason:
-            raise AttachError(f"cannot fold {name!r}: {reason}; leave the model as it is, it is complete without")
+            raise AttachError(f"cannot fold {name!r}: {reason}; the model works without folding")
     for name, gate, record in found:
         assert isinstance(gate, ChannelAttention)
         if float(gate.gain) == 2:
-            scale(affine_tensors(model.get_submodule(name.rpartition(".")[0]), record), 2)
-            scale([next(iter(gate.parameters()))], 0.5)
+            multiply(list_affine_tensors(model.get_submodule(name.rpartition(".")[0]), record), 2)
+            multiply([next(iter(gate.parameters()))], 0.5)
             gate.set_gain(1.0)
             record.doubled = True
     return model
 
 
 def unfold(block: nn.Module, record: Record) -> None:
-    """Halve what `fold` doubled for a gate of ``block`` that is about to go."""
-    scale(affine_tensors(block, record), 0.5)
+    """Halve the layer that `fold` doubled for a gate of ``block`` that is about to be removed."""
+    multiply(list_affine_tensors(block, record), 0.5)
 
 
-def obstacle(model: nn.Module, name: str, gate: nn.Module, record: Record) -> str | None:
-    """Why this gate cannot be folded, or None."""
+def find_obstacle(model: nn.Module, name: str, gate: nn.Module, record: Record) -> str | None:
+    """Return the reason why this gate cannot be folded, or None."""
     if not isinstance(gate, ChannelAttention):
         return f"{type(gate).__name__} is not one gate on channel means"
     if type(gate) not in ATTENTIONS.values():
         return f"{type(gate).__name__} is not from this library, so its first weights may not scale with the means"
     if record.affine is None:
-        return "no norm or convolution that runs once stands right before it"
+        return "no norm or convolution that runs once is right before it"
     affine = model.get_submodule(name.rpartition(".")[0]).get_submodule(record.affine)
     frozen = type(affine).__name__.startswith("FrozenBatchNorm")
     if not (type(affine) in CONVOLUTIONS or isinstance(affine, NORMS) or frozen):
         return f"{type(affine).__name__} before it does not scale with its weight"
-    if parametrize.is_parametrized(affine) or affine._forward_pre_hooks:
+    if parametrize.is_parametrized(affine) or forward_pre_hooks(affine):
         return f"the weight of {record.affine!r} is computed from other tensors"
-    tensors = affine_tensors(model.get_submodule(name.rpartition(".")[0]), record)
-    if not tensors or affine.weight is None:
+    tensors = list_affine_tensors(model.get_submodule(name.rpartition(".")[0]), record)
+    if not tensors or getattr(affine, "weight", None) is None:
         return f"{record.affine!r} has no weight"
-    owners = [m for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is tensors[0]]
+    owners = [module for module in model.modules() for tensor in own_tensors(module) if tensor is tensors[0]]
     return f"{record.affine!r} shares its weight with another module" if len(owners) > 1 else None
 
 
-def affine_tensors(block: nn.Module, record: Record) -> list[Tensor]:
-    """Weight and bias of the module that `fold` doubles."""
+def list_affine_tensors(block: nn.Module, record: Record) -> list[Tensor]:
+    """Return weight and bias of the layer that `fold` doubles."""
     assert record.affine is not None
     affine = block.get_submodule(record.affine)
     return [t for t in (getattr(affine, "weight", None), getattr(affine, "bias", None)) if t is not None]
 
 
 @torch.no_grad()
-def scale(tensors: list[Tensor], factor: float) -> None:
+def multiply(tensors: list[Tensor], factor: float) -> None:
     """Multiply each of ``tensors`` by ``factor``, in place."""
     for tensor in tensors:
         tensor.mul_(factor)

@@ -1,33 +1,35 @@
-"""How a gate acts in a block that does not know it: a hook on the target, and a guard on the block.
+"""Apply a gate in a block that was written without it: a hook on the target, and a guard on the block.
 
 The gate is a child of the block, so it has a name, moves, trains, saves and copies with it. A forward hook on the
-target applies it. Some tools replace a module and lose its hooks (`convert_sync_batchnorm`): the guard, a pre-hook on
-the block, puts ours back, or says so where it cannot (while compiling).
+target applies it. Some tools replace a module and lose its hooks (`convert_sync_batchnorm`). The guard, a pre-hook on
+the block, installs the hook again, or raises where it cannot (while compiling).
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ecanet.errors import AttachError
+from ecanet.surgery.modules import Hook, forward_hooks, forward_pre_hooks, is_compiled, list_modules, own_tensors
 
 Mode = Literal["hook", "append", "replace"]
-"""A hook applies the gate, or it is the last entry of a Sequential, or it stands in the place of a module."""
+"""The way in which a gate acts: applied by a hook, as the last entry of a Sequential, or in the place of a module."""
 
 
 class GateHook:
-    """Forward hook: the module's output through ``gate``, whose channels are ``axis``."""
+    """Forward hook that passes a module's output, with its channels on ``axis``, through ``gate``."""
 
     def __init__(self, gate: nn.Module, axis: int):
         self.gate = gate
         self.axis = axis
 
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """The hook's result takes the output's place."""
-        scaled = self.gate(output if self.axis == 1 else output.movedim(self.axis, 1))
-        if self.axis != 1:  # a view, which costs an in-place addition afterwards, so only where it must be
+    def __call__(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
+        """Return the scaled output, which PyTorch passes on instead of ``output``."""
+        scaled: Tensor = self.gate(output if self.axis == 1 else output.movedim(self.axis, 1))
+        # A view makes a later in-place addition slower, so there is none for channels on axis 1.
+        if self.axis != 1:
             scaled = scaled.movedim(1, self.axis)
         if torch.compiler.is_compiling():
             return scaled
@@ -39,9 +41,10 @@ class GateHook:
 
 
 def keep_layout(x: Tensor, y: Tensor) -> None:
-    """Give the gradient of ``x`` the memory layout of that of ``y``, as if nothing stood between them.
+    """Give the gradient of ``x`` the memory layout of the gradient of ``y``, as if there were no gate between them.
 
-    What receives it may sum in memory order: only so are the other parameters' gradients equal in the last bit.
+    Layers before may sum the gradient in memory order. With the same layout, their parameters' gradients are equal to
+    the plain network's in the last bit.
     """
     strides: list[tuple[int, ...]] = []
 
@@ -55,21 +58,25 @@ def keep_layout(x: Tensor, y: Tensor) -> None:
             gradient
         )
 
-    y.register_hook(note)
-    x.register_hook(restore)
+    for tensor, hook in ((y, note), (x, restore)):
+        tensor.register_hook(hook)  # pyright: ignore[reportUnknownMemberType]
 
 
 class Guard:
-    """Forward pre-hook of the block: sees that the target still has its hook."""
+    """Forward pre-hook of the block that checks that the target still has its hook."""
 
     def __init__(self, target: str, key: str, hook: GateHook):
         self.target = target
         self.key = key
         self.hook = hook
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        """Look, and put the hook back if it is gone."""
-        hooks = named(module.get_submodule(self.target)._forward_hooks)
+    def __call__(self, module: nn.Module, args: object) -> None:
+        """Install the hook again if it is gone.
+
+        Raises:
+            AttachError: it is gone, and the model is being compiled.
+        """
+        hooks = forward_hooks(module.get_submodule(self.target))
         if self.key not in hooks:
             if torch.compiler.is_compiling():
                 raise AttachError(f"{self.target!r} was replaced after attach: run the model once before compiling it")
@@ -103,58 +110,53 @@ def keep_record(gate: nn.Module, record: Record) -> None:
 
 
 def is_folded(gate: nn.Module, record: Record) -> bool:
-    """Whether what stands before ``gate`` is doubled now: `fold` did it, and no file with a gain was loaded since."""
-    return record.doubled and float(gate.gain) == 1  # pyright: ignore[reportArgumentType]
+    """Return whether the layer before ``gate`` is doubled now: `fold` did it, and no file with a gain was loaded."""
+    return record.doubled and float(cast(Tensor, gate.gain)) == 1
 
 
 def install(block: nn.Module, key: str, target: str, gate: nn.Module, axis: int) -> None:
     """Make ``gate`` the child ``key`` of ``block`` and apply it to the output of ``block``'s submodule ``target``.
 
-    Hooks are kept under names rather than through handles: handles' numbers start again in a new process, and would
-    there collide with those of an unpickled model.
+    The hooks have names for keys, unlike those of PyTorch's handles. Handles are numbered from 0 in every process, so
+    in an unpickled model a new handle could replace a gate's hook.
     """
-    hook, name = GateHook(gate, axis), hook_key(key, target)
+    hook, name = GateHook(gate, axis), name_hook(key, target)
     block.add_module(key, gate)
-    named(block.get_submodule(target)._forward_hooks)[name] = hook
-    named(block._forward_pre_hooks)[name] = Guard(target, name, hook)
+    forward_hooks(block.get_submodule(target))[name] = hook
+    forward_pre_hooks(block)[name] = Guard(target, name, hook)
 
 
 def uninstall(block: nn.Module, key: str, target: str) -> None:
-    """The inverse of `install`."""
+    """Remove a gate and its hooks: the inverse of `install`."""
     delattr(block, key)
-    named(block.get_submodule(target)._forward_hooks).pop(hook_key(key, target), None)
-    named(block._forward_pre_hooks).pop(hook_key(key, target), None)
+    forward_hooks(block.get_submodule(target)).pop(name_hook(key, target), None)
+    forward_pre_hooks(block).pop(name_hook(key, target), None)
 
 
-def named(hooks: Any) -> dict[str, Any]:
-    """A module's dictionary of hooks, for names as keys."""
-    return hooks
-
-
-def hook_key(key: str, target: str) -> str:
-    """Under which name a target and a block keep the hooks of the gate ``key``."""
+def name_hook(key: str, target: str) -> str:
+    """Return the key under which a target and a block keep the hooks of the gate ``key``."""
     return f"ecanet.{key}@{target}"
 
 
-def gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
-    """Name, module and record of every attached gate.
+def find_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
+    """Yield the name, the module and the record of every attached gate.
 
     Raises:
-        AttachError: a gate has lost its place, and so does nothing (or acts without being a part of the model).
+        AttachError: a gate lost its target, so it does nothing, or acts without being a part of the model.
     """
     found: set[nn.Module] = set()
-    for name, module in model.named_modules():
+    for name, module in list_modules(model):
         record = getattr(module, "attachment", None)
         if isinstance(record, Record):
             found.add(module)
-            if not reachable(model, name, module, record):
+            if not is_reachable(model, name, module, record):
                 raise AttachError(
                     f"gate {name!r} is no longer reachable: {record.target!r} was removed or replaced after attach; "
                     f"detach before such changes and attach again afterwards"
                 )
             yield name, module, record
-    for name, module in model.named_modules():
-        for hook in module._forward_hooks.values():
+    for name, module in list_modules(model):
+        for hook in forward_hooks(module).values():
             if isinstance(hook, GateHook) and hook.gate not in found:
                 raise AttachError(
                     f"a gate acts after {name!r} but is no part of this model, so it is neither saved nor trained "
@@ -162,17 +164,18 @@ def gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
                 )
 
 
-def reachable(model: nn.Module, name: str, gate: nn.Module, record: Record) -> bool:
-    """Whether running the model runs the gate, as far as the modules tell."""
+def is_reachable(model: nn.Module, name: str, gate: nn.Module, record: Record) -> bool:
+    """Return whether running the model runs the gate, as far as its modules and hooks show."""
     block = model.get_submodule(name.rpartition(".")[0])
     if record.mode != "hook":
         return True
-    key = hook_key(name.rpartition(".")[2], record.target)
+    key = name_hook(name.rpartition(".")[2], record.target)
     try:
         target = block.get_submodule(record.target)
     except AttributeError:
         return False
-    hook, guard = named(target._forward_hooks).get(key), named(block._forward_pre_hooks).get(key)
+    hook: Hook | None = forward_hooks(target).get(key)
+    guard: Hook | None = forward_pre_hooks(block).get(key)
     return isinstance(guard, Guard) or (isinstance(hook, GateHook) and hook.gate is gate)
 
 
@@ -181,20 +184,24 @@ WRAPPERS = {
     "DataParallel": "its replicas would share one gate; use DistributedDataParallel, and attach before wrapping",
     "FullyShardedDataParallel": "attach before sharding",
     "FSDPModule": "attach before sharding",
-    "OptimizedModule": "attach before torch.compile, since a compiled model ignores later hooks",
-    "ScriptModule": "attach before torch.jit.trace (torch.jit.script does not know hooks like ours)",
+    "OptimizedModule": "attach before torch.compile, because a compiled model ignores later hooks",
+    "ScriptModule": "attach before torch.jit.trace (torch.jit.script does not support these hooks)",
 }
-"""By class name, so that nothing needs importing."""
+"""Remedies by the name of the wrapper's class, so that the check imports nothing."""
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise AttachError for models in which a new gate would be ignored or not synchronised."""
-    for name, module in model.named_modules():
+    """Check that new gates in ``model`` will run, train and be synchronised.
+
+    Raises:
+        AttachError: it is wrapped, compiled or lazy.
+    """
+    for name, module in list_modules(model):
         what = name or "the model"
         for kind in type(module).__mro__:
             if kind.__name__ in WRAPPERS and kind.__module__.startswith("torch."):
                 raise AttachError(f"{what} is wrapped in {kind.__name__}: {WRAPPERS[kind.__name__]}")
-        if module._compiled_call_impl is not None:
+        if is_compiled(module):
             raise AttachError(f"{what} is compiled: attach before .compile(), which ignores later hooks")
-        if any(isinstance(p, nn.UninitializedParameter) for p in module._parameters.values()):
+        if any(isinstance(p, nn.UninitializedParameter) for p in own_tensors(module)):
             raise AttachError(f"{what} is lazy and has no channels yet: run the model once before attaching")

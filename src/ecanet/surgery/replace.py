@@ -1,4 +1,4 @@
-"""Put gates in the place of a network's own: squeeze-excite modules, or ECA modules of other libraries."""
+"""Replace a network's squeeze-excite modules, or the ECA modules of other libraries, by this library's gates."""
 
 import copy
 import re
@@ -14,8 +14,9 @@ from ecanet.models import KernelSizes
 from ecanet.surgery import hooks
 from ecanet.surgery.build import build_gates
 from ecanet.surgery.hooks import Record
-from ecanet.surgery.sites import Site, Where, matches
-from ecanet.surgery.watch import Trace
+from ecanet.surgery.modules import children_of, list_modules
+from ecanet.surgery.recording import Trace
+from ecanet.surgery.sites import Site, Where, is_selected
 
 KINDS = {
     "se": re.compile(
@@ -38,18 +39,18 @@ def replace_modules(
     kernel_sizes: KernelSizes,
     options: dict[str, object],
 ) -> None:
-    """Put ``attention`` in the place of every module of ``kind`` that ``where`` allows.
+    """Put ``attention`` in the place of every module of ``kind`` that ``where`` selects.
 
     Raises:
         ConfigError: ``kind`` is unknown, or options contradict weights that are taken over.
-        AttachError: no such module, ``preserve=True`` for another kind of gate, or a module that is not what
-            its name says.
+        AttachError: there is no such module, ``preserve=True`` is given for another kind of gate, or a module does not
+            compute what its name says.
     """
     if kind not in KINDS:
         raise ConfigError(f"replace= takes {' or '.join(map(repr, KINDS))}, got {kind!r}")
     same = kind == attention.name == "eca"
-    sites = list(found(model, trace, KINDS[kind], where))
-    if not sites and where is not None and (some := [s.target for s in found(model, trace, KINDS[kind], None)]):
+    sites = find_modules(model, trace, KINDS[kind], where)
+    if not sites and where is not None and (some := [s.target for s in find_modules(model, trace, KINDS[kind], None)]):
         raise AttachError(f"where={where!r} selects none of the {len(some)} {kind!r} modules, such as {some[0]!r}")
     if not sites:
         raise AttachError(
@@ -77,14 +78,18 @@ def replace_modules(
         )
 
 
-def found(model: nn.Module, trace: Trace, names: re.Pattern[str], where: Where | None) -> Iterator[Site]:
-    """The modules with such a class name that ran, in running order, with the shape that they ran on."""
+def find_modules(model: nn.Module, trace: Trace, names: re.Pattern[str], where: Where | None) -> list[Site]:
+    """Return the selected modules with such a class name that ran, in running order, as sites.
+
+    Raises:
+        AttachError: a module has its channels on another axis than 1.
+    """
     called = {id(call.module): call for call in reversed(trace.calls)}
-    sites = []
-    for name, module in model.named_modules():
+    sites: list[Site] = []
+    for name, module in list_modules(model):
         if not names.match(type(module).__name__) or isinstance(module, nn.Sequential) or hasattr(module, "attachment"):
             continue
-        if where is not None and not any(matches(where, *one) for one in judged(model, name, where)):
+        if where is not None and not any(is_selected(where, *one) for one in iterate_enclosing(model, name, where)):
             continue
         call = called.get(id(module))
         if call is None or call.output is None or not call.inputs or call.inputs[0].shape != call.output.shape:
@@ -94,17 +99,17 @@ def found(model: nn.Module, trace: Trace, names: re.Pattern[str], where: Where |
         if value.axis != 1:
             raise AttachError(f"{name!r} has its channels on axis {value.axis}, not 1; a gate cannot take its place")
         parent = name.rpartition(".")[0]
-        yield_site = Site(
+        site = Site(
             block=parent, target=name, channels=channels, axis=1, index=value.index, shape=shape, device=value.device
         )
-        sites.append(yield_site)
-    yield from sorted(sites, key=lambda s: s.index)
+        sites.append(site)
+    return sorted(sites, key=lambda s: s.index)
 
 
-def judged(model: nn.Module, name: str, where: Where) -> Iterator[tuple[str, nn.Module]]:
-    """What ``where`` is asked about for the module called ``name``: itself, and by globs and classes what it is in.
+def iterate_enclosing(model: nn.Module, name: str, where: Where) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules by which ``where`` may select the module called ``name``: itself and the modules around it.
 
-    A function says of each module alone whether it is meant.
+    A function decides for each module alone, so it gets the module itself only.
     """
     if not isinstance(where, str | type):
         yield name, model.get_submodule(name)
@@ -115,10 +120,10 @@ def judged(model: nn.Module, name: str, where: Where) -> Iterator[tuple[str, nn.
 
 
 def convert(old: nn.Module, site: Site) -> ECA:
-    """This library's ECA with the weights of ``old``, another library's.
+    """Return this library's ECA with the weights of ``old``, another library's.
 
     Raises:
-        AttachError: it has parameters that ECA has not (a bias, a second layer), or computes something else.
+        AttachError: ``old`` has parameters that ECA does not have (a bias, a second layer), or computes something else.
     """
     state = dict(old.named_parameters())
     conv = next((m for m in old.modules() if isinstance(m, nn.Conv1d)), None)
@@ -130,22 +135,26 @@ def convert(old: nn.Module, site: Site) -> ECA:
     circular = any(n.startswith("Ceca") for n in names) or conv.padding_mode == "circular"
     gate = ECA(site.channels, conv.weight.shape[-1], padding_mode="circular" if circular else "zeros")
     gate.load_state_dict({"conv.weight": conv.weight.detach()})
-    check_same(old, gate, site)
+    check_equivalence(old, gate, site)
     return gate.to(conv.weight.device, conv.weight.dtype)
 
 
 @torch.no_grad()
-def check_same(old: nn.Module, gate: ECA, site: Site) -> None:
-    """Raise AttachError unless ``gate`` gives what ``old`` gives, up to rounding."""
+def check_equivalence(old: nn.Module, gate: ECA, site: Site) -> None:
+    """Check that ``gate`` returns the same as ``old``, up to rounding.
+
+    Raises:
+        AttachError: it does not.
+    """
     x = torch.randn((2, site.channels, 4, 4), generator=torch.Generator().manual_seed(0))
     theirs = copy.deepcopy(old).to("cpu", torch.float32).eval()(x)
-    # means of 16 numbers and k products, rounded in another order: some 32 units of the last place at most
+    # Means of 16 numbers and sums of k products are rounded in another order: at most some 32 units in the last place.
     if (gate(x) - theirs).abs().max() > 32 * torch.finfo(torch.float32).eps * x.abs().max():
         raise AttachError(f"{site.target!r} ({type(old).__name__}) computes something else than the paper's ECA")
 
 
 def put(model: nn.Module, site: Site, gate: nn.Module, attention: AttentionKind, *, lossless: bool) -> None:
-    """Let ``gate`` take the place of the module at ``site``."""
+    """Replace the module at ``site`` by ``gate``."""
     parent, key = model.get_submodule(site.block), site.target.rpartition(".")[2]
     old = model.get_submodule(site.target)
     like = next((p for p in old.parameters() if p.is_floating_point()), None)
@@ -154,4 +163,4 @@ def put(model: nn.Module, site: Site, gate: nn.Module, attention: AttentionKind,
     record.replaced = old
     hooks.keep_record(gate, record)
     gate.to(device=site.device, dtype=None if like is None else like.dtype).train(parent.training)
-    parent._modules[key] = gate
+    children_of(parent)[key] = gate

@@ -1,4 +1,4 @@
-"""What is attached, as a list that prints as a table."""
+"""The list of attached gates, which prints as a table."""
 
 from dataclasses import dataclass
 
@@ -17,10 +17,12 @@ class AttachedSite:
     """The gate's module name, and the prefix of its keys: ``layer1.0.eca``."""
     channels: int
     attention: str
+    """Name of the attention, or of the user's class."""
     kernel_size: int | None
+    """None for an attention without a kernel."""
     parameters: int
     after: str
-    """The module after whose output it acts, or whose place it took."""
+    """Name of the module on whose output the gate acts, or whose place it took."""
     note: str = ""
 
 
@@ -40,7 +42,7 @@ class Report(list[AttachedSite]):
 
 
 def describe(name: str, gate: nn.Module, record: Record) -> AttachedSite:
-    """The row of one gate."""
+    """Return the row of one gate."""
     keeper = name.rpartition(".")[0]
     note = "" if record.lossless else "outputs changed when attached"
     if record.replaced is not None:
