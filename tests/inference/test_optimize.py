@@ -38,6 +38,11 @@ def attached(model, attention="eca", **options):
     return ecanet.attach(model, attention, preserve=False, example=torch.zeros(1, 3, 32, 32), **options)
 
 
+def in_place_of_timms(model):
+    with pytest.warns(UserWarning, match="outputs change"):
+        return attached(model, replace="se")
+
+
 NETWORKS = {
     **{f"{a} in basic blocks": lambda a=a: ecanet.create_model("resnet14", attention=a, **options_for(a))
        for a in ecanet.list_attentions()},
@@ -56,7 +61,7 @@ NETWORKS = {
     "attached and folded": lambda: ecanet.fold(
         ecanet.attach(torchvision.models.resnet18(), example=torch.zeros(1, 3, 32, 32))
     ),
-    "attached in place of timm's": lambda: attached(of_timm("se"), replace="se"),
+    "attached in place of timm's": lambda: in_place_of_timms(of_timm("se")),
     "timm plain": lambda: of_timm(None, block="BasicBlock", drop_path_rate=0.1),
     "timm eca": lambda: of_timm("eca"),
     "timm se": lambda: of_timm("se"),
