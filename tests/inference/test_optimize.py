@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import ecanet
-from ecanet.attention import AugmentedConv2d
+from ecanet.attention import AugmentedConv2d, find_attention
 from ecanet.errors import ConfigError
 from ecanet.inference.optimization import InferenceBlock
 from ecanet.models.detection import create_detector
@@ -23,7 +23,7 @@ LAST_NORMS = {"BasicBlock": "bn2", "Bottleneck": "bn3"}
 
 def bottlenecks(attention):
     """A small network of two bottlenecks a stage."""
-    return ResNet(BOTTLENECK, (2, 2, 2), Slot(name=attention), num_classes=10, in_channels=3)
+    return ResNet(BOTTLENECK, (2, 2, 2), Slot(kind=find_attention(attention)), num_classes=10, in_channels=3)
 
 
 def options_for(attention):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecanet import ops
+from ecanet.attention import find_attention
 from ecanet.errors import ConfigError
 from ecanet.inference.optimization import InferenceBlock, describe_for_copy
 from ecanet.models import execution
@@ -191,7 +192,9 @@ def lively(model):
 
 
 def bottleneck(attention):
-    return ResNet(BOTTLENECK, (1,), Slot(name=attention), num_classes=2, in_channels=3).get_submodule("layer1.0")
+    return ResNet(BOTTLENECK, (1,), Slot(kind=find_attention(attention)), num_classes=2, in_channels=3).get_submodule(
+        "layer1.0"
+    )
 
 
 BLOCKS = {
