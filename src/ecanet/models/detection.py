@@ -1,7 +1,7 @@
 """Faster R-CNN, Mask R-CNN and RetinaNet with a feature pyramid, over any network of this library.
 
-The detectors are torchvision's, with torchvision's parameter names; what is made here is the backbone: its gates, what
-of it is frozen, how its norms behave, and its weights. Labels count from 1 in all three; 0 is the background.
+The detectors are torchvision's, with torchvision's parameter names. This file makes the backbone: its gates, its frozen
+parts, the behaviour of its norms, and its weights. Labels count from 1 in all three detectors; 0 is the background.
 """
 
 import inspect
@@ -34,10 +34,10 @@ Norm = Literal["eval", "frozen", "train"]
 DETECTORS = ("faster_rcnn", "mask_rcnn", "retinanet")
 
 MOBILENET_LEVELS = {"3": 24, "6": 32, "13": 96, "17": 320}
-"""The last block before each halving of MobileNetV2, by its place in ``features``, and its channels."""
+"""Channels of the last block before each halving of MobileNetV2, by its index in ``features``."""
 
 SMALL_NORM = partial(nn.GroupNorm, 8)
-"""Between the convolutions of small pyramids and heads: without norms, training from scratch takes far longer."""
+"""The norm between the convolutions of small pyramids and heads. Without it, training from scratch takes far longer."""
 
 SMALL_PROPOSALS: dict[str, Any] = {
     "rpn_pre_nms_top_n_train": 200,
@@ -71,27 +71,28 @@ def create_detector(
 ) -> nn.Module:
     """Build "faster_rcnn", "mask_rcnn" or "retinanet" over the network called ``backbone``.
 
-    It is called as torchvision's detectors are: a list of images (3, H, W) between 0 and 1, and while training a list
-    of targets with ``boxes`` (N, 4), ``labels`` (N,) from 1 to ``num_classes`` and, for Mask R-CNN, ``masks``
-    (N, H, W); it gives losses by name while training and detections otherwise.
+    Call it as you call torchvision's detectors: with a list of images (3, H, W) between 0 and 1 and, while training, a
+    list of targets with ``boxes`` (N, 4), ``labels`` (N,) from 1 to ``num_classes`` and, for Mask R-CNN, ``masks``
+    (N, H, W). It returns losses by name while training, and detections otherwise.
 
     Args:
-        name: which detector.
+        name: the detector's name.
         backbone: a name that `ecanet.create_model` takes.
-        num_classes: kinds of objects, the background not counted.
+        num_classes: number of kinds of objects, without the background.
         attention: the gate in every block, as in `ecanet.create_model`.
         kernel_sizes: as in `ecanet.create_model`.
-        weights: the backbone's, as in `ecanet.create_model`; ``load_report`` of the detector says what matched.
+        weights: weights of the backbone, as in `ecanet.create_model`; the detector's ``load_report`` says what matched.
         norm: "eval" keeps the backbone's norms at their stored statistics and trains their weights and biases, as the
-            paper's recipe does; "frozen" trains neither; "train" leaves ordinary batch norms.
-        frozen_stages: the stem and this many stages are not trained; 0 trains all. Gates are trained everywhere.
+            paper's recipe does; "frozen" trains neither; "train" uses ordinary batch norms.
+        frozen_stages: number of stages that are not trained, with the stem; 0 trains all. Gates are trained everywhere.
         freeze_attention: do not train the gates of the frozen stages either, as the paper counts its parameters.
-        small: narrow pyramid and heads, few proposals and small anchors, for images of about 128 pixels.
-        short_side: an image's short side is resized to this, its long one to at most 5/3 of it.
-        scales: while training, more short sides to draw from; the largest of all is what 5/3 then means.
-        mean: of the images' channels, for normalisation.
-        std: their deviations.
-        **options: go to the attention.
+        small: use a narrow pyramid and heads, few proposals and small anchors, for images of about 128 pixels.
+        short_side: length in pixels to which an image's short side is resized; its long side becomes at most 5/3 of it.
+        scales: more short sides, of which training draws one for each image; the long side is then at most 5/3 of the
+            largest.
+        mean: means of the images' channels, for normalisation.
+        std: standard deviations of the images' channels.
+        **options: options of the attention.
 
     >>> import torch
     >>> with torch.device("meta"):
@@ -138,17 +139,17 @@ def create_detector(
 
 
 def faster_rcnn(backbone: str = "resnet50", **settings: Any) -> nn.Module:
-    """Faster R-CNN with a feature pyramid; ``settings`` are those of `create_detector`."""
+    """Build Faster R-CNN with a feature pyramid; ``settings`` are those of `create_detector`."""
     return create_detector("faster_rcnn", backbone, **settings)
 
 
 def mask_rcnn(backbone: str = "resnet50", **settings: Any) -> nn.Module:
-    """Mask R-CNN with a feature pyramid; ``settings`` are those of `create_detector`."""
+    """Build Mask R-CNN with a feature pyramid; ``settings`` are those of `create_detector`."""
     return create_detector("mask_rcnn", backbone, **settings)
 
 
 def retinanet(backbone: str = "resnet50", **settings: Any) -> nn.Module:
-    """RetinaNet with P6 computed from C5; ``settings`` are those of `create_detector`."""
+    """Build RetinaNet, whose P6 is computed from C5; ``settings`` are those of `create_detector`."""
     return create_detector("retinanet", backbone, **settings)
 
 
@@ -156,7 +157,7 @@ def retinanet(backbone: str = "resnet50", **settings: Any) -> nn.Module:
 
 
 class Pyramid(BackboneWithFPN):
-    """A network's stages and a feature pyramid on them; knows what of the network stays as it is."""
+    """A network's stages and a feature pyramid on them, with the stages and norms that are not trained."""
 
     def __init__(
         self,
@@ -175,7 +176,7 @@ class Pyramid(BackboneWithFPN):
         if not 0 <= frozen_stages <= used:
             raise ConfigError(f"frozen_stages must be 0 to {used}, which this detector uses, got {frozen_stages!r}")
         if isinstance(network, ResNet) and len(stages) == 3:
-            # a small-image ResNet sees every pixel in its first stage; here its stem halves twice, as the large ones'
+            # the stem of a small-image ResNet keeps the image's size; here it halves it twice, as in the large ones
             network.conv1.stride = (2, 2)
             network.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         widths = list(levels.values())
@@ -194,11 +195,13 @@ class Pyramid(BackboneWithFPN):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Pyramid":
-        """Switch mode, all but the norms whose statistics stay."""
+        """Set the mode of all modules except the norms that keep their statistics."""
         super().train(mode)
-        for name, module in self.body.named_modules():
-            if isinstance(module, nn.BatchNorm2d) and (self.norm != "train" or name.split(".")[0] in self.frozen):
-                module.eval()
+        for name, child in self.body.named_children():
+            if self.norm != "train" or name in self.frozen:
+                for module in child.modules():
+                    if isinstance(module, nn.BatchNorm2d):
+                        module.eval()
         return self
 
     def _freeze(self, freeze_attention: bool) -> None:
@@ -214,15 +217,15 @@ class Pyramid(BackboneWithFPN):
 
 
 def stages_of(network: nn.Module) -> dict[str, int]:
-    """Names of the modules that end the stages of ``network``, finest first, and their channels."""
+    """Return the names of the modules that end the stages of ``network``, finest first, with their channels."""
     if isinstance(network, ResNet):
-        last, count = network.fc.in_features, len(network.stages)
-        return {name: last >> (count - 1 - stage) for stage, name in enumerate(network.stages)}
+        levels = network.feature_info[-len(network.stages) :]
+        return {level["module"]: level["num_chs"] for level in levels}
     return dict(MOBILENET_LEVELS)
 
 
 def _levels(name: str, network: nn.Module, small: bool) -> dict[str, int]:
-    """The stages that the pyramid stands on: RetinaNet leaves out the finest, a small R-CNN the coarsest."""
+    """Return the stages under the pyramid: RetinaNet leaves out the finest, a small R-CNN the coarsest."""
     stages = list(stages_of(network).items())
     if name == "retinanet":
         return dict(stages[1:])
@@ -233,7 +236,7 @@ def _levels(name: str, network: nn.Module, small: bool) -> dict[str, int]:
 
 
 class _RetinaNet(RetinaNet):
-    """RetinaNet whose labels count from 1, as the other detectors' do, though it has no background class."""
+    """RetinaNet with labels that count from 1, as in the other detectors; its own has no background class."""
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         if targets is not None:
@@ -271,7 +274,7 @@ def _rcnn(name: str, pyramid: Pyramid, num_classes: int, small: bool, shape: dic
 
 
 def _pool(count: int, size: int, small: bool) -> MultiScaleRoIAlign:
-    """Cuts regions from the pyramid's own ``count`` levels; the finest is for boxes below 112 px, or 32 if small."""
+    """Return a pool of regions over ``count`` levels; the finest is for boxes below 112 px, or 32 if small."""
     names = [str(level) for level in range(count)]
     return MultiScaleRoIAlign(names, size, 1 if small else 2, canonical_scale=64 if small else 224)
 
