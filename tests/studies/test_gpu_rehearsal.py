@@ -1,4 +1,4 @@
-"""`python benchmarks/gpu`: its rehearsal on a CPU, its time limit, and machines on which something is missing."""
+"""`python benchmarks/gpu.py`: its rehearsal on a CPU, its time limit, and machines on which something is missing."""
 
 import importlib
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-GPU = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
+GPU = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
 PARTS = [
     "ceilings",
     "proof",
@@ -134,7 +134,7 @@ def test_a_machine_without_a_gpu_is_refused_in_one_line(tmp_path):
 
 @pytest.fixture
 def record_module(monkeypatch):
-    monkeypatch.syspath_prepend(GPU)
+    monkeypatch.syspath_prepend(GPU.with_name("gpu_parts"))
     yield importlib.import_module("record")
     for name in ("record", "setting"):
         sys.modules.pop(name)

@@ -1,15 +1,15 @@
 """Check and time this library on a GPU machine, in one command of about eight minutes.
 
-    python benchmarks/gpu OUT.json               # on a machine with a CUDA GPU
-    python benchmarks/gpu OUT.json --rehearse    # small forms of every part on a CPU, in under a minute
+    python benchmarks/gpu.py OUT.json               # on a machine with a CUDA GPU
+    python benchmarks/gpu.py OUT.json --rehearse    # small forms of every part on a CPU, in under a minute
 
 It needs PyTorch, Triton and this repository. Networks of timm and torchvision are compared where these are installed.
 The JSON file is written again after each part, so an interrupted run keeps what it has measured. A part that would
 begin too late for the time limit is skipped, and the file says so.
 
-Read downward: `record` (the JSON file, the time limit), `checks` (are the kernels right?), `training_steps`,
-`inference_forms`, `kernels` (each kernel alone), `variants` (which networks), `timing` (how a step is timed), `setting`
-(the sizes).
+Read downward, in gpu_parts/: `record` (the JSON file, the time limit), `checks` (are the kernels right?),
+`training_steps`, `inference_forms`, `kernels` (each kernel alone), `variants` (which networks), `timing` (how a step is
+timed), `setting` (the sizes).
 """
 
 import argparse
@@ -18,7 +18,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu_parts"))
 if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
@@ -48,7 +49,7 @@ PARTS: dict[str, tuple[int, Callable[[Setting], object]]] = {
 
 def main() -> int:
     """Run the parts and return the exit code: 1 if a part failed, 2 if the command cannot run here."""
-    parser = argparse.ArgumentParser(prog="python benchmarks/gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="JSON file for the figures")
     parser.add_argument("--rehearse", action="store_true", help="run small forms of all parts on the CPU")
     parser.add_argument("--seconds", type=float, default=480, help="time limit of the whole run (default: 480)")
