@@ -115,7 +115,7 @@ def list_passes(dtype: str, channels_last: bool) -> Iterator[Kernel]:
 def list_expansions(dtype: str) -> Iterator[Kernel]:
     """Yield a large network's last convolution with many rows, and with the few of a last stage at a small batch."""
     for rows, within in ((1 << 20, True), (392, False)):
-        tiles = expansion.tiles(rows, 512, 2048, DTYPES[dtype])
+        tiles = expansion.choose_tiles(rows, 512, 2048, DTYPES[dtype])
         sizes = {"BLOCK_R": tiles.rows, "BLOCK_C": tiles.channels, "BLOCK_K": tiles.inner}
         flags = {"BIAS": True, "GATE": True, "SHORTCUT": True, "ACTIVATION": 1, "WITHIN": within, "WIDEN": False}
         yield Kernel(

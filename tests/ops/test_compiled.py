@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 def step(block, call, x, dy):
-    """Output, gradients, running statistics."""
+    """Return output, gradients and running statistics."""
     x = x.clone().requires_grad_()
     y = call(x)
     unused = [] if block.shortcut == "normed" else list(map(id, block.side.parameters()))
@@ -43,17 +43,17 @@ def step(block, call, x, dy):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("shortcut", ["plain", "normed", None])
-def test_compiled_is_eager(shortcut, last, backend):
+def test_compiled_kernels_give_eager_values_in_one_graph(shortcut, last, backend):
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("inductor needs a C++ compiler")
     torch.manual_seed(0)
     torch._dynamo.reset()
     block = Block(shortcut).double()
-    twin = copy.deepcopy(block)
+    copied = copy.deepcopy(block)
     x, dy = (to_layout(torch.randn(2, 9, 5, 3, dtype=torch.float64), last) for _ in range(2))
     recorder = AotEagerAndRecordGraphs()
-    compiled = torch.compile(twin, backend=recorder if backend == "aot_eager" else backend, fullgraph=True)
-    expected, actual = step(block, block, x, dy), step(twin, compiled, x, dy)
+    compiled = torch.compile(copied, backend=recorder if backend == "aot_eager" else backend, fullgraph=True)
+    expected, actual = step(block, block, x, dy), step(copied, compiled, x, dy)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert actual[0].stride() == expected[0].stride()
@@ -67,8 +67,8 @@ def test_compiled_is_eager(shortcut, last, backend):
         assert "grads.default" in backward
 
 
-def test_automatic_compiles_to_the_reference():
-    """PyTorch fuses its own operations there."""
+def test_auto_compiles_to_the_reference():
+    """`torch.compile` fuses PyTorch's own operations, so it must see them and not the kernels."""
     recorder = AotEagerAndRecordGraphs()
     torch._dynamo.reset()
     x = torch.randn(2, 9, 5, 3)

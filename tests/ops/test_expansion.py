@@ -1,4 +1,4 @@
-"""The end of a block inside its last convolution, held to float64. The kernel runs in Triton's interpreter."""
+"""The kernel of a block's last convolution against float64. It runs in Triton's interpreter."""
 
 import sys
 import warnings
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAST = torch.channels_last
 
-# N, K, C and the plane: multiples of nothing, one, none, and more than a tile in each direction
+# N, K, C, H, W: sizes that are no multiple of a tile, of one element, without samples, larger than a tile
 SHAPES = [
     (0, 3, 17, 7, 7),
     (1, 1, 1, 1, 1),
@@ -41,7 +41,7 @@ SHAPES = [
 
 
 def case(shape, dtype, seed=0):
-    """h, weight, bias, gate and shortcut, each in a field of NaN; the gate in float32, as networks have it."""
+    """Return h, weight, bias, gate and shortcut, each surrounded by NaN; the gate is float32, as in networks."""
     n, inner, channels, *plane = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -54,10 +54,10 @@ def case(shape, dtype, seed=0):
 
 
 def oracle(h, weight, bias, gate, shortcut, activation):
-    """PyTorch's convolution and the rest in float64, and the largest error that rounding explains.
+    """Return the result in float64 by PyTorch's convolution, and the largest error that rounding explains.
 
     A float32 sum of K products errs by at most K roundings of their absolute sum; bias, gate, shortcut and a spare one
-    add four. Then one rounding to the output's dtype, to nearest; the interpreter cuts bfloat16 off.
+    add four. Then follows one rounding to the output's dtype, to nearest. The interpreter truncates bfloat16 instead.
     """
     h, weight, dtype = h.double(), weight.double(), h.dtype
     y, terms = F.conv2d(h, weight[..., None, None]), F.conv2d(h.abs(), weight.abs()[..., None, None])
@@ -81,7 +81,7 @@ def assert_within_rounding(actual, given, activation):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_within_rounding(shape, dtype):
+def test_error_is_within_rounding(shape, dtype):
     h, weight, *rest = case(shape, dtype)
     forms = [("bgs", "relu"), ("b", "relu6"), ("gs", None), ("", None), ("bs", "relu")]
     for parts, activation in forms[: 2 if shape[2] > 100 or shape[3] > 10 else None]:
@@ -90,22 +90,22 @@ def test_within_rounding(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_large_tiles(dtype, monkeypatch):
+def test_large_tiles_are_within_rounding(dtype, monkeypatch):
     monkeypatch.setattr(expansion, "PROGRAMS", 1)
-    assert expansion.tiles(338, 70, 130, dtype) == (128, 128, 64, 8)
+    assert expansion.choose_tiles(338, 70, 130, dtype) == (128, 128, 64, 8)
     given = case((2, 70, 130, 13, 13), dtype)  # planes longer than a tile
     assert_within_rounding(expansion.expand(*given, "relu"), given, "relu")
     given = case((3, 20, 19, 5, 11), dtype)  # and shorter
     assert_within_rounding(expansion.expand(*given, "relu"), given, "relu")
 
 
-def test_every_tile_once_in_bands(monkeypatch):
-    """More tiles of rows than a band, the last band lower, and several of channels."""
+def test_bands_cover_every_tile_once(monkeypatch):
+    """There are more tiles of rows than a band has, the last band has fewer, there are several tiles of channels."""
     given = case((1, 1, 70, 41, 17), torch.float32)  # 11 times 2
     assert_within_rounding(expansion.expand(*given, "relu"), given, "relu")
 
 
-def test_a_nan_stays():
+def test_nan_passes_the_activation():
     h, *rest = case((1, 3, 5, 2, 2), torch.float32)
     h[0, 0, 1, 1] = float("nan")
     for activation in ("relu", "relu6"):
@@ -114,15 +114,15 @@ def test_a_nan_stays():
         assert y.isnan().sum() == 5
 
 
-def test_parts_in_other_dtypes():
+def test_shortcut_may_be_wider_than_the_branch():
     """Under autocast a shortcut may be wider than the branch."""
     given = (*case((2, 17, 5, 3, 3), torch.bfloat16)[:4], to_layout(torch.randn(2, 5, 3, 3), True))
     assert_within_rounding(expansion.expand(*given, "relu"), given, "relu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_passes_over_memory(dtype):
-    """h, shortcut and y once; the weight once for each tile of rows, h once for each tile of channels."""
+def test_reads_and_writes_as_few_bytes_as_possible(dtype):
+    """Shortcut and y move once, the weight once for each tile of rows, h once for each tile of channels."""
     for channels, times in ((64, 1), (100, 2)):
         given = case((2, 40, channels, 13, 11), dtype)
         h, weight, _, _, shortcut = given
@@ -134,7 +134,7 @@ def test_passes_over_memory(dtype):
         assert counted.read == (times * h.numel() + shortcut.numel() + rows * weight.numel()) * one
 
 
-def test_the_operator():
+def test_operator_is_compiled_and_counted():
     given = case((2, 17, 5, 3, 3), torch.float32)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.ecanet.expansion, (*given, "relu"), test_utils=checks)
@@ -153,7 +153,7 @@ def test_the_operator():
     assert flops.get_total_flops() == 2 * (2 * 9) * 17 * 5
 
 
-def test_says_why_it_cannot(monkeypatch):
+def test_errors_name_what_does_not_fit(monkeypatch):
     h, weight, bias, gate, shortcut = case((2, 3, 5, 4, 4), torch.float32)
     for arguments, why in {
         (h[0], weight): r"h must be \(N, K, H, W\), got shape \(3, 4, 4\)",
@@ -165,7 +165,7 @@ def test_says_why_it_cannot(monkeypatch):
         (h.double(), weight.double()): "it takes float32, bfloat16 and float16, got torch.float64",
         (h.contiguous(), weight): r"h is not channels-last; use h.contiguous\(memory_format",
         (h, weight, bias, gate, shortcut.contiguous()): "shortcut is not channels-last",
-        (h, weight.to("meta")): "tensors lie on cpu and meta",
+        (h, weight.to("meta")): "tensors are on cpu and meta",
         (h, weight.clone().requires_grad_()): "it has no gradient; use it under torch.no_grad",
         (h, weight, bias, gate, shortcut, "gelu"): "unknown activation 'gelu'; choose 'relu', 'relu6' or None",
     }.items():
@@ -179,8 +179,8 @@ def test_says_why_it_cannot(monkeypatch):
 # in blocks
 
 
-def lively(model):
-    """``model`` in evaluation, with random norms and no parameter at zero."""
+def randomize(model):
+    """Return ``model`` in evaluation mode, with random norms and no parameter at zero."""
     for name, x in model.state_dict().items():
         if name.endswith("running_var"):
             x.uniform_(0.5, 2)
@@ -209,11 +209,11 @@ BLOCKS = {
 }
 
 
-def optimized(name):
-    """A block as `optimize` makes it, and an input for it."""
+def make_optimized(name):
+    """Return a block as `optimize` makes it, and an input for it."""
     torch.manual_seed(0)
     make, channels, _ = BLOCKS[name]
-    block = lively(make())
+    block = randomize(make())
     channels = block.get_submodule("conv1").in_channels if hasattr(block, "conv1") else channels
     parts = describe_for_copy(block.requires_grad_(False))
     assert parts is not None
@@ -222,7 +222,7 @@ def optimized(name):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Arguments of the kernel's launches."""
+    """Return a list that records the arguments of the kernel's launches."""
     launches, launch = [], expansion._expansion
     monkeypatch.setattr(expansion, "_expansion", lambda *args: launches.append(args) or launch(*args))
     return launches
@@ -230,8 +230,8 @@ def ran(monkeypatch):
 
 @pytest.mark.parametrize("name", BLOCKS)
 @torch.no_grad()
-def test_a_block_is_what_it_is_without(name, ran):
-    block, x = optimized(name)
+def test_block_gives_the_same_with_and_without_the_kernel(name, ran):
+    block, x = make_optimized(name)
     expected = block(x)
     with ops.prefer_impl("fused"):
         actual = block(x)
@@ -241,8 +241,8 @@ def test_a_block_is_what_it_is_without(name, ran):
 
 
 @torch.no_grad()
-def test_autocast(ran):
-    block, x = optimized("eca")
+def test_autocast_keeps_the_gate_in_float32(ran):
+    block, x = make_optimized("eca")
     with torch.autocast("cpu", torch.bfloat16):
         expected = block(x)
         with ops.prefer_impl("fused"):
@@ -258,9 +258,9 @@ def test_autocast(ran):
     assert ((expected - exact).abs() <= allowed + slack + torch.finfo(torch.bfloat16).eps * scaled.abs()).all()
 
 
-def test_where_it_stays_out(ran):
-    """Gradients, other layouts and dtypes, who listens or must see operations, and who asks for the lean passes."""
-    block, x = optimized("eca")
+def test_kernel_does_not_run_where_it_does_not_apply(ran):
+    """Gradients, other layouts and dtypes, hooks, tracing and compilation, and a preference for the lean passes."""
+    block, x = make_optimized("eca")
     with ops.prefer_impl("fused"):
         block(x)
         with torch.no_grad():
@@ -286,7 +286,7 @@ def test_where_it_stays_out(ran):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """The CPU counts as a GPU on which nothing has run, where convolutions do not round to TF32."""
+    """Treat the CPU as a GPU on which nothing has run yet and convolutions do not round to TF32; shorten the proof."""
     for room in (ops, dispatch):
         monkeypatch.setattr(room, "runs_on_gpu", lambda x: True)
     monkeypatch.setattr(proof, "_passed", {})
@@ -295,15 +295,15 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_kernel_passes(dtype, gpu):
+def test_kernel_passes_its_proof(dtype, gpu):
     assert proof.find_expansion_failure(CPU, dtype) is None
 
 
 @torch.no_grad()
-def test_used_after_one_proof(gpu, ran, monkeypatch):
+def test_kernel_is_used_after_one_proof(gpu, ran, monkeypatch):
     proofs, failure = [], proof.find_expansion_failure
     monkeypatch.setattr(proof, "find_expansion_failure", lambda *args: proofs.append(args) or failure(*args))
-    block, x = optimized("torchvision")
+    block, x = make_optimized("torchvision")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         block(x)
@@ -312,7 +312,7 @@ def test_used_after_one_proof(gpu, ran, monkeypatch):
     assert proofs == [(CPU, torch.float32)]
     assert len(ran) == tried + 1
     monkeypatch.setattr(execution, "rounds_to_tf32", lambda: True)
-    block(x)  # tensor cores do it there, and not here
+    block(x)  # PyTorch's convolution uses tensor cores there, the kernel does not
     assert len(ran) == tried + 1
 
 
@@ -327,8 +327,8 @@ WRONG = {
 
 @pytest.mark.parametrize("bug", WRONG)
 @torch.no_grad()
-def test_a_wrong_kernel_is_found_and_told_once(bug, gpu, monkeypatch):
-    block, x = optimized("torchvision")
+def test_wrong_kernel_is_found_and_warned_of_once(bug, gpu, monkeypatch):
+    block, x = make_optimized("torchvision")
     with ops.prefer_impl("lean"):
         expected = block(x)
     monkeypatch.setattr(expansion, "_expansion", WRONG[bug](expansion._expansion))
@@ -342,8 +342,8 @@ def test_a_wrong_kernel_is_found_and_told_once(bug, gpu, monkeypatch):
 
 
 @torch.no_grad()
-def test_without_triton(gpu, monkeypatch):
-    block, x = optimized("torchvision")
+def test_missing_triton_warns_and_falls_back(gpu, monkeypatch):
+    block, x = make_optimized("torchvision")
     monkeypatch.setitem(sys.modules, "ecanet.ops.triton.expansion", None)
     monkeypatch.delattr(ops.triton, "expansion")
     with pytest.warns(UserWarning, match="Triton cannot be imported"):

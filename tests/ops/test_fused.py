@@ -1,4 +1,4 @@
-"""Every fused path against the float64 reference: value and every gradient. Kernels run in Triton's interpreter."""
+"""The lean and the fused passes against the float64 reference: value and every gradient, kernels interpreted."""
 
 import copy
 import math
@@ -41,7 +41,7 @@ def case(shape, last, dtype, seed=0):
 
 
 def results(impl, tensors, norm, gate, shortcut, activation, wide, pair=False):
-    """y, dz, dshortcut, dparameters and running statistics; ``pair`` with a gradient on each of two ways."""
+    """Return y, all gradients and the running statistics; with ``pair`` each of two outputs has a gradient."""
     norm, gate = (copy.deepcopy(m).double() if wide else copy.deepcopy(m) for m in (norm, gate))
     side = copy.deepcopy(norm).train(norm.training) if shortcut == "normed" else None
     z, s, dy = (x.double() if wide else x if impl == "reference" else surround_with_nan(x) for x in tensors)
@@ -61,7 +61,7 @@ def results(impl, tensors, norm, gate, shortcut, activation, wide, pair=False):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_tail_within_budget(shape, last, dtype, impl):
+def test_tail_is_within_the_error_budget(shape, last, dtype, impl):
     tensors, norm, gate = case(shape, last, dtype)
     dy = tensors[2]
     for index, (shortcut, activation) in enumerate(
@@ -88,8 +88,8 @@ def test_tail_within_budget(shape, last, dtype, impl):
 @pytest.mark.parametrize("pair", [False, True], ids=["one output", "two outputs"])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("impl", ["lean", "fused"])
-def test_float64_is_the_reference(impl, last, pair):
-    """In float64 nothing but the order of sums differs."""
+def test_float64_equals_the_reference(impl, last, pair):
+    """In float64 only the order of sums differs."""
     tensors, norm, gate = case((3, 17, 9, 11), last, torch.float64)
     norm, gate = norm.double(), gate.double()
     for shortcut, activation in [("plain", "relu"), (None, "relu"), ("normed", "relu6"), ("plain", None)]:
@@ -101,8 +101,8 @@ def test_float64_is_the_reference(impl, last, pair):
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize(("group", "large"), [(1, 1), (2 * 17 * 99, 1), (2 * 17 * 99, 2**18)])
-def test_lean_in_groups_of_samples(group, large, last, monkeypatch):
-    """One sample after the other and two at a time, by a native operation each or by several for the group."""
+def test_lean_passes_in_groups_of_samples(group, large, last, monkeypatch):
+    """Groups of one and of two samples, reduced by a native operation for each sample or by several for the group."""
     monkeypatch.setattr(ops.lean, "GROUP_ELEMENTS", group)
     monkeypatch.setattr(ops.lean, "LARGE_SAMPLE_ELEMENTS", large)
     tensors, norm, gate = case((5, 17, 9, 11), last, torch.float64)
@@ -117,8 +117,8 @@ def test_lean_in_groups_of_samples(group, large, last, monkeypatch):
 
 @pytest.mark.parametrize("impl", ["lean", "fused"])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-def test_means_far_from_zero(last, impl):
-    """Nothing cancels that the reference keeps: a mean of a thousand standard deviations."""
+def test_large_means_do_not_cancel(last, impl):
+    """A mean of a thousand standard deviations costs no more digits than in the reference."""
     tensors, norm, gate = case((3, 17, 9, 11), last, torch.float32)
     tensors[0] = (tensors[0] - 3) / 2 + 1000
     three = [
@@ -126,14 +126,16 @@ def test_means_far_from_zero(last, impl):
         for kind, wide in ((impl, False), ("reference", False), ("reference", True))
     ]
     for number, (a, b, c) in enumerate(zip(*three, strict=True)):
-        assert_within_budget(f"result {number}", a, b, c, roundings=1000)  # one of the mean, beside a deviation of 1
+        assert_within_budget(
+            f"result {number}", a, b, c, roundings=1000
+        )  # one rounding of the mean is 1000 of a deviation
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("shortcut", ["plain", "normed", None, "no norm"])
 @pytest.mark.parametrize("impl", ["lean", "fused"])
-def test_gradcheck(impl, shortcut, training):
-    """Against differences of values, which know nothing of the formulas."""
+def test_gradients_by_gradcheck(impl, shortcut, training):
+    """Finite differences know nothing of the formulas."""
     (z, s, _), norm, gate = case((2, 3, 3, 2), True, torch.float64)
     norm, gate = norm.double().train(training), gate.double()
     side = copy.deepcopy(norm) if shortcut == "normed" else None
@@ -168,7 +170,7 @@ def test_second_backward_equals_the_first(impl):
 
 @pytest.mark.parametrize("impl", ["lean", "fused"])
 @pytest.mark.parametrize("activation", ["relu", None])
-def test_gradients_of_gradients(impl, activation):
+def test_second_derivatives_equal_the_reference(impl, activation):
     """A penalty on the gradient, in the same backward as the loss itself."""
     tensors, norm, gate = case((2, 5, 4, 3), True, torch.float64)
     norm, gate = norm.double(), gate.double()
@@ -186,8 +188,8 @@ def test_gradients_of_gradients(impl, activation):
 
 @pytest.mark.parametrize("impl", ["lean", "fused"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_two_ways_within_budget(dtype, impl):
-    """The gradients of both ways are added before they are rounded: never worse than autograd's sum."""
+def test_gradients_of_two_outputs_are_within_the_error_budget(dtype, impl):
+    """The two gradients are added before they are rounded, so the sum is never worse than autograd's."""
     tensors, norm, gate = case((2, 17, 17, 19), True, dtype)
     for shortcut in ("plain", "normed"):
         three = [
@@ -200,36 +202,38 @@ def test_two_ways_within_budget(dtype, impl):
 
 
 @pytest.mark.parametrize("impl", ["lean", "fused"])
-def test_each_way_alone_and_none(impl):
+def test_each_output_alone_carries_its_gradient(impl):
     tensors, norm, gate = case((2, 17, 7, 7), True, torch.float32)
     z, s, dy = tensors
     z.requires_grad_()
     s.requires_grad_()
-    ways = ops.residual_tail_pair(z, norm, gate.weigh, s, impl=impl)
-    assert torch.equal(*ways)
+    outputs = ops.residual_tail_pair(z, norm, gate.weigh, s, impl=impl)
+    assert torch.equal(*outputs)
     expected = torch.autograd.grad(ops.residual_tail(z, norm, gate.weigh, s, impl=impl), [z, s], dy)
-    for way in ways:
-        found = torch.autograd.grad(way, [z, s], dy, retain_graph=True)
+    for output in outputs:
+        found = torch.autograd.grad(output, [z, s], dy, retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    one, both = ops.residual_tail_pair(z, norm, gate.weigh, None, impl=impl)  # no shortcut: nothing to fold
+    one, both = ops.residual_tail_pair(
+        z, norm, gate.weigh, None, impl=impl
+    )  # without a shortcut there is one gradient path
     assert one is both
 
 
-def test_passes_over_memory_with_the_fold():
-    """The gradients of both ways meet inside the reduction: one pass more to read, three of autograd's less."""
+def test_bytes_moved_by_the_backward_of_two_outputs():
+    """The reduction adds the two gradients: it reads one tensor more, and autograd's three passes are saved."""
     tensors, norm, gate = case((2, 64, 16, 16), True, torch.bfloat16)
     z, s, dy = tensors
     z.requires_grad_()
     s.requires_grad_()
     one = z.numel() * z.element_size()
-    ways = ops.residual_tail_pair(z, norm, gate.weigh, s, impl="fused")
+    outputs = ops.residual_tail_pair(z, norm, gate.weigh, s, impl="fused")
     with traffic.count_interpreted_accesses() as backward:
-        torch.autograd.grad(ways, [z, s], (dy, dy))
+        torch.autograd.grad(outputs, [z, s], (dy, dy))
     assert backward.moved / one == 4 + 1 / 16 + 3  # two gradients, bits, z, t; t, z, dz
 
 
-def test_passes_over_memory():
-    """The claim: 4.1 passes over the block's output forward; 9.2 backward, with autograd's 3 for the residual sum."""
+def test_bytes_moved_by_forward_and_backward():
+    """The documented numbers: 4.1 tensors forward; 9.2 backward, with autograd's 3 for the residual sum."""
     tensors, norm, gate = case((2, 64, 16, 16), True, torch.bfloat16)
     z, s, dy = tensors
     z.requires_grad_()
@@ -243,8 +247,8 @@ def test_passes_over_memory():
     assert backward.moved / one == 3 + 1 / 16 + 3  # dy, bits, z, t; t, z, dz; and autograd's 3
 
 
-def test_eager_passes_are_what_the_table_says():
-    """11 and 21, as counted at the dispatcher. Batch norm is one operation there, but reads twice each way."""
+def test_bytes_moved_by_eager_pytorch():
+    """The documented numbers: 11 and 21 tensors. Batch norm is one operation for the dispatcher, but it reads z twice."""
     tensors, norm, gate = case((2, 128, 24, 24), True, torch.float32)
     x = tensors[0].requires_grad_()
     convolution = nn.Conv2d(128, 128, 1)  # so that the block's input has two gradients
@@ -260,7 +264,7 @@ def test_eager_passes_are_what_the_table_says():
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_neutral_gate_is_the_identity_bit_for_bit(dtype, last):
+def test_neutral_gate_is_bit_equal_to_the_identity(dtype, last):
     (x, _, dy), _, gate = case((2, 17, 9, 11), last, dtype)
     gate.neutralize()
     for impl in ("lean", "fused"):
@@ -287,7 +291,7 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(torch.ops.ecanet.grads, (dy, z, a, a, mu, a, a, a, None), test_utils=checks)
 
 
-def test_choices_are_loud():
+def test_explicit_choice_that_does_not_apply_raises():
     x = torch.randn(2, 3, 4, 4)
     with pytest.raises(ConfigError, match="unknown impl 'fast'"):
         ops.squeeze_scale(x, torch.sigmoid, impl="fast")  # type: ignore[arg-type]
@@ -297,7 +301,7 @@ def test_choices_are_loud():
         ops.residual_tail(x[:1, :, :1, :1], nn.BatchNorm2d(3), torch.sigmoid, impl="lean")
 
 
-def test_synchronised_statistics_are_those_of_the_whole_batch(tmp_path):
+def test_synchronised_statistics_equal_those_of_the_whole_batch(tmp_path):
     import torch.multiprocessing as mp
 
     mp.spawn(_half, (str(tmp_path / "store"),), nprocs=2)  # type: ignore[attr-defined]

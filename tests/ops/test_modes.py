@@ -1,4 +1,4 @@
-"""The paths under what callers do: hooks on saved tensors, batches of gradients, tracing, checkpoints, odd gates."""
+"""The implementations under hooks on saved tensors, batched gradients, tracing, checkpoints and unusual gates."""
 
 import copy
 import io
@@ -26,7 +26,7 @@ def tensors(shape=(3, 8, 5, 7), last=True, count=3):
 
 
 def gradients(impl, activation, shortcut, side=None):
-    """Of the end of a block, with respect to all that comes in and every parameter."""
+    """Return the gradients of a residual tail with respect to its inputs and parameters."""
     torch.manual_seed(0)
     z, s, dy = tensors()
     norm, gate = nn.BatchNorm2d(8), ECA(8)
@@ -46,7 +46,7 @@ def gradients(impl, activation, shortcut, side=None):
 @IMPLS
 @pytest.mark.parametrize(("shortcut", "side"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("activation", ["relu", None])
-def test_saved_tensors_that_come_back_in_another_layout(impl, activation, shortcut, side):
+def test_saved_tensors_may_return_in_another_layout(impl, activation, shortcut, side):
     expected = gradients(impl, activation, shortcut, side)
     # as save_on_cpu(pin_memory=True) packs: into a new tensor of the size, which is contiguous
     with saved_tensors_hooks(lambda x: torch.empty(x.size(), dtype=x.dtype).copy_(x), lambda x: x):
@@ -64,7 +64,7 @@ GATES = {
 
 @pytest.mark.parametrize("impl", ["auto", "lean", "fused"])
 @pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
-def test_gates_that_broadcast(gate, impl):
+def test_gate_may_return_a_shape_that_broadcasts(gate, impl):
     z, s, dy = tensors()
     norm = nn.BatchNorm2d(8)
 
@@ -82,7 +82,7 @@ def test_gates_that_broadcast(gate, impl):
 
 @IMPLS
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_statistics_that_are_no_longer_tracked(impl, momentum):
+def test_statistics_are_not_updated_when_tracking_is_off(impl, momentum):
     z, s, _ = tensors()
     norm = nn.BatchNorm2d(8, momentum=momentum)
     norm.track_running_stats = False
@@ -92,7 +92,7 @@ def test_statistics_that_are_no_longer_tracked(impl, momentum):
     assert y.isfinite().all()
 
 
-def test_many_gradients_at_once():
+def test_batched_gradients_equal_single_ones():
     model = ecanet.create_model("resnet8", num_classes=5).double().train()
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
     y, many = model(x), torch.randn(3, 2, 5, dtype=torch.float64)
@@ -101,7 +101,7 @@ def test_many_gradients_at_once():
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=1e-12)
 
 
-def test_a_trace_can_be_saved():
+def test_traced_model_can_be_saved():
     import torchvision
 
     for model in (ecanet.attach(torchvision.models.resnet18()), ecanet.create_model("mobilenet_v2")):
@@ -113,7 +113,7 @@ def test_a_trace_can_be_saved():
 
 
 @IMPLS
-def test_a_checkpoint_is_computed_again_by_the_same_path(impl):
+def test_checkpoint_recomputes_by_the_same_implementation(impl):
     z, s, dy = tensors()
     norm, gate = nn.BatchNorm2d(8), ECA(8)
     z.requires_grad_()
@@ -125,14 +125,14 @@ def test_a_checkpoint_is_computed_again_by_the_same_path(impl):
     assert ops.requested_impl() is None
 
 
-def test_the_choice_holds_in_other_threads():
+def test_preferred_implementation_holds_in_other_threads():
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as pool, ops.prefer_impl("fused"):
         assert pool.submit(ops.uses_kernels, torch.ones(1)).result()
 
 
-def test_choices_that_end_in_another_order_leave_nothing_behind():
+def test_preferences_may_end_in_any_order():
     first, second = ops.prefer_impl("lean"), ops.prefer_impl("fused")
     first.__enter__()
     second.__enter__()
@@ -142,7 +142,7 @@ def test_choices_that_end_in_another_order_leave_nothing_behind():
     assert ops.requested_impl() is None
 
 
-def test_the_output_has_the_branchs_layout_in_evaluation():
+def test_evaluation_output_has_the_layout_of_the_branch():
     z, s, _ = tensors()
     norm = nn.BatchNorm2d(8).eval()
     for impl in ("auto", "reference", "lean"):
@@ -151,7 +151,7 @@ def test_the_output_has_the_branchs_layout_in_evaluation():
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu6", None])
-def test_the_input_is_left_as_it_is(activation):
+def test_input_is_not_modified(activation):
     z, _, _ = tensors()
     before = z.clone()
     ops.residual_tail(z, nn.Identity(), activation=activation)
@@ -161,7 +161,7 @@ def test_the_input_is_left_as_it_is(activation):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attention", ["eca", "se"])
 @pytest.mark.parametrize("short", [ecanet.fuse, ecanet.optimize])
-def test_timms_gates_in_half_precision(short, attention, dtype):
+def test_timm_gates_in_half_precision(short, attention, dtype):
     torch.manual_seed(0)
     model = timm.create_model("resnet18", block_args={"attn_layer": attention}, num_classes=5).eval().to(dtype)
     x = torch.randn(2, 3, 32, 32, dtype=dtype)
@@ -172,7 +172,7 @@ def test_timms_gates_in_half_precision(short, attention, dtype):
     assert (y.float() - expected).norm() < 0.05 * expected.norm()
 
 
-def test_the_benchmark_refuses_gradients_that_are_no_numbers(monkeypatch):
+def test_benchmark_refuses_nan_gradients(monkeypatch):
     from ecanet.errors import ConfigError
     from ecanet.studies.bench import check as bench_check
 

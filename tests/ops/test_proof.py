@@ -1,6 +1,6 @@
-"""Networks use the kernels by themselves where these have shown that they are right, and say so where not.
+"""Networks use the kernels where a proof has passed, and warn where it has not.
 
-The CPU plays the GPU here: Triton's interpreter runs the kernels.
+The CPU takes the place of the GPU: Triton's interpreter runs the kernels.
 """
 
 import sys
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """The CPU counts as a GPU on which nothing has run, and the proof is short."""
+    """Treat the CPU as a GPU on which nothing has run yet, and shorten the proof."""
     monkeypatch.setattr(dispatch, "runs_on_gpu", lambda x: True)
     monkeypatch.setattr(proof, "_passed", {})
     monkeypatch.setattr(proof, "SHAPES", ((2, 9, 5, 3),))
@@ -30,7 +30,7 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Names of the passes that `ops` chose, one after the other."""
+    """Return a list that records the names of the passes that `ops` chooses."""
     names, choose = [], dispatch.choose
 
     def chosen(*args):
@@ -58,13 +58,13 @@ def tail(impl="auto", dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", proof.DTYPES, ids=str)
-def test_the_kernels_pass(dtype, monkeypatch):
-    if dtype != torch.float32:  # the interpreter takes its time
+def test_kernels_pass_their_proof(dtype, monkeypatch):
+    if dtype != torch.float32:  # the interpreter is slow
         monkeypatch.setattr(proof, "SHAPES", proof.SHAPES[1:])
     assert proof.find_failure(CPU, dtype) is None
 
 
-def test_automatic_is_fused_after_one_proof_for_each_dtype(gpu, ran, monkeypatch):
+def test_auto_is_fused_after_one_proof_for_each_dtype(gpu, ran, monkeypatch):
     tried, failure = [], proof.find_failure
     monkeypatch.setattr(proof, "find_failure", lambda *args: tried.append(args) or failure(*args))
     with warnings.catch_warnings():
@@ -78,7 +78,7 @@ def test_automatic_is_fused_after_one_proof_for_each_dtype(gpu, ran, monkeypatch
     assert ran == ["launch", "launch", "launch", "lean", "lean"]
 
 
-def test_the_whole_network_is_fused(gpu, ran):
+def test_whole_network_runs_in_kernels(gpu, ran):
     model = ecanet.create_model("resnet8", attention="eca", num_classes=3)
     model(torch.randn(2, 3, 8, 8)).sum().backward()
     assert ran == ["launch"] * 7  # the stem, and an inner pair and a tail of three blocks
@@ -95,13 +95,13 @@ WRONG = {
     "the last position is not summed": ("_moments", lambda f: lambda z, order: f(z[:, :, :-1], order)),
     "half a sum": ("_reduce", lambda f: lambda *args: (lambda sums, t: (sums * 0.5, t))(*f(*args))),
     "the mean's gradient left out": ("_grads", lambda f: lambda *args: f(*args[:6], None, *args[7:])),
-    "a gradient that is no number": ("_grads", lambda f: lambda *args: f(*args) * float("nan")),
-    "the second way is lost": ("_reduce", lambda f: lambda dy, m, *rest: f(dy, None if m is None else 0 * m, *rest)),
+    "a gradient that is NaN": ("_grads", lambda f: lambda *args: f(*args) * float("nan")),
+    "second gradient is lost": ("_reduce", lambda f: lambda dy, m, *rest: f(dy, None if m is None else 0 * m, *rest)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("bug", WRONG)
-def test_a_wrong_kernel_is_found_and_told_once(bug, gpu, ran, monkeypatch):
+def test_wrong_kernel_is_found_and_warned_of_once(bug, gpu, ran, monkeypatch):
     from ecanet.ops.triton import launch as fused
 
     name, change = WRONG[bug]
@@ -116,12 +116,12 @@ def test_a_wrong_kernel_is_found_and_told_once(bug, gpu, ran, monkeypatch):
         warnings.simplefilter("error")
         assert torch.equal(y, tail("lean"))
         tail()
-        tail("fused")  # an explicit choice stands
+        tail("fused")  # an explicit choice is not replaced
         assert not ops.uses_kernels(torch.randn(2, 3, 4, 4))
     assert ran == ["lean", "lean", "lean", "launch"]
 
 
-def test_kernels_that_do_not_run(gpu, ran, monkeypatch):
+def test_kernel_that_raises_warns_and_falls_back(gpu, ran, monkeypatch):
     from ecanet.ops.triton import launch as fused
 
     def broken(z, order):
@@ -137,7 +137,7 @@ def test_kernels_that_do_not_run(gpu, ran, monkeypatch):
     assert ran == ["lean", "launch"]
 
 
-def test_without_triton(gpu, ran, monkeypatch):
+def test_missing_triton_warns_and_falls_back(gpu, ran, monkeypatch):
     monkeypatch.setitem(sys.modules, "ecanet.ops.triton.launch", None)
     monkeypatch.delattr(ecanet.ops.triton, "launch", raising=False)
     with pytest.warns(UserWarning, match="Triton cannot be imported"):
@@ -147,8 +147,8 @@ def test_without_triton(gpu, ran, monkeypatch):
     assert ran == ["lean"]
 
 
-def test_the_first_use_under_whatever_a_forward_runs_in(gpu, ran, monkeypatch):
-    """No gradients, inference mode, autocast, another default dtype or random state, and hooks on saved tensors."""
+def test_proof_is_isolated_from_the_callers_state(gpu, ran, monkeypatch):
+    """no_grad, inference mode, autocast and hooks on saved tensors do not reach the proof, and it draws no numbers."""
     x = torch.randn(2, 9, 4, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -164,7 +164,7 @@ def test_the_first_use_under_whatever_a_forward_runs_in(gpu, ran, monkeypatch):
     assert ran == ["launch"] * 5
 
 
-def test_a_capture_is_not_disturbed(gpu, ran, monkeypatch):
+def test_proof_waits_for_the_end_of_a_graph_capture(gpu, ran, monkeypatch):
     monkeypatch.setattr(proof, "is_capturing", lambda device: True)
     with pytest.warns(UserWarning, match="a CUDA graph is captured before they could be checked; run one step"):
         tail()
@@ -173,8 +173,8 @@ def test_a_capture_is_not_disturbed(gpu, ran, monkeypatch):
     assert ran == ["lean", "launch"]
 
 
-def test_who_must_see_operations_gets_them(gpu, ran, monkeypatch):
-    """Tracing, compilation, tensor subclasses: nothing is tried there."""
+def test_tracers_compilers_and_subclasses_get_pytorch_operations(gpu, ran, monkeypatch):
+    """Nothing is proven there."""
     monkeypatch.setattr(proof, "find_failure", lambda *args: pytest.fail("tried"))
 
     class Other(torch.Tensor):
@@ -191,7 +191,7 @@ def test_who_must_see_operations_gets_them(gpu, ran, monkeypatch):
         torch.compile(model, backend="eager")(images)
 
 
-def test_launches_on_the_tensors_device(monkeypatch):
+def test_launches_on_the_device_of_the_tensors(monkeypatch):
     from ecanet.ops.triton import launch as fused
 
     entered, device_of = [], torch.cuda.device_of

@@ -1,4 +1,4 @@
-"""The specification itself, against explicit Python loops."""
+"""The specification itself against explicit Python loops."""
 
 import math
 
@@ -15,7 +15,7 @@ def random(*shape, seed=0):
 
 
 def loop_squeeze(x, mask=None):
-    """Channel means by counting, one number at a time."""
+    """Return channel means, computed one number at a time."""
     n, c = x.shape[:2]
     means = torch.empty(n, c, dtype=x.dtype)
     for i in range(n):
@@ -27,7 +27,7 @@ def loop_squeeze(x, mask=None):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_squeeze_scale_is_the_loops(shape):
+def test_squeeze_scale_equals_explicit_loops(shape):
     x = random(*shape)
     means = loop_squeeze(x)
     torch.testing.assert_close(reference.squeeze(x), means, rtol=1e-14, atol=1e-14)
@@ -39,7 +39,7 @@ def test_squeeze_scale_is_the_loops(shape):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 4, 3), (2, 2, 2, 3, 2)])
-def test_masked_squeeze_is_the_loops_and_ignores_padding(shape):
+def test_masked_squeeze_equals_explicit_loops_and_ignores_padding(shape):
     x = random(*shape)
     mask = torch.rand(shape[0], *shape[2:], generator=torch.Generator().manual_seed(1)) < 0.6
     mask[0] = False  # a sample that is all padding
@@ -48,7 +48,7 @@ def test_masked_squeeze_is_the_loops_and_ignores_padding(shape):
     assert (reference.squeeze(padded, mask)[0] == 0).all()
 
 
-def test_padded_sequences_give_what_unpadded_ones_give():
+def test_padded_and_unpadded_sequences_give_the_same():
     long, short = random(1, 4, 9, seed=1), random(1, 4, 5, seed=2)
     batch = torch.cat([long, torch.cat([short, torch.full((1, 4, 4), 1e9, dtype=torch.float64)], 2)])
     mask = torch.arange(9) < torch.tensor([[9], [5]])
@@ -65,7 +65,7 @@ def test_gradients_by_gradcheck():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_sums_are_wide(dtype):
+def test_sums_neither_overflow_nor_lose_digits(dtype):
     """512 x 512 values of 300 sum to 78 million: infinite in float16, lost in bfloat16."""
     x = torch.full((1, 2, 512, 512), 300, dtype=dtype)
     assert reference.squeeze(x).tolist() == [[float(x[0, 0, 0, 0])] * 2]

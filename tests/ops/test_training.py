@@ -1,11 +1,14 @@
-"""Training is the same training: 20 steps of a small ECA network by the fast paths and by the reference.
+"""Twenty training steps of a small ECA network, by the fast implementations and by the reference.
 
-The losses are held together at every step, the gradients at two states that both paths are given: the first, and the
-reference's after 20 steps. Where ReLU's input is within rounding of zero, rounding decides if a gradient passes, so
-two runs of the reference itself (contiguous, channels-last, float64) part more with every step: with batches of 32 and
-a rate of 0.05 further than the paths may. Large batches and a small rate keep them together, and grain on the images
-keeps the empty background from passing or not as one. A gradient may be off by twice as much as the reference's worst,
-of either layout and for images that differ in their last digit.
+The losses are compared at every step, the gradients at two given states: the first, and the reference's after 20 steps.
+
+Where ReLU's input is within rounding of zero, rounding decides whether a gradient passes. So two runs of the reference
+itself (contiguous, channels-last, float64) diverge a little more with every step. Large batches and a small learning
+rate limit that; with batches of 32 and a rate of 0.05 they diverge more than the test allows. Noise on the images keeps
+the ReLUs of the empty background from switching all at once.
+
+A gradient may be off by twice the largest error of the reference, over both layouts and over images that differ in
+their last digit.
 """
 
 from contextlib import contextmanager
@@ -29,32 +32,32 @@ CASES = [
 
 
 @contextmanager
-def forced(impl):
-    """Networks ask `ops` for "auto": give them ``impl``, and see that it is what ran."""
+def force_impl(impl):
+    """Give networks, which use "auto", the implementation ``impl``, and check that it ran."""
     if impl == "fused":
         pytest.importorskip("triton")
     choose, ran = dispatch.choose, []
 
-    def chosen(asked, x, obstacle=None):
-        assert asked == "auto"
+    def choose_forced(requested, x, obstacle=None):
+        assert requested == "auto"
         ran.append(choose(impl, x, obstacle))
         return ran[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "choose", chosen)
+        patch.setattr(dispatch, "choose", choose_forced)
         yield
     expected = {"reference": None, "auto": "ecanet.ops.lean", "fused": "ecanet.ops.triton.launch"}[impl]
     assert {getattr(passes, "__name__", None) for passes in ran} == {expected}
 
 
 def batches(size, count):
-    """Fashion-MNIST's first images, or scikit-learn's digits where its files are not installed."""
+    """Return batches of Fashion-MNIST's first images, or of scikit-learn's digits if its files are not installed."""
     small = SMALL_SETS["fashion-mnist" if (DEBIAN_FASHION_MNIST / "t10k-images-idx3-ubyte.gz").is_file() else "digits"]
     images, labels = small.load(None, False)
     images = F.interpolate(small.spec.normalize(images[: STEPS * count]), (size, size), mode="area")
-    at = torch.arange(STEPS * count) % len(images)  # there are fewer digits than wanted
-    grain = torch.randn((len(at), 1, size, size), generator=torch.Generator().manual_seed(0))
-    return list(zip((images[at] + 0.1 * grain).split(count), labels[at].split(count), strict=True))
+    at = torch.arange(STEPS * count) % len(images)  # there are too few digits, so they repeat
+    noise = torch.randn((len(at), 1, size, size), generator=torch.Generator().manual_seed(0))
+    return list(zip((images[at] + 0.1 * noise).split(count), labels[at].split(count), strict=True))
 
 
 def network(layout, state=None, dtype=torch.float32):
@@ -70,11 +73,11 @@ def loss_of(model, images, labels, layout):
     return F.cross_entropy(model(images.to(dtype, memory_format=LAYOUTS[layout])), labels)
 
 
-def trained(impl, data, layout):
-    """Losses of 20 steps, and the state after them."""
+def train(impl, data, layout):
+    """Return the losses of 20 steps, and the state after them."""
     model, losses = network(layout), []
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=1e-4)
-    with forced(impl):
+    with force_impl(impl):
         for images, labels in data:
             loss = loss_of(model, images, labels, layout)
             optimizer.zero_grad()
@@ -85,9 +88,9 @@ def trained(impl, data, layout):
 
 
 def results(impl, state, batch, layout, dtype=torch.float32):
-    """Loss, gradients and running statistics of one step from ``state``, in float64."""
+    """Return loss, gradients and running statistics of one step from ``state``, converted to float64."""
     model = network(layout, state, dtype)
-    with forced(impl):
+    with force_impl(impl):
         loss = loss_of(model, *batch, layout)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
     found = {name: g for (name, _), g in zip(model.named_parameters(), gradients, strict=True)}
@@ -96,16 +99,16 @@ def results(impl, state, batch, layout, dtype=torch.float32):
 
 
 def distances(found, exact):
-    """Of each result, relative to its norm."""
+    """Return the error of each result relative to its norm."""
     return {name: float((found[name] - value).norm() / value.norm()) for name, value in exact.items()}
 
 
 @pytest.mark.parametrize(("impl", "size", "count", "layout"), CASES)
-def test_twenty_steps(impl, size, count, layout):
+def test_twenty_steps_equal_those_of_the_reference(impl, size, count, layout):
     data = batches(size, count)
-    expected, last = trained("reference", data, layout)
-    actual, _ = trained(impl, data, layout)
-    assert expected[-5:].mean() < 0.98 * expected[:5].mean()  # it is a training
+    expected, last = train("reference", data, layout)
+    actual, _ = train(impl, data, layout)
+    assert expected[-5:].mean() < 0.98 * expected[:5].mean()  # the network learns
     assert ((actual - expected).abs() <= 1e-3 * expected).all()
     for state, batch in ((network(layout).state_dict(), data[0]), (last, data[-1])):
         exact = results("reference", state, batch, layout, torch.float64)

@@ -154,7 +154,7 @@ def may_expand(h: Tensor, convolution: nn.Module, end: nn.Module) -> bool:
     """
     if not is_pointwise(convolution) or type(end) not in ENDS or type(h) not in (Tensor, nn.Parameter):
         return False
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or ops.find_mode_obstacle(h):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or ops.find_mode_obstacle():
         return False
     dtype, weight = compute_dtype(h), convolution.weight
     cast_by_autocast = torch.is_autocast_enabled(h.device.type)

@@ -187,7 +187,7 @@ def choose(impl: Impl, x: Tensor, obstacle: str | None = None) -> Passes | None:
         raise ConfigError(f"unknown impl {impl!r}; choose 'auto', 'reference', 'lean' or 'fused'")
     if impl == "reference":
         return None
-    obstacle = obstacle or find_mode_obstacle(x)
+    obstacle = obstacle or find_mode_obstacle()
     if impl == "auto":
         if obstacle or torch.compiler.is_compiling() or x.device.type == "meta":
             return None
@@ -223,11 +223,8 @@ def expand(
     return expansion.expand(h, weight, bias, g, shortcut, activation)
 
 
-def find_mode_obstacle(x: Tensor) -> str | None:
-    """Return why the current mode (export, tracing, transforms) rules out our own backward passes; None if it does not.
-
-    ``x`` is an input; today the modes are global.
-    """
+def find_mode_obstacle() -> str | None:
+    """Return why the current mode (export, tracing, transforms) rules out our backward passes, None if it does not."""
     if torch.compiler.is_exporting():
         return "an exported graph consists of PyTorch's operations"
     if torch.compiler.is_compiling():

@@ -1,5 +1,5 @@
-"""The passes in Triton kernels; importing these files needs Triton.
+"""The passes over memory in Triton kernels. To import these files, Triton must be installed.
 
-Read downward: `expansion` (a last 1x1 convolution with gate, addition and activation in its epilogue), `launch`
-(grids and allocations: the passes that autograd calls), `kernels` (what runs on the GPU).
+Read downward: `expansion` (a block's last 1x1 convolution with gate, addition and activation in its epilogue), `launch`
+(the passes as autograd calls them: grids and allocations), `kernels` (the code that runs on the GPU).
 """

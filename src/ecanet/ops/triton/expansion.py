@@ -1,15 +1,16 @@
-"""The end of a block in its last convolution: ``act(gate * (weight h + bias) + shortcut)``, for inference.
+"""A block's last 1x1 convolution with everything after it: ``act(gate * (weight h + bias) + shortcut)``, for inference.
 
-A 1x1 convolution is a matrix product of rows (positions of all samples) and channels. Where the gate is known before
-it, gate, shortcut and activation are applied to the sums before they are written: h, weight and shortcut are read,
-y is written, and nothing else is.
+A 1x1 convolution of a channels-last tensor is a matrix product: its rows are the positions of all samples, its columns
+the channels. Where the gate is known before the convolution, gate, shortcut and activation are applied to the sums
+before they are written. So h, weight and shortcut are read, y is written, and there is no other traffic.
 """
 
 # ruff: noqa: N803
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,12 +26,12 @@ from ecanet.testing import bound_sums, find_elementwise_excess
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 PROGRAMS = 256
-"""Programs with large tiles below which tiles are small: about two for each processor of a large GPU."""
+"""Large tiles are used if they give this many programs: about two for each processor of a large GPU."""
 
 BAND = tl.constexpr(8)
-"""Tiles of rows that go through all channels together, so that both are found in the cache again."""
+"""Tiles of rows in a band. Successive programs compute a band for all channels: h and weight stay in the cache."""
 
-# kernel: each program owns one tile of rows and channels
+# kernel: each program computes one tile of rows and channels
 
 
 @triton.jit
@@ -39,10 +40,10 @@ def _expand(
     BIAS: tl.constexpr, GATE: tl.constexpr, SHORTCUT: tl.constexpr, ACTIVATION: tl.constexpr, WITHIN: tl.constexpr,
     WIDEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``y = act(g (h w^T + b) + s)``; WITHIN says that a tile meets two samples at most."""
+    """Store ``y = act(g (h w^T + b) + s)``. WITHIN: a tile has rows of at most two samples."""
     down, across = tl.cdiv(rows, BLOCK_R), tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0)
-    band, place = program // (BAND * across), program % (BAND * across)
+    band, place = program // (BAND * across), program % (BAND * across)  # place: number of the tile in its band
     height = tl.minimum(down - band * BAND, BAND)
     start = (band * BAND + place % height).to(tl.int64) * BLOCK_R
     r = start + tl.arange(0, BLOCK_R)
@@ -56,7 +57,7 @@ def _expand(
         h = tl.load(h_ptr + r[:, None] * inner + k[None, :], mask=here, other=0.0)
         here = (k < inner)[:, None] & known[None, :]
         w = tl.load(w_ptr + c[None, :] * inner + k[:, None], mask=here, other=0.0)
-        if WIDEN:  # the interpreter has no products of bfloat16; these are exact in float32
+        if WIDEN:  # the interpreter cannot multiply bfloat16; the products are exact in float32
             h, w = h.to(tl.float32), w.to(tl.float32)
         y = tl.dot(h, w, y, input_precision="ieee")
     if BIAS:
@@ -75,20 +76,20 @@ def _expand(
     if SHORTCUT:
         y += tl.load(s_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if ACTIVATION != 0:
-        y = tl.where(y <= 0, 0.0, y)  # NaN stays
+        y = tl.where(y <= 0, 0.0, y)  # this keeps NaN; tl.maximum would not
         if ACTIVATION == 2:
             y = tl.where(y >= 6, 6.0, y)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 INTERPRETED = type(_expand).__name__ == "InterpretedFunction"
-"""Whether Triton runs the kernel on the CPU."""
+"""Whether Triton's interpreter runs the kernel on the CPU."""
 
 # launcher
 
 
 class Tiles(NamedTuple):
-    """How the product is cut, and how many warps work on a tile."""
+    """The size of a tile of the product, the step along its inner axis, and the warps for a tile."""
 
     rows: int
     channels: int
@@ -96,8 +97,11 @@ class Tiles(NamedTuple):
     warps: int
 
 
-def tiles(rows: int, inner: int, channels: int, dtype: torch.dtype) -> Tiles:
-    """Fixed sizes, so that a result is the same every time: small ones for float32 and for few programs."""
+def choose_tiles(rows: int, inner: int, channels: int, dtype: torch.dtype) -> Tiles:
+    """Return the tiles for a product: small ones for float32, and where large ones would give few programs.
+
+    They depend on shapes and dtype only and are not tuned by timing, so that a result is the same every time.
+    """
     wide = dtype == torch.float32
     depth = min(32 if wide else 64, max(16, triton.next_power_of_2(inner)))
     large = not wide and triton.cdiv(rows, 128) * triton.cdiv(channels, 128) >= PROGRAMS
@@ -114,7 +118,7 @@ def _expansion(
     inner, channels = h.shape[1], weight.shape[0]
     positions = h.shape[2] * h.shape[3]
     rows = h.shape[0] * positions
-    block = tiles(rows, inner, channels, h.dtype)
+    block = choose_tiles(rows, inner, channels, h.dtype)
     programs = triton.cdiv(rows, block.rows) * triton.cdiv(channels, block.channels)
     with torch.cuda.device_of(h):
         _expand[(programs, 1, 1)](
@@ -128,10 +132,10 @@ def _expansion(
     return y
 
 
-# operator: the launcher as torch.compile keeps it, whole; modes that watch operations see it too
+# operator: the launcher as an operator of PyTorch, which torch.compile leaves whole and dispatch modes see
 
 
-def _fake_expansion(h: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+def _fake_expansion(h: Tensor, weight: Tensor, *rest: object) -> Tensor:
     shape = (h.shape[0], weight.shape[0], *h.shape[2:])
     return torch.empty(shape, dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
 
@@ -140,7 +144,7 @@ torch.library.custom_op("ecanet::expansion", _expansion, mutates_args=()).regist
 
 
 @register_flop_formula(torch.ops.ecanet.expansion)
-def _flops(h: Any, weight: Any, *rest: Any, **options: Any) -> int:
+def _flops(h: Sequence[int], weight: Sequence[int], *rest: object, **options: object) -> int:
     return 2 * h[0] * h[1] * h[2] * h[3] * weight[0]
 
 
@@ -155,29 +159,30 @@ def expand(
     shortcut: Tensor | None = None,
     activation: Activation = "relu",
 ) -> Tensor:
-    """``act(gate * (weight h + bias) + shortcut)``: a 1x1 convolution and the end of its block, in one kernel.
+    """Return ``act(gate * (weight h + bias) + shortcut)``: a 1x1 convolution and the end of its block, in one kernel.
 
-    ``h`` is (N, K, H, W), ``weight`` (C, K) or (C, K, 1, 1) of the same dtype; ``bias`` (C,), ``gate`` (N, C) or
-    (N, C, 1, 1) and ``shortcut`` (N, C, H, W) may be of another. Sums run in float32 and are rounded once, at the end.
-    Returns (N, C, H, W), channels-last. It has no gradient.
+    ``h`` is (N, K, H, W), ``weight`` (C, K) or (C, K, 1, 1) in the same dtype. ``bias`` (C,), ``gate`` (N, C) or
+    (N, C, 1, 1) and ``shortcut`` (N, C, H, W) may have other dtypes. Sums run in float32 and are rounded once, at the
+    end. The result is (N, C, H, W), channels-last, and has no gradient.
 
     Raises:
-        ConfigError: a shape, dtype, device or memory format does not fit, or a gradient is asked for.
+        ConfigError: A shape, dtype, device or memory format does not fit, or an input requires a gradient.
     """
-    why = _mismatch(h, weight, bias, gate, shortcut) or _obstacle(h, weight, bias, gate, shortcut)
+    obstacle = _find_mismatch(h, weight, bias, gate, shortcut) or _find_obstacle(h, weight, bias, gate, shortcut)
     if activation not in ACTIVATIONS:
-        why = f"unknown activation {activation!r}; choose 'relu', 'relu6' or None"
-    if why is not None:
-        raise ConfigError(f"expand does not apply: {why}")
-    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    launch = torch.ops.ecanet.expansion if watched else _expansion
+        obstacle = f"unknown activation {activation!r}; choose 'relu', 'relu6' or None"
+    if obstacle is not None:
+        raise ConfigError(f"expand does not apply: {obstacle}")
+    # a compiler, or a dispatch mode such as FlopCounterMode, must see an operator; the launcher itself starts faster
+    needs_operator = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    launch = torch.ops.ecanet.expansion if needs_operator else _expansion
     return launch(h, weight, bias, gate, shortcut, activation)
 
 
-def _mismatch(
+def _find_mismatch(
     h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, shortcut: Tensor | None
 ) -> str | None:
-    """Which shape does not fit, if one does not."""
+    """Return which shape does not fit, None if all do."""
     if h.dim() != 4:
         return f"h must be (N, K, H, W), got shape {tuple(h.shape)}"
     (n, inner, *plane), channels = h.shape, weight.shape[0]
@@ -193,15 +198,15 @@ def _mismatch(
     return None
 
 
-def _obstacle(
+def _find_obstacle(
     h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, shortcut: Tensor | None
 ) -> str | None:
-    """Why tensors of fitting shapes cannot be taken, if they cannot."""
+    """Return why the kernel does not support tensors whose shapes fit, None if it does."""
     given = [x for x in (h, weight, bias, gate, shortcut) if x is not None]
     if not (h.is_cuda or INTERPRETED or h.device.type == "meta"):
         return f"it needs CUDA tensors, got one on {h.device}"
     if any(x.device != h.device for x in given):
-        return f"tensors lie on {' and '.join(sorted({str(x.device) for x in given}))}"
+        return f"tensors are on {' and '.join(sorted({str(x.device) for x in given}))}"
     if weight.dtype != h.dtype:
         return f"h is {h.dtype} and weight {weight.dtype}"
     for x in given:
@@ -215,11 +220,13 @@ def _obstacle(
     return None
 
 
-# proof: what `proof` tries on a device before networks use the kernel there by themselves
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+# proof: the cases that `ops.proof` checks on a device before networks use the kernel there
 
 
 class Case(NamedTuple):
-    """Which parts of the equation there are."""
+    """Which operands the equation has, and the activation."""
 
     biased: bool
     gated: bool
@@ -235,24 +242,27 @@ TRIED = {
     (3, 128, 96, 7, 7): USUAL[:1],
     (3, 144, 208, 93, 61): USUAL,
 }
-"""Cases by N, K, C, H, W: multiples of nothing; and of 16 channels, as networks have them, in small and large tiles."""
+"""Cases by (N, K, C, H, W): sizes that are no multiples of a tile; then channels as in networks, with both tiles."""
 
 
 def find_discrepancy(device: torch.device, dtype: torch.dtype) -> str | None:
-    """How the kernel is wrong on ``device``; None if it is not."""
+    """Return how the kernel is wrong on ``device``, None if it is not."""
     for shape, cases in TRIED.items():
         for case in cases:
-            given = inputs(shape, case, device, dtype)
+            given = make_inputs(shape, case, device, dtype)
             y = _expansion(*given, case.activation)
-            expected, allowed = exact(*given, case.activation)
+            expected, allowed = compute_exactly(*given, case.activation)
             excess = find_elementwise_excess("y", y, expected, allowed)
             if excess is not None:
                 return f"{excess} ({case}, {shape}, {dtype})"
     return None
 
 
-def inputs(shape: tuple[int, ...], case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Random h, weight, bias, gate and shortcut of a case, from a generator of their own."""
+def make_inputs(shape: tuple[int, ...], case: Case, device: torch.device, dtype: torch.dtype) -> Operands:
+    """Return random h, weight, bias, gate and shortcut, None for those that the case has not.
+
+    They come from a generator of their own, so that the global random state is unchanged.
+    """
     n, inner, channels, *plane = shape
     generator = torch.Generator(device="cpu").manual_seed(0)
 
@@ -263,16 +273,17 @@ def inputs(shape: tuple[int, ...], case: Case, device: torch.device, dtype: torc
 
     h, weight, bias = draw(n, inner, *plane), draw(channels, inner), draw(channels)
     gate, shortcut = draw(n, channels, wide=True).sigmoid(), draw(n, channels, *plane)
-    chosen = zip((case.biased, case.gated, case.added), (bias, gate, shortcut), strict=True)
-    return h, weight, *(x if wanted else None for wanted, x in chosen)
+    return (
+        h, weight, bias if case.biased else None, gate if case.gated else None, shortcut if case.added else None
+    )  # fmt: skip
 
 
-def exact(
+def compute_exactly(
     h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, shortcut: Tensor | None, activation: Activation
 ) -> tuple[Tensor, Tensor]:
-    """The result in float64, and how far from it one may be whose sums are float32 and which is rounded once.
+    """Return the result in float64, and how far from it a result may be that is summed in float32 and rounded once.
 
-    Each of K products, bias, gate and shortcut may cost a rounding of the absolute values summed.
+    Each of the K products, and bias, gate, shortcut and a spare one, may lose an eps of the absolute values summed.
     """
     x, w = h.movedim(1, -1).double(), weight.double()
     y, terms = x @ w.t(), x.abs() @ w.abs().t()

@@ -1,11 +1,17 @@
 """Triton kernels of a residual tail: two forward, two backward, for both memory layouts and all float dtypes.
 
-A program owns a tile of BLOCK_P positions by BLOCK_C channels of one sample; `_moments` and `_reduce` walk the
-positions of a plane (or of one of its ``parts``) tile by tile. Sums run in WIDE (float32, or float64 for float64),
-in a fixed order: no atomics, so that a result is the same every time. Saved tensors are never written.
+A program computes a tile of BLOCK_P positions by BLOCK_C channels of one sample. `_moments` and `_reduce` loop over the
+tiles of a plane, or of one of the parts into which a plane is split if there are few planes. Sums run in WIDE (float64
+for float64, else float32) and in a fixed order, without atomics, so that a result is the same every time. Saved tensors
+are never written.
 
-LAST says that channels are neighbours in memory (channels-last); else positions are. Bits, one for each element that
-the activation passed on, come eight channels to a byte: (N, P, C / 8) for LAST, else (N, C / 8, P).
+LAST means channels-last: the channels of a position are neighbours in memory. Otherwise the positions of a channel are.
+
+The activation's sign bits (1 where it passes the gradient on) are packed: one byte holds eight neighbouring channels of
+a position. The bytes have shape (N, P, C / 8) if LAST, else (N, C / 8, P), so that a tile reads them in memory order.
+
+Arguments ending in ``_ptr`` are tensors. ``a``, ``b`` and ``sa`` (the shortcut's a) are (N, C), ``mu`` and ``smu``
+(the shortcut's mu) are (C,), as in `passes.Form`.
 """
 
 # ruff: noqa: N803
@@ -21,7 +27,7 @@ PLAIN, NORMED = tl.constexpr(1), tl.constexpr(2)  # SHORTCUT; NONE without one
 
 @triton.jit
 def _offsets(n, p, c, channels, positions, LAST: tl.constexpr):
-    """Where (n, p, c) stands: (BLOCK_P, BLOCK_C)."""
+    """Return the offsets of the elements (n, p, c) of a tensor: (BLOCK_P, BLOCK_C)."""
     base = n.to(tl.int64) * channels * positions
     if LAST:
         return base + p[:, None] * channels + c[None, :]
@@ -30,7 +36,7 @@ def _offsets(n, p, c, channels, positions, LAST: tl.constexpr):
 
 @triton.jit
 def _byte_offsets(n, p, byte, channels, positions, LAST: tl.constexpr):
-    """Where the byte of (n, p) and channels 8 byte ... 8 byte + 7 stands: (BLOCK_P, BLOCK_C / 8)."""
+    """Return the offsets of the bytes for (n, p) and the channels 8 byte to 8 byte + 7: (BLOCK_P, BLOCK_C / 8)."""
     width = (channels + 7) // 8
     base = n.to(tl.int64) * width * positions
     if LAST:
@@ -39,8 +45,11 @@ def _byte_offsets(n, p, byte, channels, positions, LAST: tl.constexpr):
 
 
 @triton.jit
-def _tile(channels, positions, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sample, tile of positions and tile of channels of this program; programs in a row are neighbours in memory."""
+def _locate_tile(channels, positions, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return sample, tile of positions and tile of channels of this program.
+
+    Successive programs get tiles that are neighbours in memory.
+    """
     across, along = tl.cdiv(channels, BLOCK_C), tl.cdiv(positions, BLOCK_P)
     program = tl.program_id(0)
     n = program // (across * along)
@@ -55,13 +64,13 @@ def _moments(
     z_ptr, mean_ptr, variance_ptr, channels, positions, part,
     ORDER: tl.constexpr, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Mean and, for ORDER 2, biased variance of each plane's part."""
+    """Store the mean and, if ORDER is 2, the biased variance of each part of a plane."""
     n, split = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin = split * part
     end = tl.minimum(begin + part, positions)
-    # Distances are from the first tile's mean K: (K - mean)^2 is at most (positions / BLOCK_P) variances, so the
-    # difference below loses no more than that factor of precision, whatever the data.
+    # The variance is mean (x - K)^2 - (mean - K)^2 with K the mean of the first tile. (K - mean)^2 is at most
+    # (positions / BLOCK_P) variances, so the difference loses no more than that factor of precision for any data.
     p = begin + tl.arange(0, BLOCK_P)
     inside = (p < end)[:, None] & (c < channels)[None, :]
     x = tl.load(z_ptr + _offsets(n, p, c, channels, positions, LAST), mask=inside, other=0.0).to(WIDE)
@@ -88,7 +97,7 @@ def _moments(
 
 @triton.jit
 def _affine(x, a_ptr, b_ptr, mu_ptr, at, c, known, HAS_B: tl.constexpr, HAS_MU: tl.constexpr, WIDE: tl.constexpr):
-    """``a (x - mu) + b``."""
+    """Return ``a (x - mu) + b``."""
     if HAS_MU:
         x = x - tl.load(mu_ptr + c, mask=known, other=0.0).to(WIDE)[None, :]
     x = x * tl.load(a_ptr + at, mask=known, other=0.0).to(WIDE)[None, :]
@@ -98,8 +107,8 @@ def _affine(x, a_ptr, b_ptr, mu_ptr, at, c, known, HAS_B: tl.constexpr, HAS_MU: 
 
 
 @triton.jit
-def _live(y, ACTIVATION: tl.constexpr):
-    """Where the activation passes a gradient on (at NaN too, so that it shows)."""
+def _passes_gradient(y, ACTIVATION: tl.constexpr):
+    """Return where the activation passes the gradient on. ReLU passes it at NaN too, so that a NaN is not hidden."""
     if ACTIVATION == RELU6:
         return (y > 0) & (y < 6)
     return (y <= 0) == 0
@@ -111,8 +120,8 @@ def _apply(
     HAS_B: tl.constexpr, HAS_MU: tl.constexpr, SHORTCUT: tl.constexpr, ACTIVATION: tl.constexpr, BITS: tl.constexpr,
     LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """``y = act(a (z - mu) + b + shortcut)`` and, with BITS, where the activation was not flat."""
-    n, tile_p, tile_c = _tile(channels, positions, LAST, BLOCK_P, BLOCK_C)
+    """Store ``y = act(a (z - mu) + b + shortcut)`` and, with BITS, the activation's sign bits."""
+    n, tile_p, tile_c = _locate_tile(channels, positions, LAST, BLOCK_P, BLOCK_C)
     p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
     known = c < channels
@@ -133,9 +142,9 @@ def _apply(
     y = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + here, y, mask=inside)
     if BITS:
-        # the sign is taken from the rounded output, as plain ReLU takes it
-        live = (_live(y.to(WIDE), ACTIVATION) & inside).to(tl.int32)
-        eight = tl.reshape(live, [BLOCK_P, BLOCK_C // 8, 8]) << tl.arange(0, 8)[None, None, :]
+        # The sign is that of the rounded output, as in PyTorch's ReLU, so that both pass the same gradients on.
+        passes = (_passes_gradient(y.to(WIDE), ACTIVATION) & inside).to(tl.int32)
+        eight = tl.reshape(passes, [BLOCK_P, BLOCK_C // 8, 8]) << tl.arange(0, 8)[None, None, :]
         byte = tile_c * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
         where = (p < positions)[:, None] & (byte * 8 < channels)[None, :]
         at = _byte_offsets(n, p, byte, channels, positions, LAST)
@@ -150,10 +159,10 @@ def _reduce(
     SECOND_DY: tl.constexpr, BITS: tl.constexpr, WRITE: tl.constexpr,
     LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of ``t (z - mu)``, ``t`` and ``t (s - smu)`` over each plane's part; WRITE stores t, dy past the activation.
+    """Store the sums of ``t (z - mu)``, ``t`` and ``t (s - smu)`` over each part of a plane, and ``t`` if WRITE.
 
-    With SECOND_DY the gradient after the activation is dy + second_dy. Without BITS the activation's sign is computed
-    again, as in `_apply`.
+    ``t`` is the gradient before the activation. The gradient after it is dy, or dy + second_dy if SECOND_DY. Without
+    BITS the activation's sign is recomputed from z, as in `_apply`.
     """
     n, split = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -176,11 +185,11 @@ def _reduce(
         if BITS:
             where = (p < end)[:, None] & (byte * 8 < channels)[None, :]
             eight = tl.load(bits_ptr + _byte_offsets(n, p, byte, channels, positions, LAST), mask=where, other=0)
-            live = (eight.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-            t = tl.where(tl.reshape(live, [BLOCK_P, BLOCK_C]) == 1, t, 0.0)
+            passes = (eight.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+            t = tl.where(tl.reshape(passes, [BLOCK_P, BLOCK_C]) == 1, t, 0.0)
         elif ACTIVATION != NONE:
             y = _affine(x, a_ptr, b_ptr, mu_ptr, at, c, known, HAS_B, HAS_MU, WIDE)
-            t = tl.where(_live(y, ACTIVATION), t, 0.0)
+            t = tl.where(_passes_gradient(y, ACTIVATION), t, 0.0)
         if WRITE:
             tl.store(t_ptr + here, t.to(t_ptr.dtype.element_ty), mask=inside)
         if HAS_MU:
@@ -203,8 +212,8 @@ def _grads(
     HAS_B: tl.constexpr, HAS_MU: tl.constexpr, HAS_DM: tl.constexpr, HAS_DV: tl.constexpr, ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """``dz = a t + dm / P + 2 (z - m) dv / P``; with an ACTIVATION ``t`` is dy and the sign is computed again."""
-    n, tile_p, tile_c = _tile(channels, positions, LAST, BLOCK_P, BLOCK_C)
+    """Store ``dz = a t + dm / P + 2 (z - m) dv / P``. With an ACTIVATION ``t`` is dy and the sign is recomputed."""
+    n, tile_p, tile_c = _locate_tile(channels, positions, LAST, BLOCK_P, BLOCK_C)
     p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
     known = c < channels
@@ -216,7 +225,7 @@ def _grads(
         x = tl.load(z_ptr + here, mask=inside, other=0.0).to(WIDE)
     if ACTIVATION != NONE:
         y = _affine(x, a_ptr, b_ptr, mu_ptr, at, c, known, HAS_B, HAS_MU, WIDE)  # pyright: ignore[reportPossiblyUnboundVariable]
-        t = tl.where(_live(y, ACTIVATION), t, 0.0)
+        t = tl.where(_passes_gradient(y, ACTIVATION), t, 0.0)
     dz = t * tl.load(a_ptr + at, mask=known, other=0.0).to(WIDE)[None, :]
     if HAS_DM:
         dz += (tl.load(dm_ptr + at, mask=known, other=0.0).to(WIDE) / positions)[None, :]

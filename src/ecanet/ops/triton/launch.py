@@ -1,6 +1,6 @@
-"""The passes of a residual tail by Triton's kernels: launchers, and operators that `torch.compile` keeps."""
+"""The passes of a residual tail in Triton kernels: launchers, and operators that `torch.compile` leaves whole."""
 
-# Triton's launcher turns plain numbers into constexpr, which its annotations do not say
+# Triton's launcher converts plain numbers to constexpr, but its annotations do not accept them.
 # pyright: reportArgumentType=false
 
 from collections.abc import Callable
@@ -17,35 +17,39 @@ from ecanet.ops.reference import Activation, accumulation_dtype
 from ecanet.ops.triton import kernels
 
 TILE = 2048
-"""Elements a program holds at once: 16 in each thread of four warps."""
+"""Elements of a tile: 16 for each thread of four warps."""
 
 PROGRAMS = 1024
-"""Programs of a reduction below which planes are split in parts: some eight for each processor of a large GPU."""
+"""A reduction with fewer programs splits planes into parts: about eight programs for each processor of a large GPU."""
 
 ACTIVATIONS: dict[Activation, int] = {None: 0, "relu": 1, "relu6": 2}
 
 INTERPRETED = type(kernels._apply).__name__ == "InterpretedFunction"
-"""Whether Triton runs these kernels on the CPU (TRITON_INTERPRET=1 before the import), one operation at a time."""
+"""Whether Triton's interpreter runs these kernels on the CPU (TRITON_INTERPRET=1 before the import)."""
 
 recomputes_sign = True
 
 
 def check(x: Tensor) -> None:
-    """Raise ConfigError unless ``x`` lies where the kernels run."""
+    """Check that the kernels can run on ``x``'s device.
+
+    Raises:
+        ConfigError: They cannot.
+    """
     if not (x.is_cuda or INTERPRETED or x.device.type == "meta"):
         raise ConfigError(f"impl='fused' needs a CUDA tensor, got one on {x.device}; use impl='lean'")
 
 
 def moments(z: Tensor, order: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each plane."""
+    """Return mean and biased variance of each plane."""
     if order == 0:
         return z.new_zeros((2, *z.shape[:2]), dtype=accumulation_dtype(z.dtype)).unbind()  # pyright: ignore[reportReturnType]
-    return _launcher(_moments)(z, order).unbind()
+    return _find_launcher(_moments)(z, order).unbind()
 
 
 def apply(z: Tensor, shortcut: Tensor | None, form: Form) -> tuple[Tensor, Tensor | None]:
-    """``y`` of the form and, with a shortcut, one bit for each element that the activation passed on."""
-    y, bits = _launcher(_apply)(
+    """Return ``y`` of the form and, with a shortcut and an activation, the activation's sign bits."""
+    y, bits = _find_launcher(_apply)(
         z, shortcut, form.a, form.b, form.mu, form.shortcut_a, form.shortcut_mu, form.activation
     )
     return y, None if shortcut is None or form.activation is None else bits
@@ -54,20 +58,20 @@ def apply(z: Tensor, shortcut: Tensor | None, form: Form) -> tuple[Tensor, Tenso
 def reduce(
     dy: Tensor, second_dy: Tensor | None, kept: Tensor | None, z: Tensor, shortcut: Tensor | None, form: Form
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """The sums over each plane, and t (dy, where the sign is computed again)."""
-    sums, t = _launcher(_reduce)(
+    """Return the sums over each plane, and t (dy where the sign is recomputed)."""
+    sums, t = _find_launcher(_reduce)(
         dy, second_dy, kept, z, shortcut, form.a, form.b, form.mu, form.shortcut_mu, form.activation
     )
     return sums[0], sums[1], sums[2] if len(sums) > 2 else None, dy if kept is None and second_dy is None else t
 
 
 def grads(t: Tensor, z: Tensor, form: Form, m: Tensor, dm: Tensor | None, dv: Tensor | None) -> Tensor:
-    """``dz = a t + dm / P + 2 (z - m) dv / P``."""
-    return _launcher(_grads)(t, z, form.a, form.b, form.mu, m, dm, dv, form.activation)
+    """Return ``dz = a t + dm / P + 2 (z - m) dv / P``."""
+    return _find_launcher(_grads)(t, z, form.a, form.b, form.mu, m, dm, dv, form.activation)
 
 
 def find_active(kept: Tensor, z: Tensor, form: Form) -> Tensor:
-    """The kept bits as booleans of ``z``'s shape."""
+    """Return the sign bits as booleans of ``z``'s shape."""
     grid = _Grid(z)
     eight = (kept[..., None] >> torch.arange(8, device=kept.device)) & 1
     if grid.last:
@@ -77,16 +81,16 @@ def find_active(kept: Tensor, z: Tensor, form: Form) -> Tensor:
     return live.reshape(z.shape).bool()
 
 
-def _launcher(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The launcher itself or, for a compiler, the operator that stands for it."""
+def _find_launcher(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the launcher or, under `torch.compile`, the operator that calls it."""
     return getattr(torch.ops.ecanet, function.__name__[1:]) if torch.compiler.is_compiling() else function
 
 
-# launchers: shapes, grids, allocations; they run on their tensors' device, which need not be the current one
+# launchers: shapes, grids, allocations. Each enters its tensors' device, which need not be the current one.
 
 
 class _Grid:
-    """How a tensor (N, C, ...) is cut into tiles."""
+    """How a tensor (N, C, ...) is cut into tiles, and the grids of launches over it."""
 
     def __init__(self, z: Tensor):
         self.n, self.channels = z.shape[:2]
@@ -102,27 +106,28 @@ class _Grid:
 
     @property
     def tiles(self) -> tuple[int, int, int]:
-        """One program for each tile, on the one axis of a launch that is long enough for any of them."""
+        """The grid with a program for each tile. Only the first axis of a grid is long enough for any number."""
         return self.n * triton.cdiv(self.positions, self.block_p) * triton.cdiv(self.channels, self.block_c), 1, 1
 
     @property
     def part(self) -> int:
-        """Positions of a plane that one program sums: all of them, unless that makes too few programs."""
+        """Positions of a plane that one program sums: all of them, unless that gives fewer than PROGRAMS programs."""
         programs = self.n * triton.cdiv(self.channels, self.block_c)
         parts = max(1, min(triton.cdiv(PROGRAMS, programs), triton.cdiv(self.positions, 2 * self.block_p)))
         return triton.cdiv(triton.cdiv(self.positions, parts), self.block_p) * self.block_p
 
     @property
     def columns(self) -> tuple[int, int, int]:
-        """One program for each part of each column of planes."""
+        """The grid with one program for each sample, block of channels and part of the planes."""
         return self.n, triton.cdiv(self.channels, self.block_c), triton.cdiv(self.positions, self.part)
 
     @property
     def options(self) -> dict[str, Any]:
+        """The constexpr arguments that all kernels take."""
         return {"LAST": self.last, "BLOCK_P": self.block_p, "BLOCK_C": self.block_c, "WIDE": self.wide}
 
-    def bits(self, z: Tensor) -> Tensor:
-        """Room for one bit an element, eight channels to a byte."""
+    def allocate_bits(self, z: Tensor) -> Tensor:
+        """Return an uninitialised tensor for the sign bits: one byte for eight channels of a position."""
         width = triton.cdiv(self.channels, 8)
         shape = (self.n, self.positions, width) if self.last else (self.n, width, self.positions)
         return z.new_empty(shape, dtype=torch.uint8)
@@ -142,6 +147,7 @@ def _moments(z: Tensor, order: int) -> Tensor:
         )
     if count == 1:
         return parts[:, 0]
+    # combine the parts by the law of total variance; the last one may be shorter
     share = parts.new_full((count, 1, 1), grid.part / grid.positions)
     share[-1] = 1 - (count - 1) * grid.part / grid.positions
     m = (share * parts[0]).sum(0)
@@ -155,12 +161,12 @@ def _apply(
     grid = _Grid(z)
     y = torch.empty_like(z)
     keep = activation is not None and shortcut is not None
-    bits = grid.bits(z) if keep else z.new_empty(0, dtype=torch.uint8)
+    bits = grid.allocate_bits(z) if keep else z.new_empty(0, dtype=torch.uint8)
     if not z.numel():
         return y, bits
     with torch.cuda.device_of(z):
         kernels._apply[grid.tiles](
-            z, shortcut, y, bits, _packed(a), _packed(b), mu, _packed(shortcut_a), shortcut_mu,
+            z, shortcut, y, bits, _pack(a), _pack(b), mu, _pack(shortcut_a), shortcut_mu,
             grid.channels, grid.positions, HAS_B=b is not None, HAS_MU=mu is not None,
             SHORTCUT=0 if shortcut is None else 1 if shortcut_a is None else 2,
             ACTIVATION=ACTIVATIONS[activation], BITS=keep, **grid.options,  # pyright: ignore[reportArgumentType]
@@ -182,7 +188,7 @@ def _reduce(
     parts = z.new_empty((kinds, grid.columns[2], *z.shape[:2]), dtype=accumulation_dtype(z.dtype))
     with torch.cuda.device_of(z):
         kernels._reduce[grid.columns](
-            dy, second_dy, bits, z, shortcut, t, _packed(a), _packed(b), mu, shortcut_mu, parts[0], parts[1], parts[-1],
+            dy, second_dy, bits, z, shortcut, t, _pack(a), _pack(b), mu, shortcut_mu, parts[0], parts[1], parts[-1],
             grid.channels, grid.positions, grid.part, HAS_B=b is not None, HAS_MU=mu is not None,
             NORMED_SHORTCUT=normed, ACTIVATION=ACTIVATIONS[activation],  # pyright: ignore[reportArgumentType]
             SECOND_DY=second_dy is not None, BITS=bits is not None, WRITE=write, **grid.options,
@@ -200,21 +206,22 @@ def _grads(
         return dz
     with torch.cuda.device_of(z):
         kernels._grads[grid.tiles](
-            t, z, dz, _packed(a), _packed(b), _packed(mu), m, _packed(dm), _packed(dv),
+            t, z, dz, _pack(a), _pack(b), _pack(mu), m, _pack(dm), _pack(dv),
             grid.channels, grid.positions, HAS_B=b is not None, HAS_MU=mu is not None, HAS_DM=dm is not None,
             HAS_DV=dv is not None, ACTIVATION=ACTIVATIONS[activation], **grid.options,  # pyright: ignore
         )  # fmt: skip
     return dz
 
 
-def _packed(x: Tensor | None) -> Tensor | None:
+def _pack(x: Tensor | None) -> Tensor | None:
+    """Return ``x`` contiguous: kernels index (N, C) tensors without strides."""
     return None if x is None else x.contiguous()
 
 
-# operators: the launchers as torch.compile keeps them, whole
+# operators: the launchers as operators of PyTorch, which torch.compile leaves whole
 
 
-def _operator(function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def _register_operator(function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     torch.library.custom_op(f"ecanet::{function.__name__[1:]}", function, mutates_args=()).register_fake(fake)
 
 
@@ -222,24 +229,24 @@ def _fake_moments(z: Tensor, order: int) -> Tensor:
     return z.new_empty((2, *z.shape[:2]), dtype=accumulation_dtype(z.dtype))
 
 
-def _fake_apply(z: Tensor, shortcut: Tensor | None, a: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_apply(z: Tensor, shortcut: Tensor | None, a: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     keep = shortcut is not None and rest[-1] is not None
-    return torch.empty_like(z), _Grid(z).bits(z) if keep else z.new_empty(0, dtype=torch.uint8)
+    return torch.empty_like(z), _Grid(z).allocate_bits(z) if keep else z.new_empty(0, dtype=torch.uint8)
 
 
 def _fake_reduce(
-    dy: Tensor, second_dy: Tensor | None, bits: Tensor | None, z: Tensor, shortcut: Tensor | None, *rest: Any
+    dy: Tensor, second_dy: Tensor | None, bits: Tensor | None, z: Tensor, shortcut: Tensor | None, *rest: object
 ) -> tuple[Tensor, Tensor]:
     kinds = 3 if shortcut is not None and rest[-2] is not None else 2
     sums = z.new_empty((kinds, *z.shape[:2]), dtype=accumulation_dtype(z.dtype))
     return sums, z.new_empty(0) if bits is None and second_dy is None else torch.empty_like(z)
 
 
-def _fake_grads(t: Tensor, z: Tensor, *rest: Any) -> Tensor:
+def _fake_grads(t: Tensor, z: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(z)
 
 
-_operator(_moments, _fake_moments)
-_operator(_apply, _fake_apply)
-_operator(_reduce, _fake_reduce)
-_operator(_grads, _fake_grads)
+_register_operator(_moments, _fake_moments)
+_register_operator(_apply, _fake_apply)
+_register_operator(_reduce, _fake_reduce)
+_register_operator(_grads, _fake_grads)
