@@ -192,9 +192,8 @@ def randomize(model):
 
 
 def bottleneck(attention):
-    return ResNet(BOTTLENECK, (1,), Slot(kind=find_attention(attention)), num_classes=2, in_channels=3).get_submodule(
-        "layer1.0"
-    )
+    slot = Slot(kind=find_attention(attention))
+    return ResNet(BOTTLENECK, (1,), slot, num_classes=2, in_channels=3).get_submodule("layer1.0")
 
 
 BLOCKS = {

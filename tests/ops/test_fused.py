@@ -248,7 +248,7 @@ def test_bytes_moved_by_forward_and_backward():
 
 
 def test_bytes_moved_by_eager_pytorch():
-    """The documented numbers: 11 and 21 tensors. Batch norm is one operation for the dispatcher, but it reads z twice."""
+    """The documented numbers: 11 and 21 tensors. Batch norm is one operation there, but it reads z twice."""
     tensors, norm, gate = case((2, 128, 24, 24), True, torch.float32)
     x = tensors[0].requires_grad_()
     convolution = nn.Conv2d(128, 128, 1)  # so that the block's input has two gradients
