@@ -135,7 +135,7 @@ def test_large_means_do_not_cancel(last, impl):
 @pytest.mark.parametrize("shortcut", ["plain", "normed", None, "no norm"])
 @pytest.mark.parametrize("impl", ["lean", "fused"])
 def test_gradients_by_gradcheck(impl, shortcut, training):
-    """Finite differences know nothing of the formulas."""
+    """Finite differences do not depend on the formulas."""
     (z, s, _), norm, gate = case((2, 3, 3, 2), True, torch.float64)
     norm, gate = norm.double().train(training), gate.double()
     side = copy.deepcopy(norm) if shortcut == "normed" else None

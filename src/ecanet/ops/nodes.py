@@ -35,7 +35,7 @@ class GradientLink(NamedTuple):
 
 
 class _Context(Protocol):
-    """What both nodes keep for their backward."""
+    """The attributes that both nodes keep for their backward."""
 
     passes: Passes
     layout: torch.memory_format

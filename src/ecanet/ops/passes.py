@@ -32,7 +32,7 @@ class Passes(Protocol):
     """One method for each pass over memory."""
 
     recomputes_sign: bool
-    """Whether the backward of a tail without a shortcut recomputes the activation's sign from z; else it is saved."""
+    """True if the backward of a tail without a shortcut recomputes the activation's sign from z; else it is saved."""
 
     def moments(self, z: Tensor, order: int) -> tuple[Tensor, Tensor]:
         """Return mean and biased variance of each plane. With ``order`` 1 the variance is 0, with 0 both are.

@@ -83,7 +83,7 @@ def _expand(
 
 
 INTERPRETED = type(_expand).__name__ == "InterpretedFunction"
-"""Whether Triton's interpreter runs the kernel on the CPU."""
+"""True if Triton's interpreter runs the kernel on the CPU."""
 
 # launcher
 

@@ -25,7 +25,7 @@ PROGRAMS = 1024
 ACTIVATIONS: dict[Activation, int] = {None: 0, "relu": 1, "relu6": 2}
 
 INTERPRETED = type(kernels._apply).__name__ == "InterpretedFunction"
-"""Whether Triton's interpreter runs these kernels on the CPU (TRITON_INTERPRET=1 before the import)."""
+"""True if Triton's interpreter runs these kernels on the CPU (TRITON_INTERPRET=1 before the import)."""
 
 recomputes_sign = True
 
