@@ -9,7 +9,6 @@ teach a detector what the background looks like.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,7 +163,7 @@ class DetectionData(DataModule):
         super().__init__(config, spec, seed=seed)
         self.train, self.held_out = train, held_out
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[object]:
         """Return batches, and flips, that depend only on the seed and the epoch."""
         assert self.train is not None
         rank, world = self.get_rank()
@@ -180,7 +179,7 @@ class DetectionData(DataModule):
         batches.set_epoch(self.first_epoch)
         return self._make_loader(self.train, batches=batches)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[object]:
         """Return batches of the held-out images in order; each image is evaluated by exactly one process."""
         items = [(index, False) for index in self.share_held_out(len(self.held_out))]
         return self._make_loader(self.held_out, items=items)
@@ -210,7 +209,7 @@ class DetectionData(DataModule):
         *,
         batches: GroupedBatchSampler | None = None,
         items: list[tuple[int, bool]] | None = None,
-    ) -> DataLoader[Any]:
+    ) -> DataLoader[object]:
         workers = self.count_workers()
         return DataLoader(
             dataset,

@@ -6,7 +6,7 @@ Small data sets stay in memory, and a whole batch is augmented at once. Worker p
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class ClassificationData(DataModule):
         super().__init__(config, spec, seed=seed)
         self.train, self.held_out, self.augment = train, held_out, augment
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[object]:
         """Return batches in an order that depends only on the seed and the epoch."""
         assert self.train is not None
         rank, world = self.get_rank()
@@ -74,7 +74,7 @@ class ClassificationData(DataModule):
         # could not reproduce them.
         return self._make_loader(self.train, sampler, generator=generator, drop_last=drop_last, persistent=False)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[object]:
         """Return batches of the held-out images in order; each image is evaluated by exactly one process."""
         return self._make_loader(self.held_out, self.share_held_out(len(self.held_out)))
 
@@ -109,7 +109,7 @@ class ClassificationData(DataModule):
         generator: torch.Generator | None = None,
         drop_last: bool = False,
         persistent: bool = True,
-    ) -> DataLoader[Any]:
+    ) -> DataLoader[object]:
         in_memory = isinstance(dataset, MemoryDataset)
         workers = 0 if in_memory and self.config.workers is None else self.count_workers()
         return DataLoader(

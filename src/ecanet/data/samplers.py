@@ -4,7 +4,6 @@ A resumed run therefore sees the images that the interrupted one would have seen
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +17,13 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-class EpochSampler(DistributedSampler[Any]):
+class EpochSampler(DistributedSampler[int]):
     """A random order of the images for each epoch, of which each process gets its share.
 
     ``generator`` is the random generator from which the loader seeds this process's workers in each epoch.
     """
 
-    def __init__(self, dataset: Dataset[Any], *, seed: int, rank: int, world: int, generator: torch.Generator):
+    def __init__(self, dataset: Dataset[object], *, seed: int, rank: int, world: int, generator: torch.Generator):
         super().__init__(dataset, num_replicas=world, rank=rank, seed=seed)  # pyright: ignore[reportUnknownMemberType]
         self.run_seed, self.generator = seed, generator
 
