@@ -20,7 +20,7 @@ from ecanet.errors import ConfigError, DataError
 from ecanet.models.detection import DETECTORS, create_detector
 from ecanet.recipes import find, with_settings
 from ecanet.studies.cost import count
-from ecanet.training.tasks.outcome import METRICS, Outcome, all_found, average_precision
+from ecanet.training.tasks.outcome import METRICS, Outcome, compute_average_precision, is_correct
 
 SMALL = {"num_classes": 10, "small": True, "short_side": 128}
 
@@ -220,10 +220,10 @@ def test_scores_are_those_of_pycocotools_on_the_files(some, tmp_path):
 
 def test_what_is_right_is_all_of_it(some):
     target, found = some[0, False][1], perfect(some)[0]
-    assert all_found(target, found)
-    assert not all_found(target, {**found, "labels": found["labels"] % 10 + 1})
-    assert not all_found(target, {**found, "boxes": found["boxes"] + 40})
-    assert not all_found(target, {**found, "scores": found["scores"] * 0.4})
+    assert is_correct(target, found)
+    assert not is_correct(target, {**found, "labels": found["labels"] % 10 + 1})
+    assert not is_correct(target, {**found, "boxes": found["boxes"] + 40})
+    assert not is_correct(target, {**found, "scores": found["scores"] * 0.4})
 
 
 # runs
@@ -313,7 +313,7 @@ def test_four_images_are_learnt_by_heart(name, some):
 
 def test_nothing_found_is_scored_by_kind(some):
     truth = some.annotations.to_coco()
-    figures, curve = average_precision(truth, [], "segm", [p.id for p in some.annotations.pictures])
+    figures, curve = compute_average_precision(truth, [], "segm", [p.id for p in some.annotations.pictures])
     assert figures["AP"] == 0
     assert set(curve) == {0.0}
 
@@ -357,7 +357,7 @@ def test_detect_never_writes_over_what_it_looks_at(monkeypatch, tmp_path, some):
     spec = DataSpec(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
     task = build(tiny(monkeypatch, tmp_path), spec)
     photo = shutil.copy(some.annotations.pictures[0].path, tmp_path / "photo.png")
-    with pytest.raises(ConfigError, match=r"photo\.png would be written over; choose another --out"):
+    with pytest.raises(ConfigError, match=r"photo\.png would be overwritten; choose another --out"):
         next(detect(task, [photo], tmp_path))
     with pytest.raises(ConfigError, match="is a file"):
         next(detect(task, [photo], photo))
@@ -435,7 +435,7 @@ def test_commands_for_classifiers_say_what_a_detector_needs(monkeypatch, tmp_pat
 
     place = tmp_path / "run"
     run(tiny(monkeypatch, tmp_path, epochs=1), folder=place, device="cpu", quiet=True)
-    with pytest.raises(ConfigError, match="mask_rcnn is a detector; ecanet detect"):
+    with pytest.raises(ConfigError, match="mask_rcnn is a detector; use ecanet detect"):
         next(trained.predict(trained.restore(place), [some.annotations.pictures[0].path]))
     with pytest.raises(ConfigError, match="mask_rcnn is a detector"):
         inspect_pages.run(place, tmp_path / "out")

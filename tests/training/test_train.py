@@ -23,7 +23,7 @@ from ecanet.errors import CheckpointError, ConfigError, DataError
 from ecanet.models import create_model
 from ecanet.recipes import RECIPES, DataConfig, ModelConfig, OptimizerConfig, Recipe, ScheduleConfig, to_dict
 from ecanet.report import Report
-from ecanet.training import trained
+from ecanet.training import checkpoints, trained
 from ecanet.training import trainer as train
 from ecanet.training.tasks import Classification, build
 
@@ -146,7 +146,7 @@ def test_something_else_than_a_recipe_is_refused(tmp_path, wrong, message):
 def test_a_folder_that_holds_a_run_is_left_alone(tmp_path):
     report = run(TINY.but(epochs=1), tmp_path / "run")
     before = report.last_checkpoint.read_bytes()
-    with pytest.raises(ConfigError, match=f"already holds a run; go on with it .--resume {report.folder}"):
+    with pytest.raises(ConfigError, match=f"already holds a run; continue it .--resume {report.folder}"):
         run(TINY.but(epochs=1), report.folder)
     assert report.last_checkpoint.read_bytes() == before
 
@@ -402,7 +402,7 @@ def test_resuming_something_else_is_refused(tmp_path):
     run(TINY.but(epochs=1), tmp_path / "run")
     with pytest.raises(ConfigError, match="another recipe: optimizer.momentum is 0.9 there and 0.5 here"):
         run(TINY.but(epochs=1, optimizer=replace(TINY.optimizer, momentum=0.5)), tmp_path / "run", resume=True)
-    with pytest.raises(ConfigError, match=r"no run here to go on with \(recipe.json is missing\)"):
+    with pytest.raises(ConfigError, match=r"no run to resume here \(recipe.json is missing\)"):
         run(TINY, tmp_path / "nothing", resume=True)
 
 
@@ -468,7 +468,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="disk full"):
-        train._WholeFiles().save_checkpoint({}, path)
+        checkpoints.AtomicCheckpointIO().save_checkpoint({}, path)
     assert path.read_bytes() == b"old"
 
 
@@ -561,7 +561,9 @@ def test_lightnings_versions_that_were_malicious_are_not_used():
 
 
 def test_a_moved_run_still_knows_its_best(tmp_path):
-    there, here = (train._Keeper(dirpath=tmp_path / name, filename="best", monitor="top1", mode="max") for name in "ab")
+    there, here = (
+        checkpoints.RunCheckpoint(dirpath=tmp_path / name, filename="best", monitor="top1", mode="max") for name in "ab"
+    )
     there.best_model_score, there.best_model_path = torch.tensor(97.0), str(tmp_path / "a" / "best.ckpt")
     there.best_k_models = {there.best_model_path: torch.tensor(97.0)}
     here.load_state_dict(there.state_dict())
@@ -665,4 +667,4 @@ def test_a_terminated_run_says_so_by_its_exit_code(tmp_path):
         process.send_signal(sent)
         said, _ = process.communicate(timeout=120)
         assert process.returncode == expected, said
-        assert "go on with: ecanet train --resume" in said
+        assert "continue with: ecanet train --resume" in said

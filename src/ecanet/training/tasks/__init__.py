@@ -1,7 +1,7 @@
-"""The tasks: what a network learns, with its loss, metrics, optimiser and schedule, as LightningModules.
+"""The tasks: what a network learns, with its loss, metrics, optimizer and schedule, as LightningModules.
 
 A task has ``monitor``, the name of the metric that selects the best checkpoint (higher is better), and ``artifacts()``,
-plain data for the report.
+plain data that the report draws.
 
 Read downward: `classification` and `detection` (the two tasks), `outcome` (a detector's results and their score),
 `base` (what all tasks share), `schedule` (the learning rate over the epochs).
@@ -10,21 +10,22 @@ Read downward: `classification` and `detection` (the two tasks), `outcome` (a de
 from ecanet.data import DataSpec
 from ecanet.errors import ConfigError
 from ecanet.recipes import Recipe, suggestion
-from ecanet.training.tasks.base import Task
+from ecanet.training.tasks.base import Task, get_data, read_spec
 from ecanet.training.tasks.classification import Classification
 from ecanet.training.tasks.detection import Detection
 from ecanet.training.tasks.schedule import learning_rate_factor
 
-__all__ = ["TASKS", "Classification", "Detection", "Task", "build", "learning_rate_factor"]
+__all__ = ["TASKS", "Classification", "Detection", "Task", "build", "get_data", "learning_rate_factor", "read_spec"]
 
 TASKS: dict[str, type[Classification] | type[Detection]] = {"classification": Classification, "detection": Detection}
 
 
 def build(recipe: Recipe, spec: DataSpec) -> Task:
-    """The task that ``recipe`` names, with a new network for data of this ``spec`` (``ecanet.data.build(…).spec``).
+    """Return the task of ``recipe`` with a new network for data of this ``spec`` (``ecanet.data.build(…).spec``).
 
     Raises:
-        ConfigError: no such task or network, or settings that do not fit them.
+        ConfigError: the task or the network does not exist, or a setting does not fit it.
+        CheckpointError: the weights that the recipe names cannot be used.
     """
     if recipe.task not in TASKS:
         raise ConfigError(f"unknown task {recipe.task!r}; {suggestion(recipe.task, list(TASKS))}")

@@ -1,26 +1,61 @@
-"""The base class of every task."""
+"""The base class of every task: network, optimizer, schedule, random state, checkpoints."""
 
 import math
 from dataclasses import asdict
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, TypedDict, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
-from ecanet.data import DataSpec, check_classes, derive_seed
+from ecanet.data import ClassificationData, DataSpec, DetectionData, check_classes, derive_seed
 from ecanet.errors import ConfigError
 from ecanet.recipes import Recipe, to_dict
 from ecanet.report import Artifacts
 from ecanet.training.tasks.schedule import learning_rate_factor
 
-__all__ = ["NOTHING_READ", "Task"]
+__all__ = ["NO_READABLE_IMAGE", "Optimization", "Task", "get_data", "read_spec"]
 
-NOTHING_READ = "not one held-out image could be read, so there is nothing to evaluate on"
+NO_READABLE_IMAGE = "not one held-out image could be read, so there is nothing to evaluate on"
+
+
+class Schedule(TypedDict):
+    """A learning rate schedule and the ``interval`` ("step") at which Lightning advances it."""
+
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    interval: str
+
+
+class Optimization(TypedDict):
+    """The result of ``configure_optimizers``, as Lightning takes it."""
+
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Schedule
+
+
+class ParameterGroup(TypedDict, total=False):
+    """Parameters with a weight decay of their own."""
+
+    params: list[nn.Parameter]
+    weight_decay: float
+
+
+class _TrainerWithData(Protocol):
+    datamodule: ClassificationData | DetectionData
+
+
+def get_data(trainer: L.Trainer) -> ClassificationData | DetectionData:
+    """Return the data module of a run's ``trainer``."""
+    return cast(_TrainerWithData, trainer).datamodule
+
+
+def read_spec(values: object) -> DataSpec:
+    """Return the data's description from the plain values that a checkpoint holds."""
+    return DataSpec(**cast(dict[str, Any], values))
 
 
 class Task(L.LightningModule):
-    """What every task shares: a network ``model``, its optimiser, its schedule, and the same luck in a resumed run."""
+    """The base of all tasks: a network, its optimizer and schedule, and a random state that survives a resume."""
 
     monitor: ClassVar[str]
 
@@ -29,80 +64,95 @@ class Task(L.LightningModule):
         self.recipe, self.spec = recipe, spec
         self.model = model.to(memory_format=torch.channels_last) if recipe.channels_last else model
         if recipe.compile:
-            # in place: the names of the parameters stay as they are; a detector's other parts are no single graph
-            getattr(self.model, "backbone", self.model).compile()
+            # Compiling in place keeps the names of the parameters. Only a detector's backbone is a single graph.
+            compiled: nn.Module = getattr(self.model, "backbone", self.model)
+            compiled.compile()  # pyright: ignore[reportUnknownMemberType]
 
-    def nothing(self) -> Tensor | None:
-        """The loss of a batch of which nothing could be read; other processes wait for the gradients of this one."""
+    def make_empty_loss(self) -> Tensor | None:
+        """Return the loss of a batch without a readable image: None, or zero if there are several processes.
+
+        The other processes wait for gradients from this one, so the zero depends on every parameter.
+        """
         if self.trainer.world_size == 1:
             return None
         return torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad]).sum() * 0
 
     def artifacts(self) -> Artifacts:
-        """Return what the report draws."""
+        """Return the data that the report draws; `ecanet.report` lists the names it supports."""
         return {}
 
     def files(self) -> dict[str, str]:
-        """What the last evaluation found, as the names and contents of files, where there is a format for it."""
+        """Return the results of the last evaluation as file contents by file name, if there is a format for them."""
         return {}
 
-    def forward(self, x: Any) -> Any:
-        """The network's output for normalised images ``x``."""
-        return self.model(x.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else x)
-
     def on_train_epoch_start(self) -> None:
-        """Random numbers depend on seed, epoch and process alone, so an interrupted run repeats none."""
-        torch.manual_seed(derive_seed(self.recipe.seed, self.current_epoch, self.global_rank))
+        """Seed the random state from the seed, the epoch and the rank, so that a resumed run draws the same numbers."""
+        seed = derive_seed(self.recipe.seed, self.current_epoch, self.global_rank)
+        torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep with the weights what is needed to use them, as plain values."""
+    def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
+        """Save the recipe and the data's description beside the weights, as plain values."""
         checkpoint["ecanet"] = {"recipe": to_dict(self.recipe), "spec": asdict(self.spec)}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A run goes on with the classes that it began with."""
-        check_classes(self.recipe.data.name, self.spec, DataSpec(**checkpoint["ecanet"]["spec"]))
+    def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
+        """Raise DataError if the classes of the data have changed since the checkpoint."""
+        content = cast(dict[str, dict[str, object]], checkpoint["ecanet"])
+        check_classes(self.recipe.data.name, self.spec, read_spec(content["spec"]))
 
     @property
     def effective_batch(self) -> int:
-        """Images that go into one step of the optimiser, over all devices and accumulated batches.
+        """Return the number of images per optimizer step, over all devices and accumulated batches.
 
-        A set with fewer images than that gives all of them.
+        At most the number of images in the data set.
         """
-        wanted = self.recipe.data.batch_size * self.recipe.accumulate * self.trainer.world_size
-        return min(wanted, len(cast(Any, self.trainer).datamodule.train))
+        images = self.recipe.data.batch_size * self.recipe.accumulate * self.trainer.world_size
+        training = get_data(self.trainer).train
+        assert training is not None
+        return min(images, len(training))
 
     @property
     def learning_rate(self) -> float:
-        """The peak learning rate, scaled to the effective batch."""
+        """Return the peak learning rate, scaled to the effective batch."""
         return self.recipe.optimizer.learning_rate * self.effective_batch / self.recipe.optimizer.base_batch
 
-    def configure_optimizers(self) -> Any:
-        """SGD or AdamW over one or two groups of parameters, and a schedule by steps."""
-        config = self.recipe.optimizer
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": trained}]
-        if not config.decay_norms:
-            groups = [
-                {"params": [p for p in trained if p.ndim > 1]},
-                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-            ]
-        optimizer = (
-            torch.optim.SGD(
-                groups,
-                self.learning_rate,
-                momentum=config.momentum,
-                nesterov=config.nesterov,
-                weight_decay=config.weight_decay,
-            )
-            if config.name == "sgd"
-            else torch.optim.AdamW(groups, self.learning_rate, weight_decay=config.weight_decay)
-        )
-        # not trainer.estimated_stepping_batches: it starts the loader's workers before a resumed run knows its epoch
-        batches = len(cast(Any, self.trainer).datamodule.train_dataloader())
+    def configure_optimizers(self) -> Optimization:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return SGD or AdamW, and a schedule that advances at every step.
+
+        Raises:
+            ConfigError: an epoch has fewer batches than the recipe accumulates for one step.
+        """
+        # trainer.estimated_stepping_batches would start the loader's workers before a resumed run knows its epoch.
+        batches = len(get_data(self.trainer).train_dataloader())
         if self.recipe.accumulate > batches:
-            raise ConfigError(f"accumulate={self.recipe.accumulate} batches make a step, but an epoch has {batches}")
+            raise ConfigError(
+                f"accumulate={self.recipe.accumulate} batches make a step, but an epoch has {batches}; lower accumulate"
+            )
         steps = math.ceil(batches / self.recipe.accumulate)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer = self._make_optimizer()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(self.recipe.schedule, step / steps, self.recipe.epochs)
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        config = self.recipe.optimizer
+        groups = cast(list[dict[str, object]], self._group_parameters())
+        if config.name == "adamw":
+            return torch.optim.AdamW(groups, self.learning_rate, weight_decay=config.weight_decay)
+        return torch.optim.SGD(
+            groups,
+            self.learning_rate,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )
+
+    def _group_parameters(self) -> list[ParameterGroup]:
+        """Return all trainable parameters, or two groups if biases and normalization layers have no weight decay."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if self.recipe.optimizer.decay_norms:
+            return [{"params": parameters}]
+        return [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]

@@ -7,24 +7,28 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
-from torchvision.transforms import v2
+from torchvision.transforms import v2  # pyright: ignore[reportMissingTypeStubs]
 
 from ecanet import models
 from ecanet.data import DataSpec, has_boxes
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import Recipe
 from ecanet.report import Artifacts, Example
-from ecanet.training.tasks.base import NOTHING_READ, Task
+from ecanet.training.tasks.base import NO_READABLE_IMAGE, Task
 
 __all__ = ["Classification"]
 
-# a confusion matrix grows with the square of the classes
+# A confusion matrix grows with the square of the number of classes.
 MOST_CLASSES_COMPARED = 1000
 EXAMPLES = 12
+"""Number of correctly classified images in the report, and of wrongly classified ones."""
+
+Batch = tuple[Tensor, Tensor]
+"""Normalized images (N, C, H, W) and labels (N,)."""
 
 
 class Classification(Task):
-    """One class for each image: cross-entropy or BCE; top-1 and top-5 in percent on the held-out images."""
+    """One class per image: cross-entropy or BCE; top-1 and top-5 accuracy in percent on the held-out images."""
 
     monitor = "top1"
 
@@ -49,77 +53,93 @@ class Classification(Task):
         self.top5 = MulticlassAccuracy(classes, average="micro", top_k=min(5, classes))
         self.held_out_loss = MeanMetric()
         self.confusion = MulticlassConfusionMatrix(classes) if classes <= MOST_CLASSES_COMPARED else None
-        self.confused: list[list[int]] = []
+        self.confusion_counts: list[list[int]] = []
         self.examples: list[Example] = []
+        self.images_evaluated = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (N, K) of normalized images ``x`` (N, C, H, W)."""
+        return self.model(x.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else x)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of ``logits`` (N, K) for ``labels``: numbers (N,), or shares of each class (N, K)."""
+        """Return the mean loss of ``logits`` (N, K); ``labels`` are class indices (N,) or probabilities (N, K)."""
         smoothing = self.recipe.label_smoothing
         if self.recipe.loss == "cross-entropy":
             return F.cross_entropy(logits, labels, label_smoothing=smoothing)
         classes = logits.shape[1]
-        shares = F.one_hot(labels, classes).to(logits.dtype) if labels.ndim == 1 else labels.to(logits.dtype)
-        shares = shares * (1 - smoothing) + smoothing / classes
-        return F.binary_cross_entropy_with_logits(logits, shares, reduction="sum") / len(logits)
+        targets = F.one_hot(labels, classes).to(logits.dtype) if labels.ndim == 1 else labels.to(logits.dtype)
+        targets = targets * (1 - smoothing) + smoothing / classes
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        """Loss of one batch, mixed if the recipe says so; none for a batch of unreadable images."""
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """Return the loss of a batch after mixup or cutmix, if the recipe has them."""
         if not len(batch[0]):
-            return self.nothing()
-        images, labels = batch if self.mix is None else self.mix(*batch)
+            return self.make_empty_loss()
+        images, labels = batch if self.mix is None else cast(Batch, self.mix(*batch))
         loss = self.loss(self(images), labels)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last evaluation's examples."""
+        """Remove the examples of the last evaluation."""
         self.examples = []
-        self.seen = 0
+        self.images_evaluated = 0
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count what is right, and keep a few examples of both kinds."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update the metrics, and collect examples."""
         images, labels = batch
         if not len(images):
             return
-        self.seen += len(images)
-        logits = self(images).float()
+        self.images_evaluated += len(images)
+        logits = cast(Tensor, self(images)).float()
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
         if self.confusion is not None:
             self.confusion.update(logits, labels)
         self.held_out_loss.update(F.cross_entropy(logits, labels), len(images))
-        self._keep_examples(images, labels, logits)
+        self._collect_examples(images, labels, logits)
 
     def on_validation_epoch_end(self) -> None:
-        """Gather the counts of all processes, while they are all here."""
-        if not int(cast(Tensor, self.all_gather(torch.tensor(self.seen, device=self.device))).sum()):
-            raise DataError(NOTHING_READ)
+        """Compute the metrics over all processes, and log them.
+
+        Raises:
+            DataError: no process could read an image.
+        """
+        count = torch.tensor(self.images_evaluated, device=self.device)
+        if not int(cast(Tensor, self.all_gather(count)).sum()):  # pyright: ignore[reportUnknownMemberType]
+            raise DataError(NO_READABLE_IMAGE)
         self.log("val_loss", self.held_out_loss.compute())
         self.held_out_loss.reset()
         for name, metric in (("top1", self.top1), ("top5", self.top5)):
             self.log(name, 100 * metric.compute())
             metric.reset()
         if self.confusion is not None:
-            self.confused = self.confusion.compute().tolist()
+            counts = self.confusion.compute()
+            self.confusion_counts = cast(list[list[int]], counts.tolist())  # pyright: ignore[reportUnknownMemberType]
             self.confusion.reset()
 
     def artifacts(self) -> Artifacts:
-        """Class names, the confusion matrix (rows are the truth), and examples, right and wrong."""
-        return {"class_names": list(self.spec.class_names), "confusion": self.confused, "examples": self.examples}
+        """Return class names, the confusion matrix (a row per true class), and correct and wrong examples."""
+        return {
+            "class_names": list(self.spec.class_names),
+            "confusion": self.confusion_counts,
+            "examples": self.examples,
+        }
 
-    def _keep_examples(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
-        """The first few images that are told rightly, and the first few that are not."""
+    def _collect_examples(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
+        """Keep the first few correctly classified images, and the first few wrongly classified ones."""
         predictions = logits.argmax(1)
-        for right in (True, False):
-            kept = sum((e["label"] == e["prediction"]) == right for e in self.examples)
+        for correct in (True, False):
+            kept = sum((e["label"] == e["prediction"]) == correct for e in self.examples)
             if kept == EXAMPLES:
                 continue
-            for at in ((predictions == labels) == right).nonzero().flatten().tolist()[: EXAMPLES - kept]:
+            indices = ((predictions == labels) == correct).nonzero().flatten()
+            for index in map(int, indices[: EXAMPLES - kept]):
                 self.examples.append(
                     {
-                        "image": self.spec.denormalize(images[at]).cpu(),
-                        "label": int(labels[at]),
-                        "prediction": int(predictions[at]),
-                        "probability": float(logits[at].softmax(0)[predictions[at]]),
+                        "image": self.spec.denormalize(images[index]).cpu(),
+                        "label": int(labels[index]),
+                        "prediction": int(predictions[index]),
+                        "probability": float(logits[index].softmax(0)[predictions[index]]),
                     }
                 )

@@ -1,44 +1,50 @@
 """The task of object detection and instance segmentation."""
 
 import json
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ecanet.data import DataSpec
+from ecanet.data import DataSpec, DetectionData, Target
 from ecanet.errors import DataError
 from ecanet.recipes import Recipe
 from ecanet.report import Artifacts
-from ecanet.training.tasks.base import NOTHING_READ, Task
-from ecanet.training.tasks.outcome import Outcome, detector
+from ecanet.training.tasks.base import NO_READABLE_IMAGE, Task, get_data
+from ecanet.training.tasks.outcome import Outcome, build_detector
 
 __all__ = ["Detection"]
 
+Batch = tuple[list[Tensor], list[Target]]
+"""Images (3, H, W) from 0 to 1, and a target for each."""
+
 
 class Detection(Task):
-    """Boxes, and masks with Mask R-CNN, around objects; COCO's average precision, from 0 to 1, on the held-out images.
+    """Boxes around objects, and masks with Mask R-CNN; COCO's average precision (0 to 1) on the held-out images.
 
-    ``AP``, ``AP50``, ``AP75``, ``APS``, ``APM`` and ``APL`` are the boxes', ``mask_AP`` and so on the masks'; -1 stands
-    where no held-out object has the size.
+    ``AP``, ``AP50``, ``AP75``, ``APS``, ``APM`` and ``APL`` are for boxes, ``mask_AP`` and so on for masks. A metric is
+    -1 if no held-out object has the size.
     """
 
     monitor = "AP"
 
     def __init__(self, recipe: Recipe, spec: DataSpec):
-        super().__init__(recipe, spec, detector(recipe, spec))
+        super().__init__(recipe, spec, build_detector(recipe, spec))
         self.outcome: Outcome | None = None
 
-    def forward(self, x: list[Tensor], targets: Any = None) -> Any:
-        """Losses by name while training, else what is found on each of the images ``x`` (3, H, W) from 0 to 1."""
+    def forward(
+        self, x: Sequence[Tensor], targets: Sequence[Target] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Return the losses by name in training mode, else the detections on each image of ``x`` (3, H, W), 0 to 1."""
         return self.model(x, targets)
 
-    def training_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], batch_idx: int) -> Tensor | None:
-        """The sum of the detector's losses; none for a batch of unreadable images."""
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """Return the sum of the detector's losses."""
         images, targets = batch
         if not images:
-            return self.nothing()
-        losses = self(images, targets)
+            return self.make_empty_loss()
+        losses = cast(dict[str, Tensor], self(images, targets))
         loss = torch.stack(list(losses.values())).sum()
         self.log_dict(
             {"train_loss": loss, **{f"{name.removeprefix('loss_')}_loss": value for name, value in losses.items()}},
@@ -50,30 +56,43 @@ class Detection(Task):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last evaluation."""
-        self.outcome = Outcome(cast(Any, self.trainer).datamodule.held_out.annotations)
+        """Replace the results of the last evaluation by empty ones."""
+        data = get_data(self.trainer)
+        assert isinstance(data, DetectionData)
+        self.outcome = Outcome(data.held_out.annotations)
 
-    def validation_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], batch_idx: int) -> None:
-        """Note what is found, and keep a few examples, right and wrong."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the detections on a batch."""
         assert self.outcome is not None
-        if batch[0]:
-            self.outcome.add(*batch, self(batch[0]))
+        images, targets = batch
+        if images:
+            self.outcome.add(images, targets, cast(list[dict[str, Tensor]], self(images)))
 
     def on_validation_epoch_end(self) -> None:
-        """Score what all processes found together."""
+        """Score the detections of all processes, and log the metrics.
+
+        Raises:
+            DataError: no process could read an image.
+        """
         assert self.outcome is not None
         if self.trainer.world_size > 1:
             self.outcome.gather()
-        if not self.outcome.seen:
-            raise DataError(NOTHING_READ)
+        if not self.outcome.image_ids:
+            raise DataError(NO_READABLE_IMAGE)
         self.log_dict(self.outcome.score(), batch_size=1)
 
     def artifacts(self) -> Artifacts:
-        """Class names, precision by recall, and examples, right and wrong."""
-        found: Artifacts = self.outcome.artifacts() if self.outcome else {}
-        return {"class_names": list(self.spec.class_names), **found}
+        """Return class names, precision by recall, and correct and wrong examples."""
+        class_names = list(self.spec.class_names)
+        if self.outcome is None:
+            return {"class_names": class_names}
+        return {
+            "class_names": class_names,
+            "precision_recall": self.outcome.curves,
+            "detections": self.outcome.examples,
+        }
 
     def files(self) -> dict[str, str]:
-        """What was found on the held-out images as COCO's result files, ``bbox.json`` and ``segm.json``."""
+        """Return the detections on the held-out images as COCO's result files, ``bbox.json`` and ``segm.json``."""
         results = self.outcome.results if self.outcome else {}
         return {f"{kind}.json": json.dumps(entries) for kind, entries in results.items()}

@@ -1,34 +1,51 @@
-"""What the detection task is made of: the detector of a recipe, and the scoring of what it finds, with pycocotools."""
+"""The parts of the detection task: the detector of a recipe, and its results, which pycocotools scores."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from typing import Any
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou  # pyright: ignore[reportMissingTypeStubs]
 
-from ecanet.data import Annotations, DataSpec, encode_mask, has_boxes
+from ecanet.data import Annotations, DataSpec, RunLengths, Target, encode_mask, has_boxes
 from ecanet.errors import ConfigError
 from ecanet.models import create_detector
 from ecanet.recipes import Recipe
-from ecanet.report import Artifacts, DetectionExample
+from ecanet.report import DetectionExample
 
-__all__ = ["METRICS", "Outcome", "average_precision", "detector"]
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+
+__all__ = ["METRICS", "Outcome", "build_detector", "compute_average_precision", "is_correct"]
 
 METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL")
 
 EXAMPLES = 6
-SURE = 0.5
-"""Objects with at least this score are shown, and counted in right and wrong examples."""
+"""Number of correct images in the report, and of wrong ones."""
+
+MIN_SCORE = 0.5
+"""Objects of at least this score are drawn, and decide whether an example is correct."""
+
+Kind = Literal["bbox", "segm"]
 
 
-def detector(recipe: Recipe, spec: DataSpec) -> nn.Module:
-    """The network of a detection ``recipe`` for data of this ``spec``.
+class ResultEntry(TypedDict):
+    """One detected object, as in COCO's result files; ``bbox`` is left, top, width and height in pixels."""
+
+    image_id: int
+    category_id: int
+    score: float
+    bbox: NotRequired[list[float]]
+    segmentation: NotRequired[RunLengths]
+
+
+def build_detector(recipe: Recipe, spec: DataSpec) -> nn.Module:
+    """Return the network of a detection ``recipe`` for data of this ``spec``.
 
     Raises:
-        ConfigError: no such detector or backbone, or settings that do not fit them.
+        ConfigError: the detector or the backbone does not exist, or a setting does not fit it.
         CheckpointError: its weights cannot be used.
     """
     if not has_boxes(recipe.data.name):
@@ -54,114 +71,124 @@ def detector(recipe: Recipe, spec: DataSpec) -> nn.Module:
 
 
 class Outcome:
-    """What a detector found on annotated images: COCO's result entries, their scores, and a few examples."""
+    """The detections on annotated images: COCO's result entries, their scores, and a few examples.
+
+    ``results`` has the entries by kind, "bbox" and perhaps "segm"; ``image_ids`` has the images that were evaluated;
+    ``curves`` has, after `score`, precision by recall.
+    """
 
     def __init__(self, annotations: Annotations):
         self.annotations = annotations
-        self.seen: list[int] = []
-        self.results: dict[str, list[dict[str, Any]]] = {"bbox": []}
+        self.image_ids: list[int] = []
+        self.results: dict[Kind, list[ResultEntry]] = {"bbox": []}
         self.examples: list[DetectionExample] = []
         self.curves: dict[str, list[float]] = {}
 
-    def add(self, images: list[Tensor], targets: list[dict[str, Tensor]], found: list[dict[str, Tensor]]) -> None:
-        """Note what was ``found`` on ``images`` (3, H, W) from 0 to 1, where ``targets`` say what there is."""
-        for image, target, each in zip(images, targets, found, strict=True):
-            each = {name: value.float().cpu() if name == "masks" else value.cpu() for name, value in each.items()}
-            self.seen.append(int(target["image_id"]))
-            self._note(self.seen[-1], each)
-            self._keep_example(image, {name: value.cpu() for name, value in target.items()}, each)
+    def add(
+        self, images: Sequence[Tensor], targets: Sequence[Target], detections: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Add the ``detections`` on ``images`` (3, H, W) from 0 to 1, whose annotations are ``targets``."""
+        for image, target, found in zip(images, targets, detections, strict=True):
+            # Masks may be bfloat16, which NumPy does not have.
+            on_cpu = {name: value.float().cpu() if name == "masks" else value.cpu() for name, value in found.items()}
+            self.image_ids.append(int(target["image_id"]))
+            self._add_results(self.image_ids[-1], on_cpu)
+            self._add_example(image, {name: value.cpu() for name, value in target.items()}, on_cpu)
 
     def gather(self) -> None:
-        """Bring together what all processes noted; each goes on with all of it."""
-        parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, (self.seen, self.results))
-        kinds = sorted({kind for _, part in parts for kind in part})
-        self.seen = [image for seen, _ in parts for image in seen]
-        self.results = {kind: [entry for _, part in parts for entry in part.get(kind, [])] for kind in kinds}
+        """Collect the results of all processes, in every process."""
+        parts: list[tuple[list[int], dict[Kind, list[ResultEntry]]]] = [([], {})] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, (self.image_ids, self.results))
+        self.image_ids = [image for image_ids, _ in parts for image in image_ids]
+        gathered: dict[Kind, list[ResultEntry]] = {}
+        for _, results in parts:
+            for kind, entries in results.items():
+                gathered.setdefault(kind, []).extend(entries)
+        self.results = gathered
 
     def score(self) -> dict[str, float]:
-        """COCO's six figures for boxes and, where there are masks, for masks with ``mask_`` before their names.
+        """Return COCO's six metrics for boxes and, if there are masks, for masks with the prefix ``mask_``.
 
-        Of the images that were seen: those that cannot be read count as little as those that are missing.
+        Only images that could be read count.
         """
         truth = self.annotations.to_coco()
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for kind, results in self.results.items():
-            prefix = "mask_" if kind == "segm" else ""
-            scored, curve = average_precision(truth, results, kind, self.seen)
-            figures |= {prefix + name: value for name, value in scored.items()}
-            self.curves["masks" if kind == "segm" else "boxes"] = curve
-        return figures
+            prefix, name = ("mask_", "masks") if kind == "segm" else ("", "boxes")
+            values, self.curves[name] = compute_average_precision(truth, results, kind, self.image_ids)
+            metrics |= {prefix + metric: value for metric, value in values.items()}
+        return metrics
 
-    def artifacts(self) -> Artifacts:
-        """What the report draws."""
-        return {"precision_recall": self.curves, "detections": self.examples}
-
-    def _note(self, image: int, found: dict[str, Tensor]) -> None:
-        corners, scores = found["boxes"].double(), found["scores"].tolist()
-        sides = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
-        heads = [
-            {"image_id": image, "category_id": self.annotations.category_ids[label - 1], "score": score}
-            for label, score in zip(found["labels"].tolist(), scores, strict=True)
+    def _add_results(self, image: int, found: Mapping[str, Tensor]) -> None:
+        corners = found["boxes"].double()
+        boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
+        heads: list[ResultEntry] = [
+            {"image_id": image, "category_id": self.annotations.category_ids[int(label) - 1], "score": float(score)}
+            for label, score in zip(found["labels"], found["scores"], strict=True)
         ]
-        self.results["bbox"] += [{**head, "bbox": box} for head, box in zip(heads, sides, strict=True)]
+        for head, box in zip(heads, boxes, strict=True):
+            self.results["bbox"].append({**head, "bbox": [float(side) for side in box]})
         if "masks" not in found:
             return
         masks = (found["masks"][:, 0] > 0.5).numpy().astype(np.uint8)
         entries = self.results.setdefault("segm", [])
-        entries += [{**head, "segmentation": encode_mask(mask)} for head, mask in zip(heads, masks, strict=True)]
+        for head, mask in zip(heads, masks, strict=True):
+            entries.append({**head, "segmentation": encode_mask(mask)})
 
-    def _keep_example(self, image: Tensor, target: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-        """The first few images on which all is told rightly, and the first few on which something is not."""
-        right = all_found(target, found)
-        if sum(example["right"] == right for example in self.examples) < EXAMPLES:
-            sure = found["scores"] >= SURE
+    def _add_example(self, image: Tensor, target: Target, found: Mapping[str, Tensor]) -> None:
+        """Keep the first few images whose detections are correct, and the first few whose detections are not."""
+        correct = is_correct(target, found)
+        if sum(example["right"] == correct for example in self.examples) < EXAMPLES:
+            certain = found["scores"] >= MIN_SCORE
             self.examples.append(
                 {
                     "image": (image * 255).round().to(torch.uint8).cpu(),
-                    "right": right,
-                    "found": {name: value[sure] for name, value in found.items()},
+                    "right": correct,
+                    "found": {name: value[certain] for name, value in found.items()},
                     "truth": {name: target[name] for name in ("boxes", "labels")},
                 }
             )
 
 
-def all_found(target: dict[str, Tensor], found: dict[str, Tensor]) -> bool:
-    """Whether the sure ones of ``found`` are the objects of ``target``, one for one: label, and half of the area."""
-    sure = found["scores"] >= SURE
-    if int(sure.sum()) != len(target["labels"]):
+def is_correct(target: Target, found: Mapping[str, Tensor]) -> bool:
+    """Return whether the detections of a sufficient score match the objects of ``target`` one to one.
+
+    A match has the same label and an intersection over union of at least a half.
+    """
+    certain = found["scores"] >= MIN_SCORE
+    if int(certain.sum()) != len(target["labels"]):
         return False
-    overlap = box_iou(target["boxes"], found["boxes"][sure]) * (target["labels"][:, None] == found["labels"][sure])
+    same_label = target["labels"][:, None] == found["labels"][certain]
+    overlap = box_iou(target["boxes"], found["boxes"][certain]) * same_label
     return not len(overlap) or bool((overlap.amax(0) >= 0.5).all() and (overlap.amax(1) >= 0.5).all())
 
 
-def average_precision(
-    truth: Any, results: list[dict[str, Any]], kind: Any, images: Sequence[int]
+def compute_average_precision(
+    truth: "COCO", results: Sequence[ResultEntry], kind: Kind, image_ids: Sequence[int]
 ) -> tuple[dict[str, float], list[float]]:
-    """COCO's six figures for ``results`` (entries of a result file) against ``truth`` (a ``pycocotools`` COCO).
+    """Return COCO's six metrics for ``results`` against the annotations ``truth``, and the precision by recall.
 
-    ``kind`` is "bbox" or "segm", ``images`` has the ids of those that count. The second value is precision at recall 0,
-    0.01, …, 1 with an overlap of a half, mean over the classes. Figures are from 0 to 1, and -1 where there is nothing
-    to find.
+    Only images of ``image_ids`` count. The second value is the precision at recall 0, 0.01, …, 1 for an overlap of a
+    half, averaged over the classes. Metrics are from 0 to 1, and -1 if there is nothing to find.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     with redirect_stdout(None):
         if results:
-            # loadRes writes into the entries it is given
-            found = truth.loadRes([dict(entry) for entry in results])
+            # loadRes writes into the entries that it gets.
+            found = truth.loadRes([dict(entry) for entry in results])  # pyright: ignore[reportArgumentType]
         else:
-            found: Any = COCO()
+            found = COCO()
             found.dataset = {**truth.dataset, "annotations": []}
             found.createIndex()
         scoring = COCOeval(truth, found, kind)
-        scoring.params.imgIds = sorted(set(images))
+        scoring.params.imgIds = sorted(set(image_ids))
         scoring.evaluate()
         scoring.accumulate()
         scoring.summarize()
-    # overlap, recall, class, size, detections: an overlap of 0.5, all sizes, 100 detections
-    precision = scoring.eval["precision"][0, :, :, 0, 2]
-    there = precision[:, (precision >= 0).all(0)]
-    curve = there.mean(1).tolist() if there.size else []
+    # The axes are overlap, recall, class, size, detections: here an overlap of 0.5, all sizes, 100 detections.
+    precision = np.asarray(scoring.eval["precision"], dtype=np.float64)[0, :, :, 0, 2]
+    scored_classes = precision[:, (precision >= 0).all(0)]
+    curve: list[float] = scored_classes.mean(1).tolist() if scored_classes.size else []
     return dict(zip(METRICS, map(float, scoring.stats[:6]), strict=True)), curve

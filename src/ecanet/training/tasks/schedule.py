@@ -8,7 +8,9 @@ __all__ = ["learning_rate_factor"]
 
 
 def learning_rate_factor(schedule: ScheduleConfig, epoch: float, epochs: int) -> float:
-    """What the peak learning rate is multiplied by after ``epoch`` epochs, a fraction counting the steps within one.
+    """Return the factor of the peak learning rate after ``epoch`` of ``epochs`` epochs.
+
+    ``epoch`` is a fraction: 2.5 is the middle of the third epoch.
 
     >>> cosine = ScheduleConfig(name="cosine", warmup_epochs=2)
     >>> [round(learning_rate_factor(cosine, epoch, 10), 3) for epoch in (0.5, 2, 6, 10)]
