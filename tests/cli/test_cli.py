@@ -170,7 +170,7 @@ def test_settings_reach_the_recipe(ecanet, tmp_path):
         ("train digits --device gpu", "unknown device 'gpu'; write auto, cpu, cuda, cuda:N or mps"),
         ("train folder:nowhere", "nowhere: no such folder"),
         ("train fashion-mnist --data-dir nowhere", "nowhere: no such folder"),
-        ("train --resume nowhere", "nowhere: no run here to go on with"),
+        ("train --resume nowhere", "nowhere: no run to resume here"),
         ("train digits --resume nowhere", "--resume takes everything from the run"),
         ("eval nowhere.ckpt", "no checkpoint at nowhere.ckpt"),
         ("eval", "Missing argument 'checkpoint'"),

@@ -47,7 +47,7 @@ def detect(
         raise DataError(
             f"the only images are those in --out {out}; name that directory itself and choose another --out"
         )
-    found: list[dict[str, object]] = []
+    found: list[training.ImageDetections] = []
     for answer in training.detect(training.restore(checkpoint), files, out, threshold=threshold, device=found_device):
         if isinstance(answer, DataError):
             report_unreadable(answer, on_corrupt)
