@@ -1,13 +1,13 @@
-# Everything here sets itself up: a virtual environment in .venv, exact versions from constraints.txt.
+# Every target first installs what it needs: a virtual environment in .venv, exact versions from constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
-# threads that wait by spinning make everything many times slower where other programs run too
+# Threads that spin while they wait slow down everything many times when other programs run, too.
 export OMP_WAIT_POLICY := passive
 
 .PHONY: demo test test-slow sweep mutants check clean help
 
-help:  ## this list
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml constraints.txt
@@ -18,9 +18,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
 
-demo: $(READY)  ## train an ECA-ResNet on real digits, write a report, recognise a few images (about a minute)
+demo: $(READY)  ## train an ECA-ResNet on real digits, write a report, classify a few images (about a minute)
 	@rm -rf runs/demo
-	@# images of 8 x 8 pixels keep one core busy; a second would mostly wait
+	@# Images of 8 x 8 pixels keep one core busy; a second one would mostly wait.
 	OMP_NUM_THREADS=1 $(BIN)/ecanet train quickstart --out runs/demo
 	$(BIN)/ecanet predict runs/demo examples/digits
 	@echo
@@ -33,11 +33,11 @@ test: $(READY)  ## the default tests
 test-slow: $(READY)  ## the tests that take minutes, and the random tests with thousands of cases each
 	$(BIN)/python -m pytest -q -m slow --hypothesis-profile=thorough
 
-sweep: $(READY)  ## attach to a hundred networks of other libraries (installs them)
+sweep: $(READY)  ## attach gates to a hundred networks of other libraries (installs them)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[sweep]'
 	$(BIN)/python -m pytest -q -m sweep
 
-mutants: $(READY)  ## plant each known bug and see its test fail
+mutants: $(READY)  ## plant each known bug and check that its test fails
 	OMP_NUM_THREADS=2 $(BIN)/python tests/run_mutants.py
 
 check: $(READY)  ## format, lint, types

@@ -13,12 +13,12 @@ from ecanet.report.figures import to_png
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    """A short run on digits, by the command line in its own process."""
+    """Train on digits for four epochs, with the command line in its own process; return the run directory."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     command = [sys.executable, "-m", "ecanet", "train", "quickstart", "--epochs", "4", "--device", "cpu", "--out"]
     done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    # nothing but what a newcomer needs: what is trained, a line per epoch, the result, where to look
+    # The output is short: network, batch, run directory, a line per epoch, the result, the report, what to try next.
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == [
         "resnet20",
@@ -35,7 +35,7 @@ def digits_run(tmp_path_factory):
     return folder
 
 
-# what works
+# commands that succeed
 
 
 def test_eval_of_a_run(ecanet, digits_run):
@@ -55,16 +55,16 @@ def test_predict_of_a_folder_and_of_files(ecanet, digits_run):
     files = sorted((digits_run / "examples").iterdir())
     assert [row["path"] for row in rows] == [str(file) for file in files]
     assert {len(row["classes"]) for row in rows} == {3}
-    # examples/NN-DIGIT.png; the network is right in four of five after four epochs
-    right = sum(row["classes"][0]["name"] == Path(row["path"]).stem.split("-")[1] for row in rows)
-    assert right >= 12
+    # The files are called NN-DIGIT.png; after four epochs the network classifies about four of five correctly.
+    correct = sum(row["classes"][0]["name"] == Path(row["path"]).stem.split("-")[1] for row in rows)
+    assert correct >= 12
     code, out, _ = ecanet("predict", digits_run / "checkpoints" / "last.ckpt", files[0])
     assert code == 0
     assert "%" in out
     assert len([line for line in out.splitlines() if files[0].name in line or "%" in line]) >= 1
 
 
-def test_predict_names_a_broken_image_and_stops_or_goes_on(ecanet, digits_run, tmp_path):
+def test_predict_stops_at_a_broken_image_or_skips_it(ecanet, digits_run, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     good = tmp_path / "good.png"
@@ -79,7 +79,7 @@ def test_predict_names_a_broken_image_and_stops_or_goes_on(ecanet, digits_run, t
     assert err.startswith(f"skipped: {broken}")
 
 
-def test_resume_of_a_finished_run(ecanet, digits_run):
+def test_resuming_a_finished_run_changes_nothing(ecanet, digits_run):
     before = json.loads((digits_run / "metrics.json").read_text())
     code, out, _ = ecanet("train", "--resume", digits_run, "--device", "cpu")
     assert code == 0
@@ -145,7 +145,7 @@ def test_settings_reach_the_recipe(ecanet, tmp_path):
     }  # fmt: skip
     assert (recipe["data"]["batch_size"], recipe["data"]["flip"], recipe["seed"]) == (50, True, 9)
     assert (recipe["optimizer"]["learning_rate"], recipe["epochs"]) == (0.5, 1)
-    # two epochs of warm-up do not fit into one
+    # The recipe warms up for 2 of 12 epochs, which shrinks with the number of epochs.
     assert recipe["schedule"]["warmup_epochs"] == pytest.approx(2 / 12)
 
 
@@ -225,7 +225,7 @@ def test_a_corrupt_image_in_training_is_one_line_or_skipped(ecanet, tmp_path):
 
 
 class _Trap:
-    """A pickle that would make a file if it were trusted."""
+    """A pickle that creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -238,7 +238,7 @@ def test_checkpoints_that_are_broken_or_would_run_code_are_one_line(ecanet, tmp_
     whole = (digits_run / "checkpoints" / "best.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.ckpt").write_text("hello")
-    torch.save({"state_dict": _Trap(tmp_path / "sprung")}, tmp_path / "trap.ckpt")
+    torch.save({"state_dict": _Trap(tmp_path / "created")}, tmp_path / "trap.ckpt")
     for name, message in (("cut", "truncated"), ("text", "not"), ("trap", "may run code")):
         for command in (("eval",), ("predict",)):
             more = [digits_run / "examples"] if command == ("predict",) else []
@@ -247,7 +247,7 @@ def test_checkpoints_that_are_broken_or_would_run_code_are_one_line(ecanet, tmp_
             assert f"{name}.ckpt" in err
             assert message in err
             assert err.count("\n") == 1
-    assert not (tmp_path / "sprung").exists()
-    # the trap is one: trusting it springs it
+    assert not (tmp_path / "created").exists()
+    # The pickle does run code if it is trusted, so the assertion above can fail.
     torch.load(tmp_path / "trap.ckpt", weights_only=False)
-    assert (tmp_path / "sprung").exists()
+    assert (tmp_path / "created").exists()

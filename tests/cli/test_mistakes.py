@@ -1,4 +1,4 @@
-"""What a newcomer types: each mistake is one line that names the value and the remedy, and nothing is done for it."""
+"""A mistake on the command line or in a call is one line with the value and the remedy, and leaves no files behind."""
 
 import pytest
 import timm
@@ -33,7 +33,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_a_line(ecanet, tmp_path, line):
+def test_a_mistake_on_the_command_line(ecanet, tmp_path, line):
     (tmp_path / "taken").write_text("mine")
     (tmp_path / "pictures" / "found").mkdir(parents=True)
     (tmp_path / "pictures" / "found" / "drawn.png").touch()
@@ -49,13 +49,13 @@ def test_a_gpu_that_is_not_there(ecanet):
     assert "no device 'cuda' on this machine; choose one of auto, cpu" in ecanet("paper", "3", "--device", "cuda")[2]
 
 
-def test_the_bare_command_shows_help_and_no_error(ecanet):
+def test_the_command_without_arguments_shows_help(ecanet):
     code, out, err = ecanet()
     assert (code, err) == (0, "")
     assert "train" in out
 
 
-def test_a_long_name_can_be_read(ecanet):
+def test_a_long_network_name_is_not_cut_off(ecanet):
     _, out, _ = ecanet("cost", "resnet18", "torchvision:convnext_tiny")
     first = "".join(row.split("│")[1].strip() for row in out.splitlines() if row.startswith("│"))
     assert "torchvision:convnext_tiny" in first
@@ -74,13 +74,13 @@ def test_a_long_name_can_be_read(ecanet):
         (lambda: cost.make_table(["timm:resnet18"], attentions=["eca"]), "for this library's networks"),
     ],
 )
-def test_a_call(call, said):
+def test_a_mistake_in_a_call(call, said):
     with pytest.raises((AttachError, ConfigError)) as caught:
         call()
     assert said in str(caught.value)
 
 
-def test_fuse_and_then_attach_has_both():
+def test_a_fused_network_takes_lossless_gates():
     torch.manual_seed(0)
     model = torchvision.models.resnet18().eval()
     x = torch.randn(2, 3, 64, 64)
@@ -88,11 +88,11 @@ def test_fuse_and_then_attach_has_both():
     assert torch.equal(library.attach(model)(x), before)
 
 
-def test_replace_finds_what_is_inside_the_selected_module():
+def test_replace_finds_modules_inside_the_selected_one():
     with pytest.warns(UserWarning, match="1 'se' modules gave way"):
         model = library.attach(torchvision.models.mobilenet_v3_small(), replace="se", where="features.1")
     assert [site.name for site in library.attached(model)] == ["features.1.block.1"]
-    # a function says of each module alone whether it is meant
+    # a function selects each module by itself, not what is inside it
     with pytest.warns(UserWarning, match="8 'se' modules gave way"):
         library.attach(
             torchvision.models.mobilenet_v3_small(), replace="se", where=lambda name, m: name != "features.1.block.1"
@@ -104,7 +104,7 @@ def test_replace_finds_what_is_inside_the_selected_module():
 
 
 @pytest.mark.parametrize("attention", ["se-var1", "se-var2"])
-def test_a_report_says_which_gates_act_on_a_plain_networks_weights(tmp_path, attention):
+def test_the_load_report_lists_gates_that_change_a_plain_networks_outputs(tmp_path, attention):
     torch.manual_seed(0)
     plain = library.create_model("resnet8", attention="none").eval()
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
@@ -116,7 +116,7 @@ def test_a_report_says_which_gates_act_on_a_plain_networks_weights(tmp_path, att
     assert ("acting: 3" in str(report)) == (not same)
 
 
-def test_timms_attention_is_not_taken_for_ours():
+def test_cost_shows_no_attention_name_for_timms_networks():
     row = cost.make_table(["resnet18", "timm:resnet18"], attentions=["eca"])
     assert [r["attention"] for r in row] == ["eca", ""]
     assert row[1]["parameters"] == sum(p.numel() for p in timm.create_model("resnet18").parameters())
