@@ -234,7 +234,7 @@ def gradients(model: nn.Module, inputs: tuple[Any, ...], seed: int = 0) -> tuple
 
 def last_layers(gate: nn.Module) -> list[Tensor]:
     """The parameters that a neutral gate has at zero."""
-    return list(gate.last())  # pyright: ignore[reportCallIssue]
+    return list(gate.last_parameters())  # pyright: ignore[reportCallIssue]
 
 
 def excite(gates: Iterable[nn.Module], seed: int = 0) -> None:

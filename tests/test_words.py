@@ -51,10 +51,10 @@ IRREGULAR = {
 }
 
 # rooms whose words are still being rewritten
-WORDS_LEFT = {"ops", "studies", "surgery", "training"}
+WORDS_LEFT = {"ops", "studies", "training"}
 DOCSTRINGS_LEFT = True
 DOCS_LEFT = True
-NAMES_LEFT = {"attention", "ops", "studies", "surgery"}
+NAMES_LEFT = {"ops", "studies"}
 
 
 def rooms(left: set[str]) -> list[object]:

@@ -302,7 +302,7 @@ def test_neutral_gate_is_the_identity_bit_for_bit_and_learns(name, dtype):
     y.backward(dy)
     assert torch.equal(y, x)
     assert torch.equal(x.grad, dy)
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.last())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.last_parameters())
 
 
 def test_se_var1_cannot_be_neutral():

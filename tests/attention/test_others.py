@@ -213,7 +213,8 @@ def test_neutral_is_the_identity_bit_for_bit_and_learns(name, dtype):
     assert torch.equal(y, x)
     assert y.dtype == dtype
     (y.float() * image(*y.shape, dtype=torch.float32)).sum().backward()
-    last = list(module.last()) if hasattr(module, "last") else [p for p in module.parameters() if not p.any()]
+    gated = hasattr(module, "last_parameters")
+    last = list(module.last_parameters()) if gated else [p for p in module.parameters() if not p.any()]
     assert last
     assert all(p.grad is not None and p.grad.any() for p in last)
     again = BUILD[name]().to(dtype).eval()

@@ -108,6 +108,7 @@ def test_kernel_sizes_reach_the_stages():
         ({"kernel_sizes": (3, 4, 5, 7)}, "must be odd, got 4"),
         ({"kernel_sizes": 5, "attention": "se"}, "attention 'se' has no kernel"),
         ({"kernel_size": 5}, "give kernel_sizes="),
+        ({"features_onyl": True}, "there is no argument 'features_onyl'; did you mean 'features_only'?"),
         ({"reduction": 5}, "has no option 'reduction'"),
         ({"num_classes": 0}, "num_classes must be a positive integer, got 0"),
         ({"in_channels": -1}, "in_channels must be a positive integer, got -1"),

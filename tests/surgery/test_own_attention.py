@@ -24,7 +24,7 @@ class MyGate(ecanet.ChannelAttention):
     def gate(self, p):
         return (self.slope * self.weight * p).sigmoid()
 
-    def last(self):
+    def last_parameters(self):
         return (self.weight,)
 
 
@@ -194,7 +194,7 @@ def test_a_dotted_path_names_a_class(monkeypatch, tmp_path):
         (lambda: ecanet.attach(network(), exampel=IMAGE), "did you mean 'example'?"),
         (lambda: ecanet.attach(network(), "no_such_package.Gate"), "cannot import attention 'no_such_package.Gate'"),
         (lambda: ecanet.attach(network(), "torch.nn.NoGate"), "'torch.nn.NoGate' is not a class"),
-        (lambda: ecanet.attach(network(), GateWithoutLast), "GateWithoutLast defines no last()"),
+        (lambda: ecanet.attach(network(), GateWithoutLast), "GateWithoutLast defines no last_parameters()"),
         (lambda: ecanet.attach(network(), WrongLast), "'WrongLast' changes its input after neutralize()"),
         (
             lambda: ecanet.attach(network(), lambda c: nn.AvgPool2d(2), preserve=False),

@@ -27,7 +27,7 @@ from ecanet.attention.names import (
     make_attention,
     options_of,
 )
-from ecanet.attention.others import CBAM, GlobalContext, GSoP, highest
+from ecanet.attention.others import CBAM, GlobalContext, GSoP, compute_maxima
 
 __all__ = [
     "ATTENTIONS",
@@ -49,8 +49,8 @@ __all__ = [
     "SEVar2",
     "SEVar3",
     "adaptive_kernel_size",
+    "compute_maxima",
     "find_attention",
-    "highest",
     "list_attentions",
     "make_attention",
     "options_of",

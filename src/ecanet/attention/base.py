@@ -1,6 +1,7 @@
-"""What every attention module of this library is: a shape-keeping module that can be made the identity."""
+"""The base classes of all attention modules: they keep the shape of their input and can be made the identity."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +11,27 @@ from ecanet.errors import AttachError, ConfigError, check_positive_int
 
 
 class Attention(nn.Module):
-    """What a slot of a network can hold: (N, C, ...) in, the same shape out."""
+    """An attention module: it maps (N, C, ...) to the same shape."""
 
     channels: int
+    """Number of channels C, axis 1 of the input."""
 
     def neutralize(self) -> None:
-        """Become the identity, bit for bit, with gradients that flow.
+        """Make this module the identity, bit for bit; its parameters still get gradients.
 
         Raises:
-            AttachError: this attention has no parameters to zero.
+            AttachError: this attention cannot be the identity.
         """
         raise AttachError(
             f"{type(self).__name__} defines no neutralize(), so it cannot be inserted losslessly; pass preserve=False"
         )
 
     def check_channels(self, x: Tensor) -> None:
-        """Raise ConfigError unless axis 1 of ``x`` has this module's channels; a tensor traced by torch.fx passes."""
+        """Check that axis 1 of ``x`` has this module's channels; a tensor traced by torch.fx passes.
+
+        Raises:
+            ConfigError: it has another number of channels.
+        """
         if not ops.is_traced(x) and x.dim() >= 2 and x.shape[1] != self.channels:
             raise ConfigError(
                 f"{type(self).__name__}(channels={self.channels}) got {x.shape[1]} channels "
@@ -33,11 +39,11 @@ class Attention(nn.Module):
             )
 
 
-class Gated(Attention):
-    """An attention that multiplies by gates, each with the constant factor ``gain``.
+class GatedAttention(Attention):
+    """An attention that multiplies its input by gates, each with the constant factor ``gain``.
 
-    1 is the paper's form; 2 is the lossless one, in which a gate with zeroed last weights is ``2 * sigmoid(0) = 1``
-    exactly. It is a buffer, in the state dict only when it is not 1.
+    A gain of 1 is the paper's form. A gain of 2 is the lossless form, in which a gate with zeroed last weights is
+    ``2 * sigmoid(0) = 1`` exactly. The gain is a buffer; it is in the state dict only when it is not 1.
     """
 
     gain: Tensor
@@ -47,37 +53,44 @@ class Gated(Attention):
         self.channels = check_positive_int("channels", channels)
         self.set_gain(1.0)
 
-    def last(self) -> Iterable[Tensor]:
-        """The parameters of the gates' last layers: all zero means that a gate is sigmoid(0) for any input."""
+    def last_parameters(self) -> Iterable[Tensor]:
+        """Return the parameters of the last layers: when all are zero, a gate is sigmoid(0) for any input.
+
+        Raises:
+            AttachError: the class does not define them.
+        """
         raise AttachError(
-            f"{type(self).__name__} defines no last(), the parameters that give a gate of sigmoid(0) when zero, so it "
+            f"{type(self).__name__} defines no last_parameters(), which give a gate of sigmoid(0) when zero, so it "
             f"cannot be inserted losslessly; define it, or pass preserve=False"
         )
 
     def set_gain(self, gain: float) -> None:
-        """Make the constant factor ``gain``; it enters the state dict unless it is 1."""
+        """Set the constant factor; it enters the state dict unless it is 1."""
         device = next((p.device for p in self.parameters()), None)
         self.register_buffer("gain", torch.tensor(float(gain), device=device), persistent=gain != 1)
 
     def neutralize(self) -> None:
-        """Make this module the identity, bit for bit, with gradients that flow: zero last layer, gain 2.
+        """Make this module the identity, bit for bit: zero the last layers and set the gain to 2.
 
         Raises:
             AttachError: the gate has no parameters to zero (SE-Var1).
         """
-        zero(self.last())
+        zero(self.last_parameters())
         self.set_gain(2.0)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        """Take ``gain`` from the file; weights without it mean 1; neither leaves the gate as it is."""
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: object, **kwargs: object
+    ) -> None:
+        """Take ``gain`` from the file; weights without a gain mean 1. A file without both leaves the gain as it is."""
         if prefix + "gain" in state_dict:
             self.set_gain(float(state_dict[prefix + "gain"]))
         elif any(prefix + name in state_dict for name, _ in self.named_parameters()):
             self.set_gain(1.0)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        load = cast("Callable[..., None]", super()._load_from_state_dict)  # pyright: ignore[reportUnknownMemberType]
+        load(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        """Show the channel count, and the gain when it is not the paper's."""
+        """Return the channel count, and the gain when it is not the paper's."""
         gain = 1.0 if self.gain.is_meta else float(self.gain)
         return f"{self.channels}" + (f", gain={gain:g}" if gain != 1 else "")
 

@@ -1,4 +1,4 @@
-"""Squeeze, gate, scale: every module of the paper's Table 2, each of which says only its gate.
+"""Squeeze, gate, scale: every module of the paper's Table 2; each class defines only its gate.
 
 p = mean of x over its spatial axes      # N C
 g = gain * gate(p)                       # N C
@@ -7,18 +7,21 @@ y = x * g                                # N C ...
 
 import math
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecanet import ops
-from ecanet.attention.base import Gated
+from ecanet.attention.base import GatedAttention
 from ecanet.errors import AttachError, ConfigError, check_positive_int
 
 
 def adaptive_kernel_size(channels: int, gamma: float = 2, b: float = 1) -> int:
-    """The paper's rule (Eq. 12): ``|(log2(C) + b) / gamma|`` to the nearest odd number, ties upward.
+    """Return the kernel size of the paper's rule (Eq. 12): the odd number nearest to ``|(log2(C) + b) / gamma|``.
+
+    The quotient is truncated first, as in the authors' code; an even number becomes the next odd one.
 
     >>> [adaptive_kernel_size(c) for c in (64, 128, 256, 1024, 2048)]
     [3, 5, 5, 5, 7]
@@ -27,36 +30,38 @@ def adaptive_kernel_size(channels: int, gamma: float = 2, b: float = 1) -> int:
         ConfigError: ``channels`` is not a positive integer, or ``gamma`` is 0.
     """
     channels = check_positive_int("channels", channels)
-    for what, value in (("gamma", gamma), ("b", b)):
+    numbers: dict[str, object] = {"gamma": gamma, "b": b}
+    for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{what} must be a number, got {value!r}")
+            raise ConfigError(f"{name} must be a number, got {value!r}")
     if gamma == 0:
         raise ConfigError("gamma must not be 0: the kernel size is (log2(C) + b) / gamma")
     t = int(abs((math.log2(channels) + b) / gamma))
     return t if t % 2 else t + 1
 
 
-class ChannelAttention(Gated):
+class ChannelAttention(GatedAttention):
     """Scale each channel of (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) by a gate on the channel means.
 
-    A subclass says only ``gate(p)``, from means (N, C) to weights (N, C). What multiplies is ``gain * gate(p)``.
+    A subclass defines only ``gate(p)``, from means (N, C) to weights (N, C); the factor is ``gain * gate(p)``. With
+    `last_parameters` it can also be attached losslessly.
     """
 
     def gate(self, p: Tensor) -> Tensor:
-        """Channel weights (N, C) for channel means ``p`` (N, C), both float32 or wider."""
+        """Return channel weights (N, C) for channel means ``p`` (N, C), both float32 or wider."""
         raise NotImplementedError
 
     def weigh(self, p: Tensor) -> Tensor:
-        """``gain * gate(p)``: what each channel is multiplied by."""
+        """Return the factor of each channel: ``gain * gate(p)``."""
         return self.gain * self.gate(p)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``x * gain * gate(mean(x))``, in ``x``'s dtype and memory format.
+        """Return ``x * gain * gate(mean(x))``, in ``x``'s dtype and memory format.
 
-        ``mask`` (N, ...) is boolean, True where a position counts: padding then has no influence on the gate.
+        ``mask`` (N, ...) is boolean and True where a position counts, so that padding does not influence the gate.
 
         Raises:
-            ConfigError: the channel count, dtype or rank of ``x`` is not what this module was built for.
+            ConfigError: the channel count, dtype or rank of ``x`` is not the one that this module was built for.
         """
         self.check_channels(x)
         return ops.squeeze_scale(x, self.weigh, mask=mask)
@@ -65,7 +70,7 @@ class ChannelAttention(Gated):
 class ECA(ChannelAttention):
     """Efficient channel attention (Eq. 9): ``sigmoid(conv1d_k(p))``, one kernel shared by all channels.
 
-    ``kernel_size=None`` derives k from ``channels`` by `adaptive_kernel_size`; an explicit one always wins.
+    ``kernel_size=None`` derives k from ``channels`` by `adaptive_kernel_size`; an explicit size is used as it is.
     ``conv.weight`` is (1, 1, k), no bias, as in the authors' and timm's checkpoints.
 
     >>> eca = ECA(256)
@@ -102,28 +107,28 @@ class ECA(ChannelAttention):
         return self.conv.kernel_size[0]
 
     def gate(self, p: Tensor) -> Tensor:
-        """``sigmoid(conv1d_k(p))``."""
+        """Return ``sigmoid(conv1d_k(p))``."""
         r = self.kernel_size // 2
         if self.padding_mode == "circular":
             p, r = F.pad(p[:, None], (r, r), mode="circular")[:, 0], 0
         if ops.is_jit_tracing() or torch.compiler.is_exporting():
             return F.conv1d(p[:, None], self.conv.weight.to(p.dtype), padding=r).squeeze(1).sigmoid()
-        # elsewhere a matrix product over k taps: the weight gradient of F.conv1d is slow on a CPU
+        # Outside of tracing, use a matrix product over k taps: the weight gradient of F.conv1d is slow on a CPU.
         padded = F.pad(p, (r, r))
         return (padded.unfold(1, self.kernel_size, 1) @ self.conv.weight[0].to(p.dtype).mT)[..., 0].sigmoid()
 
-    def last(self) -> Iterable[Tensor]:
-        """The kernel."""
+    def last_parameters(self) -> Iterable[Tensor]:
+        """Return the kernel."""
         return (self.conv.weight,)
 
     def extra_repr(self) -> str:
-        """Channels, kernel size, and what is not the default."""
+        """Return the channels, the kernel size, and the padding where it is not the default."""
         circular = ", padding_mode='circular'" if self.padding_mode == "circular" else ""
         return f"{super().extra_repr()}, kernel_size={self.kernel_size}{circular}"
 
 
 class ECANS(ChannelAttention):
-    """ECA-NS (Eq. 7): ``sigmoid(sum_j w[c, j] p[c + j])``, k taps of its own for every channel, kC parameters."""
+    """ECA-NS (Eq. 7): ``sigmoid(sum_j w[c, j] p[c + j])``, with k weights for each channel: kC parameters."""
 
     def __init__(self, channels: int, kernel_size: int | None = None, *, gamma: float = 2, b: float = 1):
         super().__init__(channels)
@@ -136,20 +141,20 @@ class ECANS(ChannelAttention):
         return self.conv.kernel_size[0]
 
     def gate(self, p: Tensor) -> Tensor:
-        """Each channel's neighbourhood, weighted by that channel's own taps."""
+        """Return the sigmoid of each channel's neighbourhood, weighted by that channel's own k weights."""
         r = self.kernel_size // 2
         neighbours = F.pad(p, (r, r)).unfold(1, self.kernel_size, 1)  # N C k
         return (neighbours * self.conv.weight[:, 0].to(p.dtype)).sum(-1).sigmoid()
 
-    def last(self) -> Iterable[Tensor]:
-        """The taps."""
+    def last_parameters(self) -> Iterable[Tensor]:
+        """Return the weights of all channels."""
         return (self.conv.weight,)
 
 
 class SE(ChannelAttention):
     """Squeeze-and-excitation (Eq. 1, 2): ``sigmoid(W2 relu(W1 p))`` through ``max(1, C // reduction)`` numbers.
 
-    Without biases by default, as in the paper's parameter counts (2 C^2 / r).
+    There are no biases by default, as in the paper's parameter counts (2 C^2 / r).
     """
 
     def __init__(self, channels: int, reduction: int = 16, *, bias: bool = False):
@@ -159,55 +164,59 @@ class SE(ChannelAttention):
         self.fc2 = nn.Linear(hidden, channels, bias=bias)
 
     def gate(self, p: Tensor) -> Tensor:
-        """``sigmoid(W2 relu(W1 p))``."""
+        """Return ``sigmoid(W2 relu(W1 p))``."""
         return _linear(self.fc2, _linear(self.fc1, p).relu()).sigmoid()
 
-    def last(self) -> Iterable[Tensor]:
-        """The second layer."""
+    def last_parameters(self) -> Iterable[Tensor]:
+        """Return the parameters of the second layer."""
         return self.fc2.parameters()
 
 
 class SEVar1(ChannelAttention):
-    """SE-Var1: ``sigmoid(p)``, no parameters."""
+    """SE-Var1: ``sigmoid(p)``, without parameters."""
 
     def gate(self, p: Tensor) -> Tensor:
-        """The sigmoid of the mean itself."""
+        """Return the sigmoid of the means."""
         return p.sigmoid()
 
-    def last(self) -> Iterable[Tensor]:
-        """Refuse: there is nothing to zero."""
+    def last_parameters(self) -> Iterable[Tensor]:
+        """Refuse: there is no parameter.
+
+        Raises:
+            AttachError: always.
+        """
         raise AttachError("SE-Var1 has no parameter to zero, so it cannot be inserted losslessly; pass preserve=False")
 
 
 class SEVar2(ChannelAttention):
-    """SE-Var2 (Eq. 4, diagonal): ``sigmoid(w * p)``, one weight a channel, uniform in ±1 at first."""
+    """SE-Var2 (Eq. 4, diagonal): ``sigmoid(w * p)``, one weight for each channel, drawn uniformly from ±1."""
 
     def __init__(self, channels: int):
         super().__init__(channels)
         self.weight = nn.Parameter(torch.empty(channels).uniform_(-1, 1))
 
     def gate(self, p: Tensor) -> Tensor:
-        """``sigmoid(w * p)``."""
+        """Return ``sigmoid(w * p)``."""
         return (self.weight.to(p.dtype) * p).sigmoid()
 
-    def last(self) -> Iterable[Tensor]:
-        """The weights."""
+    def last_parameters(self) -> Iterable[Tensor]:
+        """Return the weights."""
         return (self.weight,)
 
 
 class SEVar3(ChannelAttention):
-    """SE-Var3 (Eq. 4, full): ``sigmoid(W p)`` with W of C x C."""
+    """SE-Var3 (Eq. 4, full): ``sigmoid(W p)`` with a C x C matrix W."""
 
     def __init__(self, channels: int):
         super().__init__(channels)
         self.fc = nn.Linear(channels, channels, bias=False)
 
     def gate(self, p: Tensor) -> Tensor:
-        """``sigmoid(W p)``."""
+        """Return ``sigmoid(W p)``."""
         return _linear(self.fc, p).sigmoid()
 
-    def last(self) -> Iterable[Tensor]:
-        """The matrix."""
+    def last_parameters(self) -> Iterable[Tensor]:
+        """Return the matrix."""
         return self.fc.parameters()
 
 
@@ -230,18 +239,18 @@ class SEGC(ChannelAttention):
         self.weight = nn.Parameter(torch.empty(groups, width, width).uniform_(-bound, bound))  # G out in
 
     def gate(self, p: Tensor) -> Tensor:
-        """``sigmoid(W_g p_g)`` in each group g."""
-        grouped = p.unflatten(1, self.weight.shape[:2])  # N G in
+        """Return ``sigmoid(W_g p_g)`` in each group g."""
+        grouped = cast(Tensor, p.unflatten(1, self.weight.shape[:2]))  # N G in
         return torch.einsum("ngi,goi->ngo", grouped, self.weight.to(p.dtype)).flatten(1).sigmoid()
 
-    def last(self) -> Iterable[Tensor]:
-        """The blocks."""
+    def last_parameters(self) -> Iterable[Tensor]:
+        """Return the blocks of the matrix."""
         return (self.weight,)
 
 
 def _linear(layer: nn.Linear, p: Tensor) -> Tensor:
-    bias = None if layer.bias is None else layer.bias.to(p.dtype)
-    return F.linear(p, layer.weight.to(p.dtype), bias)
+    bias = cast("Tensor | None", layer.bias)
+    return F.linear(p, layer.weight.to(p.dtype), None if bias is None else bias.to(p.dtype))
 
 
 def _check_kernel(kernel_size: int | None, channels: int, gamma: float, b: float) -> int:

@@ -1,8 +1,11 @@
 """Attention between positions: the non-local block, double attention (A2), attention-augmented convolution.
 
-These stand elsewhere than at the end of a branch; `ecanet.models.placement` says where. A non-local block compares
-L x L positions, so it wants small maps.
+These do not belong at the end of a branch; `ecanet.models.placement` has their places. A non-local block compares all
+pairs of the L positions, so it needs small feature maps.
 """
+
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +13,12 @@ from torch.nn import functional as F
 
 from ecanet import ops
 from ecanet.attention.base import Attention, zero
-from ecanet.attention.others import check_input, masked, positions
+from ecanet.attention.others import check_input, flatten_positions, mask_logits
 from ecanet.errors import AttachError, ConfigError, check_positive_int
 
 
 class NonLocal(Attention):
-    """Non-local block, embedded Gaussian (Wang et al. 2018): every position looks at every other.
+    """Non-local block, embedded Gaussian (Wang et al. 2018): every position attends to every other.
 
     y_i = x_i + Wz sum_j softmax_j(theta(x_i) . phi(x_j)) g(x_j)            theta, phi, g are C // 2 wide
 
@@ -39,27 +42,27 @@ class NonLocal(Attention):
         self.neutralize()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(N, C, ...) -> the same; padding, where ``mask`` is False, is looked at by no position.
+        """Map (N, C, ...) to the same shape; no position attends to padding, where ``mask`` is False.
 
         Raises:
             ConfigError: ``x`` has other channels, or ``mask`` does not fit it.
         """
         check_input(self, x, mask)
-        points = positions(x, mask)  # N C L
+        points = flatten_positions(x, mask)  # N C L
         query, key, value = self.theta(points).mT, self.phi(points).mT, self.g(points).mT  # N L C/2
-        keep = key_mask(points, mask)
+        keep = make_key_mask(points, mask)
         seen = F.scaled_dot_product_attention(query, key, value, attn_mask=keep, scale=1.0)
         return x + self.out(seen.mT).reshape(x.shape).to(x.dtype)
 
     def neutralize(self) -> None:
-        """Zero the last layer: nothing is added."""
+        """Make this module the identity: zero the last layer, so that nothing is added."""
         zero(self.out.parameters())
 
 
 @ops.record_as_one_node
-def key_mask(points: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Return what is added to the logits of ``points`` (N, C, L) as keys: (N, 1, L), lowest where ``mask`` is False."""
-    return None if mask is None else masked(points.new_zeros(len(points), 1, points.shape[2]), mask)
+def make_key_mask(points: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Return the mask (N, 1, L) to add to the logits of the keys in ``points`` (N, C, L)."""
+    return None if mask is None else mask_logits(points.new_zeros(len(points), 1, points.shape[2]), mask)
 
 
 class DoubleAttention(Attention):
@@ -67,7 +70,8 @@ class DoubleAttention(Attention):
 
     G = A softmax_j(B)^T (gather),  z_i = G softmax_n(V_i) (distribute),  y = x + Wz z      A, B, V: C // 2 channels
 
-    A = Wa x, B = Wb x, V = Wv x. With C // 2 the 5 blocks of its ResNet-50 cost the 7.3M parameters its paper lists.
+    A = Wa x, B = Wb x, V = Wv x. With C // 2 channels, the 5 blocks of its ResNet-50 have the 7.3M parameters that its
+    paper lists.
     Wz starts at zero, so a new block is the identity.
 
     Raises:
@@ -85,20 +89,20 @@ class DoubleAttention(Attention):
         self.neutralize()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(N, C, ...) -> the same; padding, where ``mask`` is False, is gathered from nowhere.
+        """Map (N, C, ...) to the same shape; nothing is gathered from padding, where ``mask`` is False.
 
         Raises:
             ConfigError: ``x`` has other channels, or ``mask`` does not fit it.
         """
         check_input(self, x, mask)
-        points = positions(x, mask)  # N C L
-        where = masked(self.gather(points), mask).softmax(-1)  # N n L: one map over positions for each descriptor
+        points = flatten_positions(x, mask)  # N C L
+        where = mask_logits(self.gather(points), mask).softmax(-1)  # N n L: one map over positions for each descriptor
         descriptors = self.features(points) @ where.mT  # N m n
         z = descriptors @ self.distribute(points).softmax(1)  # N m L: each position mixes the descriptors
         return x + self.out(z).reshape(x.shape).to(x.dtype)
 
     def neutralize(self) -> None:
-        """Zero the last layer: nothing is added."""
+        """Make this module the identity: zero the last layer, so that nothing is added."""
         zero(self.out.parameters())
 
 
@@ -108,11 +112,11 @@ class AugmentedConv2d(Attention):
     y = [conv3x3(x); Wo [O_1; ... O_heads]],  O_h = softmax((q k^T + S_height + S_width) / sqrt(d)) v
 
     with S_height[i, j] = q_i . r(row of j - row of i), S_width likewise over columns; r is learned, shared by heads.
-    As in its paper's ResNets: keys of 0.2 C channels but at least 20 a head, values of 0.1 C, 8 heads, and attention on
-    average-pooled maps (at most 14 x 14), enlarged again bilinearly.
+    The sizes are those of its paper's ResNets: keys of 0.2 C channels, but at least 20 per head, values of 0.1 C, and 8
+    heads. Attention runs on average-pooled maps of at most 14 x 14, which are then enlarged bilinearly.
 
     Raises:
-        ConfigError: there are not more ``out_channels`` than ``heads`` that share them.
+        ConfigError: there are not more ``out_channels`` than ``heads``.
     """
 
     LARGEST = 14
@@ -133,7 +137,7 @@ class AugmentedConv2d(Attention):
         self.columns = nn.Parameter(depth**-0.5 * nn.init.normal_(self.rows.new_empty(self.rows.shape)))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(N, in_channels, H, W) -> (N, channels, H / stride, W / stride).
+        """Map (N, in_channels, H, W) to (N, channels, H / stride, W / stride).
 
         Raises:
             ConfigError: ``x`` is not (N, in_channels, H, W), or there is a ``mask``: a convolution has none.
@@ -152,7 +156,11 @@ class AugmentedConv2d(Attention):
         return torch.cat([local, resize_like(attended, local)], dim=1)
 
     def neutralize(self) -> None:
-        """Refuse: it stands in for a convolution."""
+        """Refuse: this module replaces a convolution.
+
+        Raises:
+            AttachError: always.
+        """
         raise AttachError(
             "attention 'aa' replaces 3x3 convolutions, so it cannot be inserted losslessly; "
             "build the network with create_model(..., attention='aa')"
@@ -179,13 +187,19 @@ def attend(qkv: Tensor, rows: Tensor, columns: Tensor, heads: int) -> Tensor:
     height, width = qkv.shape[2:]
     depth = rows.shape[1]
     sizes = [heads * depth, heads * depth, qkv.shape[1] - 2 * heads * depth]
-    query, key, value = (part.flatten(2).unflatten(1, (heads, -1)).mT for part in qkv.split(sizes, dim=1))  # N h L d
-    grid = query.unflatten(2, (height, width))  # N h H W d
-    by_row = torch.einsum("nhyxd,yjd->nhyxj", grid, offsets(rows, height))
-    by_column = torch.einsum("nhyxd,xjd->nhyxj", grid, offsets(columns, width))
+    parts = cast(Sequence[Tensor], qkv.split(sizes, dim=1))  # pyright: ignore[reportUnknownMemberType]
+    query, key, value = (split_heads(part, heads) for part in parts)  # N h L d
+    grid = cast(Tensor, query.unflatten(2, (height, width)))  # N h H W d
+    by_row = torch.einsum("nhyxd,yjd->nhyxj", grid, look_up_offsets(rows, height))
+    by_column = torch.einsum("nhyxd,xjd->nhyxj", grid, look_up_offsets(columns, width))
     position = (by_row[..., :, None] + by_column[..., None, :]).flatten(4).flatten(2, 3)  # N h L L
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=position * depth**-0.5)
-    return attended.mT.flatten(1, 2).unflatten(2, (height, width))
+    return cast(Tensor, attended.mT.flatten(1, 2).unflatten(2, (height, width)))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Return ``x`` (N, heads d, H, W) as one sequence of L = H W vectors for each head: (N, heads, L, d)."""
+    return cast(Tensor, x.flatten(2).unflatten(1, (heads, -1))).mT
 
 
 @ops.record_as_one_node
@@ -196,7 +210,7 @@ def resize_like(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
 
 
-def offsets(table: Tensor, size: int) -> Tensor:
-    """``table[j - i]`` for every i and j below ``size``: (2 * LARGEST - 1, d) -> (size, size, d)."""
+def look_up_offsets(table: Tensor, size: int) -> Tensor:
+    """Return ``table[j - i]`` for every i and j below ``size``: (2 * LARGEST - 1, d) -> (size, size, d)."""
     at = torch.arange(size, device=table.device)
     return table[at[None, :] - at[:, None] + len(table) // 2]

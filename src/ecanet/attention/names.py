@@ -90,7 +90,7 @@ class AttentionKind:
         for p in self._parameters()[1:]:
             if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in options:
                 raise ConfigError(f"attention {self.name!r} needs the option {p.name!r}; give {p.name}=")
-        module: object = self.factory(channels, **options)
+        module = cast(object, self.factory(channels, **options))
         if not isinstance(module, nn.Module):
             raise ConfigError(f"attention {self.name!r} must return a torch.nn.Module, got {type(module).__name__}")
         return module

@@ -1,7 +1,7 @@
 """Read other people's checkpoints: the authors', timm's, torchvision's, Lightning's, plain ones."""
 
 import pickle
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -102,16 +102,19 @@ def find_state_dict(content: object, source: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: ``content`` has no named tensors; the message calls it ``source``.
     """
-    entries = cast("Mapping[object, object]", content) if isinstance(content, Mapping) else {}
-    for key in WRAPPERS:
-        inside = entries.get(key)
-        if isinstance(inside, Mapping):
-            entries = cast("Mapping[object, object]", inside)
-            break
+    entries: dict[object, object] = dict(cast("Mapping[object, object]", content)) if is_mapping(content) else {}
+    inside = next((entries[key] for key in WRAPPERS if is_mapping(entries.get(key))), None)
+    if inside is not None:
+        entries = dict(cast("Mapping[object, object]", inside))
     state = {str(name): tensor for name, tensor in entries.items() if isinstance(tensor, Tensor)}
     if not state:
         raise CheckpointError(f"{source} holds no state dict, a dictionary of names and tensors")
     return state
+
+
+def is_mapping(content: object) -> bool:
+    """Return whether ``content`` is a dictionary or another mapping."""
+    return isinstance(content, Mapping)
 
 
 def read_file(path: str | Path) -> object:
@@ -161,9 +164,9 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, source: st
     own = model.state_dict()
     report.mismatched = [k for k in state if k in own and own[k].shape != state[k].shape]
     fitting = {k: v for k, v in state.items() if k not in report.mismatched}
-    result = model.load_state_dict(fitting, strict=False)
-    report.unexpected = list(result.unexpected_keys)
-    report.missing = [k for k in result.missing_keys if k not in report.mismatched]
+    missing, unexpected = cast("tuple[list[str], list[str]]", model.load_state_dict(fitting, strict=False))
+    report.unexpected = list(unexpected)
+    report.missing = [k for k in missing if k not in report.mismatched]
     report.matched = [k for k in fitting if k not in report.unexpected]
     return report
 
@@ -217,7 +220,7 @@ def find_gates(model: nn.Module) -> dict[str, nn.Module]:
 
     They are this library's, those that `ecanet.attach` put in, and those in the slot of a block, whatever their class.
     """
-    modules = dict(model.named_modules())
+    modules = dict(list_modules(model))
     slots = {f"{name}.{key}" for name, module in modules.items() if (key := vars(module).get("gate_key"))}
     return {
         name: module
@@ -228,8 +231,13 @@ def find_gates(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def list_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the names and modules of ``model``, itself first; PyTorch's annotation says less."""
+    return list(cast("Iterable[tuple[str, nn.Module]]", model.named_modules()))
+
+
 def find_head(model: nn.Module) -> tuple[str, ...]:
     """Return the prefix of the classifier's tensors: the last linear layer outside the gates; empty without one."""
     inside = tuple(name + "." for name in find_gates(model))
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not name.startswith(inside)]
+    linear = [name for name, m in list_modules(model) if isinstance(m, nn.Linear) and not name.startswith(inside)]
     return (linear[-1] + ".",) if linear else ()

@@ -7,6 +7,7 @@ the blocks and channels that it finds.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import cast
 
 from ecanet.attention import AttentionKind
 from ecanet.errors import ConfigError, check_positive_int
@@ -76,7 +77,7 @@ def resolve_kernel_sizes(kernel_sizes: KernelSizes, stages: int, release: Releas
         return release.kernel_sizes
     if kernel_sizes in ("adaptive", "official"):
         return (None,) * stages
-    if isinstance(kernel_sizes, str) or not isinstance(kernel_sizes, Integral | Sequence):
+    if isinstance(kernel_sizes, str) or not isinstance(cast(object, kernel_sizes), Integral | Sequence):
         raise ConfigError(f"kernel_sizes must be 'official', 'adaptive' or integers, got {kernel_sizes!r}")
     given = kernel_sizes if isinstance(kernel_sizes, Sequence) else [kernel_sizes] * stages
     sizes = tuple(check_positive_int("each of kernel_sizes", size) for size in given)

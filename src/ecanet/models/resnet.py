@@ -138,12 +138,12 @@ class ResNet(Network):
         for stage, depth in enumerate(layers):
             blocks: OrderedDict[str, nn.Module] = OrderedDict()
             for index in range(depth):
-                stride = placement.stride_of(slot, stage, len(layers)) if index == 0 else 1
-                here = block(channels, width, stride, placement.in_branch(slot, index, depth), stage)
+                stride = placement.choose_stride(slot, stage, len(layers)) if index == 0 else 1
+                here = block(channels, width, stride, placement.choose_slot(slot, index, depth), stage)
                 placement.augment(slot, stage, here, block.conv3x3)
                 blocks[str(index)] = here
                 channels, reduction = width * block.expansion, reduction * stride
-                if placement.stands_after(slot, stage, index, depth):
+                if placement.follows_block(slot, stage, index, depth):
                     blocks[f"{index}_{slot.key}"] = slot.build(channels, stage)  # torchvision's names stay as they are
             name = f"layer{stage + 1}"
             self.add_module(name, Stage(blocks))

@@ -88,7 +88,7 @@ def try_gate(gate: nn.Module, kind: AttentionKind, site: Site, *, lossless: bool
     if lossless and not torch.equal(y, x):
         raise AttachError(
             f"attention {kind.name!r} changes its input after neutralize(), by up to {float((y - x).abs().max()):.3g}; "
-            f"its last() must name the parameters that give a gate of sigmoid(0) when zero, or pass preserve=False"
+            f"its last_parameters() must give a gate of sigmoid(0) when zero; or pass preserve=False"
         )
 
 
