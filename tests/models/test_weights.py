@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torchvision
-from test_models import randomize
 from torchvision.models import ResNet18_Weights, ResNet50_Weights
 
 import ecanet
 from ecanet.errors import CheckpointError, ConfigError
+from published_networks import randomize
 
 
 @pytest.fixture

@@ -172,7 +172,7 @@ def find_torchvision_weights(name: str, weights: "str | Path | WeightsEnum") -> 
     Raises:
         CheckpointError: torchvision has no weights for this network, or the member is another network's.
     """
-    from torchvision.models import get_model_weights, list_models
+    from torchvision.models import get_model_weights, list_models  # pyright: ignore[reportUnknownVariableType]
 
     if name not in list_models():
         raise CheckpointError(f"torchvision has no weights for {name!r}; pass the path of a checkpoint instead")
