@@ -60,7 +60,7 @@ class AttentionKind:
 
     @property
     def is_builtin(self) -> bool:
-        """Whether this kind comes from the table of names."""
+        """True if this kind comes from the table of names."""
         return self.factory is _build_nothing or _unwrap(self.factory) in ATTENTIONS.values()
 
     @property

@@ -42,7 +42,7 @@ class LoadReport:
 
     @property
     def complete(self) -> bool:
-        """Whether file and network agree in every name and shape."""
+        """True if file and network agree in every name and shape."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def require_backbone(self) -> None:

@@ -19,7 +19,7 @@ from ecanet.ops import reference
 Gate = ChannelAttention | CBAM
 
 NEAR = 0.01
-"""A weight is saturated if it is within this share of the gate's range of 0 or of the compute_maxima value.
+"""A weight is saturated if it is within this share of the gate's range of 0 or of the highest value.
 
 Its gradient is then almost zero.
 """
@@ -41,7 +41,7 @@ class GateRecord:
     """Standard deviation of each channel's weight over all images (C)."""
     lowest: Tensor
     """Lowest weight of each channel (C)."""
-    compute_maxima: Tensor
+    highest: Tensor
     """Highest weight of each channel (C)."""
     saturated: float
     """Share of the weights, over images and channels, that are saturated."""
@@ -62,7 +62,7 @@ class GateRecord:
     @property
     def dead(self) -> Tensor:
         """Boolean mask of the channels that the gate shuts on every image (C)."""
-        return self.compute_maxima < NEAR * self.gain
+        return self.highest < NEAR * self.gain
 
     def find_alarms(self) -> list[str]:
         """Return one sentence for each thing that looks wrong with this gate."""
@@ -193,7 +193,7 @@ class _Sums:
         self.counts = torch.zeros(classes)
         self.totals = torch.zeros(classes, c, dtype=torch.float64)
         self.squares = torch.zeros(c, dtype=torch.float64)
-        self.lowest, self.compute_maxima = torch.full((c,), torch.inf), torch.full((c,), -torch.inf)
+        self.lowest, self.highest = torch.full((c,), torch.inf), torch.full((c,), -torch.inf)
         self.saturated = 0
 
     def add(self, weights: Tensor) -> None:
@@ -205,7 +205,7 @@ class _Sums:
         self.squares += weights.square().sum(0)
         if len(weights):
             self.lowest = torch.minimum(self.lowest, weights.amin(0).float())
-            self.compute_maxima = torch.maximum(self.compute_maxima, weights.amax(0).float())
+            self.highest = torch.maximum(self.highest, weights.amax(0).float())
         self.saturated += int(((weights < NEAR * self.gain) | (weights > (1 - NEAR) * self.gain)).sum())
 
     def make_record(self, name: str) -> GateRecord:
@@ -223,7 +223,7 @@ class _Sums:
             mean=mean.float(),
             deviation=variance.sqrt().float(),
             lowest=self.lowest,
-            compute_maxima=self.compute_maxima,
+            highest=self.highest,
             saturated=self.saturated / (n * len(mean)),
             kernel=self.gate.conv.weight.detach().flatten().cpu() if isinstance(self.gate, ECA) else None,
         )
