@@ -313,6 +313,9 @@ class Recorder(L.LightningModule):
         seen += [(int(target["image_id"]), target["boxes"].tolist()) for target in targets]
         return 0 * self.weight
 
+    def validation_step(self, batch, batch_idx):
+        return None
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
 
@@ -323,19 +326,19 @@ def test_a_resumed_run_with_workers_sees_the_batches_of_its_epochs(tmp_path):
     path = folder(tmp_path / "coco", objects, images=shapes)
     config = DataConfig(name=f"coco:{path}", batch_size=2, workers=1, flip=True)
 
-    def train(epochs, checkpoint=None):
+    def train(epochs, name, checkpoint=None):
         recorder = Recorder()
         trainer = L.Trainer(
             max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
             default_root_dir=tmp_path, num_sanity_val_steps=0, limit_val_batches=0,
-            callbacks=[ModelCheckpoint(tmp_path, filename=f"after-{epochs}")],
+            callbacks=[ModelCheckpoint(tmp_path / name, filename="last")],
         )  # fmt: skip
         data = load_boxes(config, seed=3, masks=False)
         trainer.fit(recorder, data, ckpt_path=checkpoint)
         return recorder.epochs
 
-    whole = train(2)
+    whole = train(2, "whole")
     assert sorted(number for number, _ in whole[0]) == list(range(1, 13))
     assert whole[0] != whole[1]
-    assert train(1) == {0: whole[0]}
-    assert train(2, tmp_path / "after-1.ckpt") == {1: whole[1]}
+    assert train(1, "interrupted") == {0: whole[0]}
+    assert train(2, "resumed", tmp_path / "interrupted" / "last.ckpt") == {1: whole[1]}
