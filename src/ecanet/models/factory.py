@@ -2,10 +2,10 @@
 
 import fnmatch
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, cast, overload
 
 from torch import Tensor, nn
 
@@ -176,7 +176,7 @@ def find_torchvision_weights(name: str, weights: "str | Path | WeightsEnum") -> 
 
     if name not in list_models():
         raise CheckpointError(f"torchvision has no weights for {name!r}; pass the path of a checkpoint instead")
-    members = list(get_model_weights(name))
+    members = list(cast("Iterable[WeightsEnum]", get_model_weights(name)))
     if isinstance(weights, str | Path):
         return members[-1]  # the last one is torchvision's DEFAULT
     if weights not in members:

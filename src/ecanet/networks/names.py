@@ -7,7 +7,7 @@ detectors and segmentation networks. Weights are random, and nothing is download
 import difflib
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 from torch import nn
@@ -31,7 +31,8 @@ def find(name: str, **options: object) -> nn.Module:
     """
     library, _, inner = name.rpartition(":")
     if library == "":
-        return create_model(inner, **options)  # pyright: ignore[reportArgumentType]
+        build = cast(Callable[..., nn.Module], create_model)  # which checks the options itself
+        return build(inner, **options)
     if options:
         raise ConfigError(f"{', '.join(options)}: only this library's networks take options, and {name!r} is not one")
     if library not in ("timm", "torchvision"):
@@ -65,9 +66,9 @@ def image_size(name: str, model: nn.Module) -> tuple[int, int, int]:
         return channels, height, width
     side = 32 if inner in LAYERS and len(LAYERS[inner][1]) == 3 else 224
     if library == "torchvision":
-        from torchvision.models import get_model_weights
+        from torchvision.models import WeightsEnum, get_model_weights  # pyright: ignore[reportUnknownVariableType]
 
-        newest = list(get_model_weights(inner))[-1]
+        newest = list(cast(Iterable[WeightsEnum], get_model_weights(inner)))[-1]
         side = getattr(newest.transforms, "keywords", {}).get("crop_size", side)  # detectors have none
     return 3, side, side
 
