@@ -1,7 +1,7 @@
 """The base classes of all attention modules: they keep the shape of their input and can be made the identity."""
 
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,13 @@ class Attention(nn.Module):
     """An attention module: it maps (N, C, ...) to the same shape."""
 
     channels: int
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            """Call `forward` and the hooks; nn.Module's own signature returns Any."""
+            ...
+
     """Number of channels C, axis 1 of the input."""
 
     def neutralize(self) -> None:
