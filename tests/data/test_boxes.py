@@ -17,6 +17,7 @@ from ecanet.data.coco import decode_mask, decode_run_lengths
 from ecanet.data.samplers import GroupedBatchSampler
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes.config import DataConfig
+from ecanet.training.progress import quiet_lightning
 
 SQUARE = [[2.0, 3.0, 7.0, 3.0, 7.0, 9.0, 2.0, 9.0]]
 
@@ -334,7 +335,8 @@ def test_a_resumed_run_with_workers_sees_the_batches_of_its_epochs(tmp_path):
             callbacks=[ModelCheckpoint(tmp_path / name, filename="last")],
         )  # fmt: skip
         data = load_boxes(config, seed=3, masks=False)
-        trainer.fit(recorder, data, ckpt_path=checkpoint)
+        with quiet_lightning():
+            trainer.fit(recorder, data, ckpt_path=checkpoint)
         return recorder.epochs
 
     whole = train(2, "whole")
