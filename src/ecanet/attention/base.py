@@ -14,14 +14,13 @@ class Attention(nn.Module):
     """An attention module: it maps (N, C, ...) to the same shape."""
 
     channels: int
+    """Number of channels C, axis 1 of the input."""
 
     if TYPE_CHECKING:
 
         def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
             """Call `forward` and the hooks; nn.Module's own signature returns Any."""
             ...
-
-    """Number of channels C, axis 1 of the input."""
 
     def neutralize(self) -> None:
         """Make this module the identity, bit for bit; its parameters still get gradients.
