@@ -78,7 +78,7 @@ def test_channels_last_outputs_and_gradients():
         ("densenet121", 5, "eca", "features.relu0"),
     ],
 )
-def test_places(name, count, first, after):
+def test_gates_stand_at_the_end_of_branches_and_stages(name, count, first, after):
     sites = ecanet.attached(ecanet.attach(models.get_model(name)))
     assert (len(sites), sites[0].name, sites[0].after) == (count, first, after)
 
@@ -94,7 +94,7 @@ def test_places(name, count, first, after):
         ("mobilenetv2_100", "blocks.0.0.bn2"),
     ],
 )
-def test_places_in_timm(name, after):
+def test_gates_stand_at_the_end_of_branches_in_timm(name, after):
     timm = pytest.importorskip("timm")
     sites = ecanet.attached(ecanet.attach(timm.create_model(name)))
     assert sites[0].after == after
@@ -328,7 +328,7 @@ def test_fold_refuses_and_names_the_site():
         ecanet.fold(ecanet.attach(shared))
 
 
-def test_preserve():
+def test_preserve_false_attaches_the_papers_form():
     with pytest.raises(AttachError, match="SE-Var1"):
         ecanet.attach(models.resnet18(), "se-var1")
     plain = network()
@@ -349,7 +349,7 @@ def test_preserve():
         ("**.downsample", ["layer2.0.eca", "layer3.0.eca", "layer4.0.eca"]),
     ],
 )
-def test_where(where, names):
+def test_where_selects_the_places(where, names):
     assert [site.name for site in ecanet.attached(ecanet.attach(models.resnet18(), where=where))] == names
 
 

@@ -39,13 +39,13 @@ def run(library, name):
 
 
 @pytest.mark.parametrize(("library", "name"), SAMPLE)
-def test_sample(library, name):
+def test_a_sample_of_networks_keeps_every_promise(library, name):
     run(library, name)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(("library", "name"), [case for case in EVERYTHING if case not in SAMPLE])
-def test_everything(library, name):
+def test_all_networks_keep_every_promise(library, name):
     run(library, name)
 
 

@@ -73,7 +73,7 @@ def test_wrapped_and_compiled_models_are_refused():
         ecanet.attach(nn.Sequential(nn.LazyConv2d(4, 3)))
 
 
-def test_ddp(tmp_path):
+def test_ddp_trains_the_gates(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = small(trained=False).train()
