@@ -110,7 +110,7 @@ def test_kernel_sizes_reach_the_stages():
         ({"kernel_size": 5}, "give kernel_sizes="),
         ({"features_onyl": True}, "there is no argument 'features_onyl'; did you mean 'features_only'?"),
         ({"reduction": 5}, "has no option 'reduction'"),
-        ({"num_classes": 0}, "num_classes must be a positive integer, got 0"),
+        ({"num_classes": -1}, "num_classes must be an integer of at least 0, got -1"),
         ({"in_channels": -1}, "in_channels must be a positive integer, got -1"),
     ],
 )

@@ -1,8 +1,9 @@
 """Attach to networks of other libraries: a sample always, everything under the marker ``sweep``."""
 
-import attach_sweep as sweep
 import pytest
 import torch
+
+import attach_sweep as sweep
 
 SAMPLE = (
     ("torchvision", "mobilenet_v2"),

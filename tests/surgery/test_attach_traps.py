@@ -5,12 +5,12 @@ import pickle
 import subprocess
 import sys
 
-import attach_sweep as sweep
 import pytest
 import torch
 from torch import nn
 from torchvision import models
 
+import attach_sweep as sweep
 import ecanet
 from ecanet.errors import AttachError
 
