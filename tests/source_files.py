@@ -31,6 +31,25 @@ def functions(path: Path) -> Iterator[Function]:
     return (node for node in ast.walk(tree(path)) if isinstance(node, Function))
 
 
+def public_functions(path: Path) -> Iterator[Function]:
+    """Yield the functions and methods of a file whose names are public; functions inside functions are not."""
+    classes = [node for node in tree(path).body if isinstance(node, ast.ClassDef)]
+    for node in [*tree(path).body, *(inner for outer in classes for inner in outer.body)]:
+        if isinstance(node, Function) and not node.name.startswith("_"):
+            yield node
+
+
+@cache
+def exported_names() -> frozenset[str]:
+    """Return the names in ``__all__`` of the package and of its rooms."""
+    found: set[str] = set()
+    for path in PACKAGE.rglob("__init__.py"):
+        for node in tree(path).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                found |= set(ast.literal_eval(node.value))
+    return frozenset(found)
+
+
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the line and the text of every docstring of a file."""
     for node in ast.walk(tree(path)):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 import ecanet
-from source_files import PACKAGE, ROOMS, Function, files_of, functions, name, tree
+from source_files import PACKAGE, ROOMS, Function, exported_names, files_of, functions, name, tree
 
 LONGEST_FILE = 350
 LONGEST_FUNCTION = 60
@@ -18,18 +18,8 @@ MEDIAN_MODULE = (100, 200)
 MOST_ANY = 10
 """`Any` for each 1,000 lines."""
 
-# rooms and functions that are still being rewritten
-LENGTHS_LEFT = {"models", "studies"}
-ANY_LEFT = False
-SIGNATURES_LEFT: set[str] = set()
 
-
-def expected_failure(applies: bool) -> object:
-    """Return the mark of a test that may still fail."""
-    return pytest.mark.xfail(strict=False, reason="still being rewritten") if applies else ()
-
-
-@pytest.mark.parametrize("room", [pytest.param(room, marks=expected_failure(room in LENGTHS_LEFT)) for room in ROOMS])
+@pytest.mark.parametrize("room", ROOMS)
 def test_files_and_functions_are_short(room):
     found: list[str] = []
     for path in files_of(room):
@@ -46,10 +36,10 @@ def test_files_and_functions_are_short(room):
 
 
 def lines_of(function: Function) -> int:
-    """Return a function's number of lines. The docstrings of `ecanet.__all__` do not count."""
+    """Return a function's number of lines. Docstrings of exported functions do not count."""
     lines = (function.end_lineno or 0) - function.lineno + 1
     documentation = ast.get_docstring(function, clean=False) or ""
-    return lines - len(documentation.splitlines()) if function.name in ecanet.__all__ else lines
+    return lines - len(documentation.splitlines()) if function.name in exported_names() else lines
 
 
 def test_a_typical_module_is_neither_a_scrap_nor_a_scroll():
@@ -57,7 +47,6 @@ def test_a_typical_module_is_neither_a_scrap_nor_a_scroll():
     assert MEDIAN_MODULE[0] <= statistics.median(lengths) <= MEDIAN_MODULE[1]
 
 
-@pytest.mark.xfail(ANY_LEFT, strict=False, reason="still being rewritten")
 def test_any_is_rare():
     counts = {name(path): count_any(tree(path)) for path in PACKAGE.rglob("*.py")}
     lines = sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py"))
@@ -93,14 +82,10 @@ def hints_of(member: Callable[..., object]) -> dict[str, object]:
         return inspect.get_annotations(member)
 
 
-@pytest.mark.parametrize(
-    "public",
-    [
-        pytest.param(public, marks=expected_failure(public in SIGNATURES_LEFT))
-        for public in ecanet.__all__
-        if callable(getattr(ecanet, public))
-    ],
-)
+PUBLIC = [public for public in ecanet.__all__ if callable(getattr(ecanet, public))]
+
+
+@pytest.mark.parametrize("public", PUBLIC)
 def test_public_signatures_say_their_types(public):
     loose = [text for text in signatures_of(public) if re.search(r"\bAny\b", text)]
     assert not loose, f"ecanet.{public} has {loose}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from source_files import PACKAGE, ROOMS, ROOT, docstrings, files_of, functions, name
+from source_files import PACKAGE, ROOMS, ROOT, docstrings, files_of, name, public_functions
 
 PRIVATE = {
     r"\bluck\b": "random state",
@@ -50,18 +50,6 @@ IRREGULAR = {
     "written",
 }
 
-# rooms whose words are still being rewritten
-WORDS_LEFT = {"ops", "studies", "training"}
-DOCSTRINGS_LEFT = True
-DOCS_LEFT = True
-NAMES_LEFT = {"ops", "studies"}
-
-
-def rooms(left: set[str]) -> list[object]:
-    """Return all rooms as parameters, those in ``left`` as expected failures."""
-    unfinished = pytest.mark.xfail(strict=False, reason="this room is still being rewritten")
-    return [pytest.param(room, marks=unfinished if room in left else ()) for room in ROOMS]
-
 
 def private_words(text: str) -> Iterator[tuple[int, str]]:
     """Yield the line and a description of every private word in ``text``."""
@@ -81,14 +69,13 @@ def test_the_search_finds_what_it_is_for():
     assert not VAGUE.match("Whatever the caller passes is checked.")
 
 
-@pytest.mark.parametrize("room", rooms(WORDS_LEFT))
+@pytest.mark.parametrize("room", ROOMS)
 def test_no_private_words_in_the_package(room):
     paths = [*files_of(room), *(path for kind in ("html", "css") for path in (PACKAGE / room).rglob(f"*.{kind}"))]
     found = [f"{name(path, line)}: {word}" for path in paths for line, word in private_words(path.read_text())]
     assert not found, "\n".join(["private words:", *found])
 
 
-@pytest.mark.xfail(DOCS_LEFT, strict=False, reason="docs and tests are still being rewritten")
 def test_no_private_words_in_docs_and_tests():
     found: list[str] = []
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]:
@@ -101,7 +88,6 @@ def test_no_private_words_in_docs_and_tests():
     assert not found, "\n".join(["private words:", *found])
 
 
-@pytest.mark.xfail(DOCSTRINGS_LEFT, strict=False, reason="docstrings are still being rewritten")
 def test_docstrings_name_their_subject():
     paths = [path for room in ROOMS for path in files_of(room)]
     all_of_them = [(name(path, line), text) for path in paths for line, text in docstrings(path)]
@@ -120,12 +106,12 @@ def is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return any(ast.unparse(decorator).endswith(("property", ".setter")) for decorator in function.decorator_list)
 
 
-@pytest.mark.parametrize("room", rooms(NAMES_LEFT))
+@pytest.mark.parametrize("room", ROOMS)
 def test_functions_are_named_by_verbs(room):
     found = [
         f"{name(path, function.lineno)}: {function.name}"
         for path in files_of(room)
-        for function in functions(path)
-        if not function.name.startswith("_") and is_participle(function.name) and not is_property(function)
+        for function in public_functions(path)
+        if is_participle(function.name) and not is_property(function)
     ]
     assert not found, "\n".join(["begin a function's name with a verb, or is_ and has_:", *found])

@@ -122,7 +122,7 @@ def test_checkpoint_recomputes_by_the_same_implementation(impl):
         y = checkpoint(lambda z: ops.residual_tail(z, norm, gate.weigh, s), z, use_reentrant=False)
         found = torch.autograd.grad(y, z, dy)
     assert torch.equal(*found, *expected)
-    assert ops.requested_impl() is None
+    assert ops.get_requested_impl() is None
 
 
 def test_preferred_implementation_holds_in_other_threads():
@@ -137,9 +137,9 @@ def test_preferences_may_end_in_any_order():
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert ops.requested_impl() == "fused"
+    assert ops.get_requested_impl() == "fused"
     second.__exit__(None, None, None)
-    assert ops.requested_impl() is None
+    assert ops.get_requested_impl() is None
 
 
 def test_evaluation_output_has_the_layout_of_the_branch():

@@ -23,7 +23,7 @@ from ecanet.recipes import (
     with_settings,
 )
 
-# every one of them changed
+# Settings of every kind, all different from the defaults.
 OTHER = Recipe(
     name="other",
     data=DataConfig(name="folder:x", root="y", image_size=64, batch_size=2, workers=3, on_corrupt="skip"),
@@ -42,11 +42,11 @@ OTHER = Recipe(
 def test_through_json_and_back(recipe):
     text = json.dumps(to_dict(recipe))
     assert from_dict(Recipe, json.loads(text)) == recipe
-    # and not because all recipes are equal
+    # Recipes are not all equal.
     assert from_dict(Recipe, json.loads(text)) != recipe.but(epochs=recipe.epochs + 1)
 
 
-def test_lists_become_tuples_and_whole_numbers_become_rates():
+def test_lists_become_tuples_and_integers_become_floats():
     model = from_dict(ModelConfig, {"kernel_sizes": [3, 5]})
     assert model.kernel_sizes == (3, 5)
     rate = from_dict(OptimizerConfig, {"learning_rate": 1}).learning_rate
@@ -84,7 +84,7 @@ def test_lists_become_tuples_and_whole_numbers_become_rates():
         ({"channels_last": 1}, "channels_last must be true or false, got 1"),
     ],
 )
-def test_what_does_not_fit_is_named_with_its_remedy(values, message):
+def test_a_wrong_setting_is_named_with_the_remedy(values, message):
     with pytest.raises(ConfigError) as caught:
         from_dict(Recipe, values)
     assert message in str(caught.value)
@@ -163,7 +163,7 @@ def test_numpys_numbers_are_numbers():
         model=ModelConfig(kernel_sizes=(3, 5), options={"reduction": 8, "x": [0.5]}),
     )
     assert recipe == same
-    # JSON takes Python's own numbers only
+    # The json module accepts Python's numbers only.
     assert json.loads(json.dumps(to_dict(recipe))) == json.loads(json.dumps(to_dict(same)))
     assert type(ModelConfig(kernel_sizes=np.int64(3)).kernel_sizes) is int  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="epochs must be an integer"):
@@ -220,6 +220,6 @@ def test_dotted_settings():
 
 
 @pytest.mark.parametrize("text", ["best", "3,x", "3,,5", "-3"])
-def test_kernel_sizes_that_are_none(text):
+def test_wrong_kernel_sizes_are_refused(text):
     with pytest.raises(ConfigError, match="kernel sizes"):
         parse_kernel_sizes(text)

@@ -1,4 +1,4 @@
-"""Recipes are what their papers say, and each name finds its own."""
+"""Recipes have the settings of their papers, and are found by name."""
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ from ecanet.training.tasks import learning_rate_factor
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_found_by_name(name):
+def test_a_recipe_is_found_by_its_name(name):
     assert find(name).name == name
     assert RECIPES[name].__doc__
 
 
 @pytest.mark.parametrize("name", RECIPE_FOR_DATA)
-def test_data_finds_its_recipe(name):
+def test_a_data_set_has_a_recipe(name):
     assert find(name).data.name == name
 
 
@@ -29,7 +29,7 @@ def test_folders_get_the_papers_recipe():
 @pytest.mark.parametrize(
     ("wrong", "right"), [("quickstat", "quickstart"), ("imagenet_a4", "imagenet_a3"), ("digit", "digits")]
 )
-def test_a_misspelt_name_is_put_right(wrong, right):
+def test_a_misspelt_name_gets_a_suggestion(wrong, right):
     with pytest.raises(ConfigError, match=f"{wrong}.*did you mean '{right}'"):
         find(wrong)
 
@@ -46,7 +46,7 @@ def test_the_papers_resnet_recipe():
     assert (o.name, o.learning_rate, o.base_batch, o.momentum, o.weight_decay) == ("sgd", 0.1, 256, 0.9, 1e-4)
     assert (o.nesterov, o.decay_norms) == (False, True)
     assert (recipe.label_smoothing, recipe.mixup, recipe.cutmix, recipe.ema_decay) == (0, 0, 0, None)
-    # 5,005 steps an epoch; the rate is the same within one and falls tenfold after 30, 60 and 90
+    # An epoch has 5,005 steps. The learning rate is constant within it, and is divided by 10 after epochs 30, 60, 90.
     expected = {0: 0.1, 29: 0.1, 30: 0.01, 59: 0.01, 60: 1e-3, 90: 1e-4, 99: 1e-4}
     for epoch, rate in expected.items():
         for step in (0, 2500, 5004):
@@ -65,8 +65,8 @@ def test_the_papers_mobilenet_recipe():
 
 
 @pytest.mark.parametrize("warmup", [0, 2])
-def test_cosine_is_torchs(warmup):
-    # an independent implementation of the same curve
+def test_the_cosine_schedule_equals_torchs(warmup):
+    # torch has an independent implementation of the same curve.
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], 1.0)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10 - warmup)
@@ -77,6 +77,6 @@ def test_cosine_is_torchs(warmup):
         theirs.step()
 
 
-def test_warmup_rises_in_a_line_and_then_the_schedule_holds():
+def test_the_warmup_is_linear():
     schedule = ScheduleConfig(name="constant", warmup_epochs=4)
     assert [learning_rate_factor(schedule, epoch, 9) for epoch in (0, 1, 2, 3.5, 4, 8.9)] == [0, 0.25, 0.5, 0.875, 1, 1]

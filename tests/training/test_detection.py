@@ -1,4 +1,4 @@
-"""Detectors: what they count, what of them is trained, what they are scored, and that they learn."""
+"""Detectors: their cost, their trainable parameters, their scores, their runs, and the detect command."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ def trainable(name, backbone, attention):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-# the paper's Table 5, millions
+# Millions of parameters in the paper's Table 5, for no attention, SE and ECA.
 TABLE_5 = {
     ("faster_rcnn", "resnet50"): ("41.53", "44.02", "41.53"),
     ("faster_rcnn", "resnet101"): ("60.52", "65.24", "60.52"),
@@ -72,7 +72,7 @@ def batch(data):
 
 @pytest.mark.parametrize("name", DETECTORS)
 @pytest.mark.parametrize("norm", ["eval", "frozen", "train"])
-def test_what_is_frozen_stays_and_every_gate_learns(name, norm, some):
+def test_frozen_parameters_do_not_change_and_every_gate_has_a_gradient(name, norm, some):
     torch.manual_seed(0)
     model = create_detector(name, "resnet18", norm=norm, **SMALL)
     before = copy.deepcopy(model.state_dict())
@@ -103,7 +103,8 @@ def test_frozen_stages_and_frozen_gates():
     assert still == {"conv1", "bn1", "layer1", "layer2"}
     assert not any(p.requires_grad for p in model.backbone.body.layer2.parameters())
     with pytest.raises(ConfigError, match="frozen_stages must be 0 to 3"):
-        create_detector("faster_rcnn", "resnet18", frozen_stages=4, **SMALL)  # small ones use no fourth
+        # A small Faster R-CNN does not use the fourth stage.
+        create_detector("faster_rcnn", "resnet18", frozen_stages=4, **SMALL)
     with pytest.raises(ConfigError, match="frozen_stages must be 0 to 4"):
         create_detector("retinanet", "resnet18", frozen_stages=5, **SMALL)
 
@@ -153,7 +154,7 @@ def test_mistakes_are_named(settings, complaint):
         create_detector(**{"name": "faster_rcnn", "backbone": "resnet18", **settings})
 
 
-def test_retinanet_wants_labels_from_one(some):
+def test_retinanet_refuses_labels_below_one(some):
     images, targets = batch(some)
     targets[0] = {**targets[0], "labels": targets[0]["labels"] * 0}
     with pytest.raises(ConfigError, match="labels count from 1"):
@@ -178,7 +179,7 @@ def test_perfect_predictions_score_one_and_none_score_zero(some):
     outcome = Outcome(some.annotations)
     outcome.add(images, targets, perfect(some))
     scores = outcome.score()
-    # means of some hundred ones
+    # Each metric is a mean of some hundred ones.
     assert {round(v, 12) for v in scores.values()} - {-1} == {1.0}
     assert set(scores) == {*METRICS, *(f"mask_{name}" for name in METRICS)}
     assert all(example["right"] for example in outcome.examples)
@@ -186,7 +187,7 @@ def test_perfect_predictions_score_one_and_none_score_zero(some):
     nothing.add(images, targets, [{k: v[:0] for k, v in found.items()} for found in perfect(some)])
     assert {v for v in nothing.score().values() if v != -1} == {0.0}
     assert not any(example["right"] for example in nothing.examples)
-    # images that could not be read are not seen, and what is on them is not missed
+    # Objects on images that could not be read do not count.
     part = Outcome(some.annotations)
     part.add(images[:2], targets[:2], perfect(some)[:2])
     assert {round(v, 12) for v in part.score().values()} - {-1} == {1.0}
@@ -218,7 +219,7 @@ def test_scores_are_those_of_pycocotools_on_the_files(some, tmp_path):
         assert 0 < scores[prefix + "AP"] < 1
 
 
-def test_what_is_right_is_all_of_it(some):
+def test_an_example_is_correct_if_every_object_is_found(some):
     target, found = some[0, False][1], perfect(some)[0]
     assert is_correct(target, found)
     assert not is_correct(target, {**found, "labels": found["labels"] % 10 + 1})
@@ -242,7 +243,7 @@ def test_the_papers_recipe():
 
 
 def tiny(monkeypatch, tmp_path, **settings):
-    """A run of the scenes recipe on eight scenes."""
+    """Return the scenes recipe on eight scenes, with ``settings`` changed."""
     few = SceneConfig(train=8, held_out=4)
     monkeypatch.setattr("ecanet.data.boxes.SceneConfig", lambda **_: few)
     changes = {"data.root": str(tmp_path / "scenes"), "data.batch_size": 4, "detector.backbone": "resnet20"}
@@ -286,7 +287,7 @@ def test_a_run_writes_its_results_and_resumes_exactly(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DETECTORS)
-def test_four_images_are_learnt_by_heart(name, some):
+def test_a_detector_overfits_four_images(name, some):
     torch.manual_seed(0)
     model = create_detector(name, "resnet20", norm="train", frozen_stages=0, **SMALL)
     images, targets = batch(some)
@@ -311,7 +312,7 @@ def test_four_images_are_learnt_by_heart(name, some):
         assert scores["mask_AP50"] == pytest.approx(1.0)
 
 
-def test_nothing_found_is_scored_by_kind(some):
+def test_no_detections_score_zero(some):
     truth = some.annotations.to_coco()
     figures, curve = compute_average_precision(truth, [], "segm", [p.id for p in some.annotations.pictures])
     assert figures["AP"] == 0
@@ -327,7 +328,7 @@ def test_detect_draws_and_lists_what_is_found(monkeypatch, tmp_path, some):
     spec = DataSpec(class_names=tuple("0123456789"), channels=3, size=128, mean=(0.5,) * 3, std=(0.2,) * 3)
     task = build(recipe, spec)
     found = perfect(some)
-    # what the network says is known, so what is written can be
+    # The network returns known detections, so the expected files are known.
     monkeypatch.setattr(task.model, "forward", lambda images, targets=None: [dict(found[0])])
     path = some.annotations.pictures[0].path
     answers = list(detect(task, [path, path], tmp_path / "out"))
@@ -347,7 +348,7 @@ def test_detect_draws_and_lists_what_is_found(monkeypatch, tmp_path, some):
     assert enlarged.shape[1:] == (384, 384)
 
 
-def test_detect_never_writes_over_what_it_looks_at(monkeypatch, tmp_path, some):
+def test_detect_never_overwrites_its_images(monkeypatch, tmp_path, some):
     import shutil
 
     from ecanet.data.sources import DataSpec
@@ -361,7 +362,7 @@ def test_detect_never_writes_over_what_it_looks_at(monkeypatch, tmp_path, some):
         next(detect(task, [photo], tmp_path))
     with pytest.raises(ConfigError, match="is a file"):
         next(detect(task, [photo], photo))
-    # a broken file is said and the next one is looked at
+    # A broken file yields its error, and the next file is read.
     (tmp_path / "broken.png").write_bytes(b"no image")
     answers = list(detect(task, [tmp_path / "broken.png", photo], tmp_path / "out"))
     assert isinstance(answers[0], DataError)
@@ -407,7 +408,7 @@ def test_unreadable_images_neither_train_nor_count(monkeypatch, tmp_path, capsys
     skipped = evaluate(last, device="cpu")
     with pytest.raises(DataError, match="on-corrupt skip"):
         evaluate(last, device="cpu", on_corrupt="error")
-    # as if the picture had never been there
+    # A removed image and an unreadable one give the same metrics.
     picture = module.held_out.annotations.pictures[3].path
     picture.unlink()
     assert evaluate(last, device="cpu") == skipped
@@ -417,7 +418,7 @@ def test_unreadable_images_neither_train_nor_count(monkeypatch, tmp_path, capsys
         evaluate(last, device="cpu")
 
 
-def test_figures_are_kept_where_result_files_cannot_be(monkeypatch, tmp_path, capsys):
+def test_metrics_are_returned_if_result_files_cannot_be_written(monkeypatch, tmp_path, capsys):
     from ecanet.training import trained
     from ecanet.training.trainer import run
 
@@ -428,7 +429,7 @@ def test_figures_are_kept_where_result_files_cannot_be(monkeypatch, tmp_path, ca
     assert "result files were not written" in capsys.readouterr().err
 
 
-def test_commands_for_classifiers_say_what_a_detector_needs(monkeypatch, tmp_path, some):
+def test_functions_for_classifiers_refuse_a_detector(monkeypatch, tmp_path, some):
     from ecanet.studies.gates import pages as inspect_pages
     from ecanet.training import trained
     from ecanet.training.trainer import run
@@ -464,7 +465,7 @@ def test_detect_by_the_command_line(monkeypatch, tmp_path, some, ecanet):
     code, _, err = ecanet("detect", "run", "photos", "--out", "photos")
     assert (code, err.count("\n")) == (2, 1)
     assert (photos / "0.png").read_bytes() == before
-    # below the images and above them; a second time the drawings are not looked at
+    # The output folder may be below the images or above them. A second run does not read the first run's pictures.
     for out in ("photos/found", "photos/found", "."):
         code, lines, _ = ecanet("detect", "run", "photos" if out != "." else "photos/0.png", "--out", out)
         assert (code, len(lines.splitlines())) == (0, 1 if out == "." else 2)
@@ -490,7 +491,7 @@ def test_eval_prints_json_and_nothing_else(monkeypatch, tmp_path, ecanet):
     assert code == 0
     assert "AP" in json.loads(text)
     assert "skipped: " in err
-    # elsewhere the run's own folder of data means nothing
+    # The data folder of the run is not used for other data.
     scenes_folder = picture.parents[1]
     code, _, err = ecanet("eval", "run", "--data", f"coco:{scenes_folder}", "--on-corrupt", "skip")
     assert code == 0, err

@@ -1,4 +1,4 @@
-"""Training does what the recipe says, goes on where it was killed, and leaves files that can be trusted."""
+"""Training follows the recipe, resumes exactly after an interruption, and writes complete files."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ from ecanet.training.tasks import Classification, build
 
 
 def load_tiny(root: str | None, training: bool) -> tuple[Tensor, Tensor]:
-    """48 and 20 images of three classes, each brighter than the one before, in noise."""
+    """Return 48 training or 20 held-out images of three classes: noise of three brightness levels."""
     count = 48 if training else 20
     generator = torch.Generator().manual_seed(count)
     labels = torch.arange(count) % 3
@@ -81,7 +81,7 @@ def task_of(recipe: Recipe) -> Classification:
 
 def test_a_run_learns_and_leaves_its_folder(tmp_path):
     report = run(TINY.but(epochs=8), tmp_path / "run")
-    # chance is 35 % at most; three well-separated grey levels are learned
+    # Guessing gives at most 35 %. The three grey levels are easy to separate.
     assert report.metrics["top1"] >= 90
     assert report.metrics["best_top1"] == max(row["top1"] for row in report.history)
     files = {str(p.relative_to(report.folder)) for p in report.folder.rglob("*") if p.is_file()}
@@ -90,14 +90,14 @@ def test_a_run_learns_and_leaves_its_folder(tmp_path):
     assert any(name.startswith("tensorboard/events") for name in files)
     assert any(name.startswith("examples/") for name in files)
     assert json.loads((report.folder / "recipe.json").read_text()) == to_dict(TINY.but(epochs=8))
-    rows = list(csv.DictReader((report.folder / "metrics.csv").open()))
+    rows = list(csv.DictReader((report.folder / "metrics.csv").read_text().splitlines()))
     assert [float(row["top1"]) for row in rows] == [row["top1"] for row in report.history]
     assert [int(row["epoch"]) for row in rows] == list(range(1, 9))
     again = Report.read(report.folder)
     assert (again.metrics, again.history, again.recipe) == (report.metrics, report.history, report.recipe)
 
 
-def test_top1_and_the_confusion_matrix_are_counted_right(tmp_path):
+def test_top1_and_the_confusion_matrix_are_correct(tmp_path):
     report = run(TINY.but(epochs=1), tmp_path / "run")
     task = trained.restore(report.last_checkpoint)
     images, labels = load_tiny(None, False)
@@ -151,7 +151,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(tmp_path):
     assert report.last_checkpoint.read_bytes() == before
 
 
-def test_mistakes_leave_no_folder(tmp_path):
+def test_a_run_with_a_mistake_makes_no_folder(tmp_path):
     with pytest.raises(DataError):
         run(TINY.but(data=DataConfig(name=f"folder:{tmp_path / 'nowhere'}")), tmp_path / "run")
     with pytest.raises(ConfigError, match="unknown model"):
@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         )
 
 
-# what each setting does
+# settings
 
 
 def test_effective_batch_learning_rate_and_steps(tmp_path):
@@ -185,7 +185,7 @@ def test_effective_batch_learning_rate_and_steps(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Classification, "on_train_batch_end", watch)
         run(TINY.but(epochs=2, accumulate=3, schedule=ScheduleConfig(name="constant")), tmp_path / "run")
-    # 48 images are 3 batches of 16, and so one step an epoch; the rate is 0.02 for 16
+    # 48 images are 3 batches of 16, so an epoch has one step. The learning rate is 0.02 for 16 images.
     assert [step for step, *_ in seen] == [0, 0, 1, 1, 1, 2]
     assert {batch for _, batch, *_ in seen} == {48}
     assert [rate for *_, rate, _ in seen] == pytest.approx([0.06] * 6)
@@ -204,7 +204,7 @@ def test_warmup_goes_by_steps(tmp_path):
     assert rates == pytest.approx([0.02 * min(step / 6, 1) for step in range(9)])
 
 
-def test_weight_decay_spares_norms_by_choice(tmp_path):
+def test_weight_decay_can_leave_out_norms(tmp_path):
     for decay_norms in (True, False):
         task = task_of(TINY.but(optimizer=replace(TINY.optimizer, weight_decay=0.5, decay_norms=decay_norms)))
         # the trainer is asked for the batch and the number of steps only
@@ -219,7 +219,7 @@ def test_weight_decay_spares_norms_by_choice(tmp_path):
 
 
 def spared(name: str) -> bool:
-    """Biases and batch norms of a small ResNet, by torchvision's names."""
+    """Return whether a parameter of a small ResNet is a bias or belongs to a batch norm, by torchvision's names."""
     return name.endswith(".bias") or ".bn" in name or name.startswith("bn") or "downsample.1" in name
 
 
@@ -245,7 +245,7 @@ def test_losses_by_explicit_loops(kind, smoothing):
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.5, 0), (0, 0.5), (0.5, 0.5)])
-def test_mixing(mixup, cutmix):
+def test_mixup_and_cutmix(mixup, cutmix):
     task = task_of(TINY.but(mixup=mixup, cutmix=cutmix))
     assert task.mix is not None
     torch.manual_seed(1)
@@ -276,7 +276,7 @@ def test_ema_keeps_the_running_mean_and_evaluates_it(tmp_path):
     for weight in steps[1:]:
         mean = 0.6 * mean + 0.4 * weight.double()
     saved = content(report.last_checkpoint)
-    # five float32 updates of numbers below 1
+    # The bound is for five float32 updates of numbers below 1.
     assert (saved["state_dict"]["model.conv1.weight"] - mean).abs().max() < 5 * torch.finfo(torch.float32).eps
     assert torch.equal(saved["current_model_state"]["model.conv1.weight"], steps[-1])
     assert trained.evaluate(report.last_checkpoint)["val_loss"] == pytest.approx(report.metrics["val_loss"], rel=1e-4)
@@ -297,7 +297,7 @@ def test_lower_precision_computes_in_it_and_keeps_float32_weights(tmp_path):
     assert {w.dtype for name, w in weights(report).items() if "num_batches" not in name} == {torch.float32}
 
 
-def test_float16_is_not_silently_something_else_on_a_cpu(tmp_path):
+def test_float16_is_refused_on_a_cpu(tmp_path):
     with pytest.raises(ConfigError, match="16-mixed needs a GPU"):
         run(TINY.but(precision="16-mixed"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -361,14 +361,14 @@ def test_a_device_that_is_not_there_is_refused_by_every_function(tmp_path):
 
 
 class CrashError(Exception):
-    """Something that a run does not expect."""
+    """An error that no code of a run handles."""
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"ema_decay": 0.8, "mixup": 0.3, "accumulate": 2}], ids=["plain", "everything"]
 )
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, changes, workers):
+def test_an_interrupted_run_ends_with_the_weights_of_a_whole_run(tmp_path, changes, workers):
     recipe = TINY.but(**changes)
     recipe = recipe.but(data=recipe.data.but(workers=workers))
     whole = run(recipe, tmp_path / "whole")
@@ -414,8 +414,8 @@ def test_resuming_from_a_truncated_checkpoint_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_killed_process_goes_on(tmp_path):
-    """SIGKILL in the middle of a real run on real digits."""
+def test_a_killed_run_resumes(tmp_path):
+    """The run is stopped by SIGKILL in its third epoch."""
     arguments = ["quickstart", "--epochs", "5", "--device", "cpu"]
     command = [sys.executable, "-m", "ecanet", "train", *arguments]
     process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
@@ -438,7 +438,7 @@ def test_a_killed_process_goes_on(tmp_path):
     whole = run(recipe, tmp_path / "whole")
     assert [row["epoch"] for row in resumed.history] == [1, 2, 3, 4, 5]
     assert resumed.metrics["top1"] == pytest.approx(whole.metrics["top1"], abs=3)
-    # the first epochs ran in another process, where sums may be taken in another order
+    # The first epochs ran in another process, where floating-point sums may have another order.
     if equal_first_epochs(resumed, whole):
         assert equal(weights(resumed), weights(whole))
 
@@ -475,7 +475,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 # trained networks
 
 
-def test_evaluate_gives_the_runs_own_figures(tmp_path):
+def test_evaluate_returns_the_metrics_of_the_run(tmp_path):
     report = run(TINY, tmp_path / "run")
     best = trained.evaluate(report.folder)
     assert best["top1"] == pytest.approx(report.metrics["best_top1"])
@@ -483,7 +483,7 @@ def test_evaluate_gives_the_runs_own_figures(tmp_path):
     assert last["val_loss"] == pytest.approx(report.metrics["val_loss"], rel=1e-5)
 
 
-def test_weights_from_elsewhere(tmp_path):
+def test_weights_without_a_recipe(tmp_path):
     network = create_model("resnet20", num_classes=3, in_channels=1)
     torch.save(network.state_dict(), tmp_path / "plain.pth")
     with pytest.raises(ConfigError, match="say so with --model and --data"):
@@ -524,7 +524,7 @@ def test_predictions(tmp_path):
         assert probabilities == sorted(probabilities, reverse=True)
         assert sum(probabilities) <= 1 + 1e-6
         right += answer.classes[0][0] in answer.path
-    # the files carry the true class in their names
+    # The file names contain the true class.
     assert right >= 0.8 * len(found)
 
 
@@ -537,7 +537,7 @@ def test_image_files_that_are_not_there(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_one_network(tmp_path):
-    """torchrun, two processes on a CPU: twice the batch, one folder, one report."""
+    """Two processes on a CPU under torchrun have twice the batch, one folder and one report."""
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611", "-m", "ecanet"]
     options = ["train", "quickstart", "--epochs", "3", "--device", "cpu", "--out", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, *command, *options], capture_output=True, text=True, check=False)
@@ -573,7 +573,7 @@ def test_a_moved_run_still_knows_its_best(tmp_path):
 
 
 def photographs(folder: Path, names: tuple[str, ...] = ("cat", "dog")) -> Path:
-    """Four images of each class in ImageNet's layout."""
+    """Write four images of each class in ImageNet's layout, and return ``folder``."""
     from ecanet.report.figures import to_png
 
     random = torch.Generator().manual_seed(0)
@@ -615,7 +615,7 @@ def stop_in_epoch(epoch: int, before: Any) -> Any:
     return started
 
 
-def test_a_run_does_not_go_on_with_other_classes(tmp_path):
+def test_a_run_does_not_resume_with_other_classes(tmp_path):
     photos = photographs(tmp_path / "photos")
     recipe = of_photographs(photos, epochs=1)
     run(recipe, tmp_path / "run")
@@ -635,14 +635,14 @@ def test_a_batch_is_no_larger_than_the_data(tmp_path, capsys):
     photos = photographs(tmp_path / "photos")
     big = of_photographs(photos, epochs=1, data=DataConfig(name=f"folder:{photos}", image_size=16, workers=0))
     report = run(big, tmp_path / "run")
-    # 8 images of 256: the rate is for 8
+    # There are 8 images, fewer than the batch of 256, so the learning rate is for 8.
     rate = big.optimizer.learning_rate * 8 / big.optimizer.base_batch
     assert report.history[0]["learning_rate"] == pytest.approx(rate)
     with pytest.raises(ConfigError, match="accumulate=9 batches make a step, but an epoch has 2"):
         run(of_photographs(photos, accumulate=9), tmp_path / "more")
 
 
-def test_a_row_has_the_rate_of_its_own_epoch(tmp_path):
+def test_a_row_has_the_learning_rate_of_its_epoch(tmp_path):
     from ecanet.recipes import ScheduleConfig
 
     recipe = of_photographs(photographs(tmp_path / "photos"))
@@ -651,7 +651,7 @@ def test_a_row_has_the_rate_of_its_own_epoch(tmp_path):
     assert rates == pytest.approx([rates[0], rates[0] / 10, rates[0] / 100])
 
 
-def test_a_terminated_run_says_so_by_its_exit_code(tmp_path):
+def test_a_terminated_run_has_its_own_exit_code(tmp_path):
     import signal
     import subprocess
     import sys

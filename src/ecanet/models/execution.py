@@ -162,7 +162,7 @@ def may_expand(h: Tensor, convolution: nn.Module, end: nn.Module) -> bool:
     dense = h.is_contiguous(memory_format=torch.channels_last)
     if not dense or not fits or ops.must_be_called(convolution) or ops.must_be_called(end):
         return False
-    requested = ops.requested_impl()
+    requested = ops.get_requested_impl()
     if requested is not None:
         return requested == "fused"
     if not ops.runs_on_gpu(h) or (dtype == torch.float32 and rounds_to_tf32()):

@@ -70,7 +70,7 @@ def prefer_impl(impl: Literal["lean", "fused"]) -> Generator[None, None, None]:
         _requests.remove(request)
 
 
-def requested_impl() -> Literal["lean", "fused"] | None:
+def get_requested_impl() -> Literal["lean", "fused"] | None:
     """Return the implementation that the innermost open `prefer_impl` block requests, None outside of any."""
     return _requests[-1][1] if _requests else None
 
@@ -80,7 +80,7 @@ def uses_kernels(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or is_jit_tracing():
         return False
     if _requests:
-        return requested_impl() == "fused"
+        return get_requested_impl() == "fused"
     plain = type(x) in (Tensor, nn.Parameter)  # subclasses (fake tensors too) may need to see PyTorch's operations
     return plain and x.dtype in proof.DTYPES and runs_on_gpu(x) and proof.is_proven(x.device, x.dtype)
 
