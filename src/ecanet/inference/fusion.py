@@ -63,7 +63,7 @@ class FusedBlock(nn.Module):
     """The forward of a fused block; mixed into the block's own class."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) to (N, C', H', W')."""
+        """Run the block by its parts where that is allowed, else by its original forward; same shapes as that one."""
         parts = runnable_parts(self) if is_eager(x) else None
         if parts is None or (parts.attention is not None and gate_of(parts.attention) is None):
             return super().forward(x)

@@ -73,7 +73,7 @@ class InferenceBlock(DescribesItself):
         self.end = _make_inplace(parts.end)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) to (N, C', H', W')."""
+        """Run the block by its parts where that is allowed, else call each module: (N, C, H, W) -> (N, C', H', W')."""
         # compilers and tracers may see the parts, too: without norms they are plain PyTorch operations
         parts = runnable_parts(self) if is_eager(x) else self.parts()
         return call(self.parts(), x) if parts is None else run(parts, x, x)[0]

@@ -14,7 +14,11 @@ __all__ = ["draw", "spread_labels"]
 
 
 def draw(ablation: Ablation) -> Figure:
-    """Return a figure with the differences on the left and accuracy against parameters on the right."""
+    """Return a figure of two panels.
+
+    The left one shows each variant's top-1 minus the plain network's, seed by seed; the right one top-1 against
+    parameters.
+    """
     figure = Figure(figsize=(11, 1.8 + 0.32 * len(ablation.results)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_differences(left, ablation.results)
@@ -64,7 +68,9 @@ def _draw_accuracies(axes: Axes, results: Sequence[Result]) -> None:
 
 
 def spread_labels(values: Sequence[float], gap: float) -> list[float]:
-    """Return a height for the label of each value: as near as possible, but at least ``gap`` apart, going upward.
+    """Return a height for the label of each value, in the given order.
+
+    From the lowest value up, a label is raised where it would be less than ``gap`` above the label below it.
 
     >>> spread_labels([5.0, 1.0, 1.0, 1.25], gap=0.5)
     [5.0, 1.0, 1.5, 2.0]

@@ -70,12 +70,12 @@ class Variant:
 
 
 def plan(recipe: Recipe, names: Iterable[str], say: Callable[[str], None] = print) -> list[Variant]:
-    """Return the variants called ``names`` of the recipe's network, "none" first.
+    """Return the plain network ("none", always included) and the variants called ``names``, in `VARIANTS`' order.
 
-    Variants that are the same network become one, and ``say`` gets a line about it.
+    Variants that build the same network are merged, and ``say`` is called with one line for each of them.
 
     Raises:
-        ConfigError: no variant has one of the names, or this network has no such variant.
+        ConfigError: a name is unknown, or the recipe's network has no such variant.
     """
     spec = data.build(recipe.data, train=False).spec
     size = (spec.channels, spec.size, spec.size)

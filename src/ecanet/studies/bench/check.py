@@ -203,9 +203,10 @@ def perturb_last_digit(images: Tensor) -> Tensor:
 
 
 def compute_gradients(runner: nn.Module, network: nn.Module, images: Tensor) -> Tensor:
-    """Return all gradients of ``network`` in one vector, after a training step of ``runner``.
+    """Return the gradients of ``network`` as one vector, after a forward and a backward of ``runner``.
 
-    The runner is the network itself or its compiled form, which shares the parameters.
+    ``runner`` is the network itself or its compiled form, which shares the parameters. No optimizer step is made, and
+    the gradients are cleared afterwards.
     """
     make_train_step(runner, images)()
     found = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])

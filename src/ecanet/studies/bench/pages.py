@@ -104,7 +104,11 @@ def make_networks_table(rows: Sequence[NetworkRow], title: str) -> Table:
 
 
 def make_layers_table(rows: Sequence[LayerRow], title: str) -> Table:
-    """Return a table with one row for each shape and variant: time, bytes by count, share of the copy, ratios."""
+    """Return a table with one row for each shape and variant.
+
+    Its columns are the time, the MB moved (counted, not measured), the bandwidth relative to that of a large copy, and
+    the time relative to the plain variant and to timm's.
+    """
     table = make_table(title, "shape", "variant", "ms", "MB moved", "of copy", "/ plain", "/ timm")
     for at, row in enumerate(rows):
         part = row["variant"].split()[0]
@@ -141,7 +145,7 @@ def list_batch_sizes(result: Result) -> list[int]:
 
 
 def format_ratio(row: NetworkRow | LayerRow, base: NetworkRow | LayerRow) -> str:
-    """Return the time of ``row`` over that of ``base`` with its spread, or nothing if they are the same row."""
+    """Return "1.05 ±0.02": the median of the time ratio, ± half the quartiles' distance; "" for ``base``."""
     if row is base:
         return ""
     r = compute_ratio(row["seconds"], base["seconds"])

@@ -55,7 +55,7 @@ class GateRecord:
 
     @property
     def spread(self) -> float:
-        """Standard deviation between the classes' mean weights, averaged over channels: 0 if classes do not matter."""
+        """Standard deviation of the mean weights across classes, averaged over channels; 0 if the classes are equal."""
         present = self.class_means[self.counts > 0]
         return float(present.std(0, correction=0).mean()) if len(present) else 0.0
 

@@ -87,8 +87,8 @@ def parse_table(name: str, title: str, text: str) -> Table:
     Cells are separated by ``|``. The first cell names the network: ``NETWORK ATTENTION OPTION=VALUE…``, with
     ``DETECTOR/`` before it in Tables 5 and 6, and ``k=`` for kernel sizes. ``torchvision:NAME`` is torchvision's
     network, and ``-`` stands for a network that this library does not build. The last cell lists footnotes and, where
-    the authors counted parameters and operations themselves, "own". All other counts were copied from other papers,
-    which do not state their units.
+    the authors counted parameters and operations themselves, "own". Counts in rows without "own" come from other
+    papers, whose units are not known.
 
     >>> lines = "network | AP | notes\\nretinanet/resnet50 eca k=3,3,7,7 | 37.3 | own"
     >>> row = parse_table("5", "Detection", lines).rows[0]
