@@ -137,15 +137,14 @@ COMMAND = [
 
 def kill_when(done: object, folder: Path) -> None:
     """Start the ablation, and kill it with SIGKILL as soon as ``done()`` is true."""
-    process = subprocess.Popen([*COMMAND, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not done():
-        if process.poll() is not None:
-            pytest.fail(f"the ablation ended by itself: {process.stderr.read().decode()[-500:]}")
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with subprocess.Popen([*COMMAND, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while not done():
+            if process.poll() is not None:
+                pytest.fail(f"the ablation ended by itself: {process.stderr.read().decode()[-500:]}")
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
 
 
 def test_a_killed_ablation_is_resumed(tmp_path):

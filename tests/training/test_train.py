@@ -430,6 +430,8 @@ def test_a_killed_run_resumes(tmp_path):
         assert process.wait(timeout=60) == -signal.SIGKILL
     finally:
         process.kill()
+        process.stdout.close()
+        process.wait()
     assert not (tmp_path / "killed" / "report.html").exists()
     recipe = train.read_recipe(tmp_path / "killed")
     threads = torch.get_num_threads()
