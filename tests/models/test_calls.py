@@ -193,3 +193,13 @@ def test_a_norm_that_shares_torchvisions_name():
     expected = model(IMAGES)
     torch.testing.assert_close(ecanet.optimize(model)(IMAGES), expected)
     torch.testing.assert_close(ecanet.fuse(model)(IMAGES), expected)
+
+
+@torch.no_grad()
+def test_a_hook_in_a_copy_runs_for_a_parameter_as_image():
+    model = ecanet.optimize(same_as_torchvision().eval())
+    calls = []
+    model.layer1[0].register_forward_hook(lambda *_: calls.append(1))
+    model.layer1[0].end.register_forward_hook(lambda *_: calls.append(1))
+    model(nn.Parameter(IMAGES))
+    assert len(calls) == 2

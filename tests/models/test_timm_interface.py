@@ -120,3 +120,12 @@ def test_gates_can_be_attached_to_a_network_of_features():
         ecanet.attach(model, "eca", example=IMAGES)
         assert all(torch.equal(a, b) for a, b in zip(model(IMAGES), before, strict=True))
     assert len(ecanet.attached(model)) == 8
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_a_network_of_features_has_no_classifier(name):
+    model = network(name, features_only=True)
+    for call in (lambda: model.reset_classifier(3), model.get_classifier, lambda: model.forward_head(IMAGES)):
+        with pytest.raises(ConfigError, match="has no classifier; build it without features_only=True"):
+            call()
+    assert not any(isinstance(m, nn.Linear) for m in model.modules())

@@ -267,10 +267,8 @@ def test_kernel_does_not_run_where_it_does_not_apply(ran):
             block.float()(x)
             torch.jit.trace(block, x, check_trace=False)
             torch.compile(block, backend="eager")(x)
-            heard, last = [], block.branch[-1]
-            assert execution.may_expand(x, last, torch.nn.ReLU())
-            handle = last.register_forward_hook(lambda *args: heard.append(args))
-            assert not execution.may_expand(x, last, torch.nn.ReLU())
+            heard = []
+            handle = block.branch[-1].register_forward_hook(lambda *args: heard.append(args))
             block(x)
             handle.remove()
             assert len(heard) == 1

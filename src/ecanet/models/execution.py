@@ -160,7 +160,7 @@ def may_expand(h: Tensor, convolution: nn.Module, end: nn.Module) -> bool:
     cast_by_autocast = torch.is_autocast_enabled(h.device.type)
     fits = {dtype, h.dtype, weight.dtype} <= set(ops.proof.DTYPES) and (cast_by_autocast or weight.dtype == h.dtype)
     dense = h.is_contiguous(memory_format=torch.channels_last)
-    if not dense or not fits or ops.must_be_called(convolution) or ops.must_be_called(end):
+    if not dense or not fits:
         return False
     requested = ops.get_requested_impl()
     if requested is not None:
@@ -205,7 +205,7 @@ def is_eager(x: Tensor) -> bool:
 
     Compilers and tracers get the plain modules: a compiler fuses them itself, and a trace shows every module.
     """
-    return type(x) is Tensor and not torch.compiler.is_compiling() and not ops.is_jit_tracing()
+    return type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not ops.is_jit_tracing()
 
 
 class Stage(nn.Sequential):
@@ -219,6 +219,7 @@ class Stage(nn.Sequential):
         """Run the blocks: (N, C, H, W) -> (N, C', H', W')."""
         eager = is_eager(x)
         known = [runnable_parts(block) if eager else None for block in self]
+        # Only a block that is run by its parts has a use for a second output.
         follows = [*(parts is not None for parts in known[1:]), False]
         shortcut_x = x
         for block, parts, pair in zip(self, known, follows, strict=True):

@@ -105,6 +105,25 @@ class FeatureNetwork(Network):
         levels = self.forward_levels(x)
         return [levels[index] for index in self.out_indices]
 
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Raise ConfigError: there is no head."""
+        raise self._no_head()
+
+    def get_classifier(self) -> nn.Module:
+        """Raise ConfigError: there is no classifier."""
+        raise self._no_head()
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Raise ConfigError once the network is built: a classifier would never run."""
+        if hasattr(self, "out_indices"):
+            raise self._no_head()
+        super().reset_classifier(num_classes)
+
+    def _no_head(self) -> ConfigError:
+        return ConfigError(
+            f"{type(self).__name__} returns feature maps and has no classifier; build it without features_only=True"
+        )
+
     def keep_levels(self, out_indices: Sequence[int] | None) -> None:
         """Return only these levels from now on (None: all), and remove what only others need.
 
