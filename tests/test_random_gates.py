@@ -204,7 +204,7 @@ def test_squeeze_gate_scale_is_the_equation(name):
     @example(VOLUME, 2.0)
     def check(at: Input, gain: float) -> None:
         (x, mask), module = at.build(), make(factory, at)
-        module.set_gain(gain)
+        module.gain = gain
         y = module(x, mask)
         check_form(x, y)
         oracle = torch.zeros(x.shape, dtype=torch.float64)

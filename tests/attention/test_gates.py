@@ -310,25 +310,6 @@ def test_se_var1_cannot_be_neutral():
         SEVar1(8).neutralize()
 
 
-def test_gain_travels_in_the_state_dict_only_when_it_is_not_one():
-    neutral, fresh = ECA(8), ECA(8)
-    neutral.neutralize()
-    assert sorted(neutral.state_dict()) == ["conv.weight", "gain"]
-    assert sorted(fresh.state_dict()) == ["conv.weight"]
-    reader = ECA(8)
-    reader.load_state_dict(neutral.state_dict())
-    assert float(reader.gain) == 2
-    assert sorted(reader.state_dict()) == ["conv.weight", "gain"]
-    reader.load_state_dict(fresh.state_dict())  # weights without a gain mean the paper's form
-    assert float(reader.gain) == 1
-    assert sorted(reader.state_dict()) == ["conv.weight"]
-    reader.load_state_dict(neutral.state_dict())
-    missing = reader.load_state_dict({}, strict=False).missing_keys  # neither: left as it is
-    assert sorted(missing) == ["conv.weight", "gain"]
-    assert float(reader.gain) == 2
-    assert "gain=2" in repr(reader)
-
-
 @pytest.mark.parametrize("name", ["eca", "se", "se-gc"])
 def test_compiles_whole_and_deterministic(name):
     module = build(name, 8)

@@ -28,7 +28,7 @@ def made(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     g = torch.Generator().manual_seed(1)
     module = BUILD[name]().eval()
     for name_, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.dim() > 0:  # not the gain, not a norm's counter
+        if tensor.dim() > 0:  # not a norm's counter
             drawn = torch.randn(tensor.shape, generator=g)
             tensor.data = drawn.abs() + 0.5 if name_.endswith("running_var") else drawn
     return module.to(dtype)

@@ -61,7 +61,7 @@ def test_alarms_name_dead_saturated_and_constant_gates():
 
 def test_a_gain_of_two_doubles_the_range():
     model = gate_with([0, 0, 0, 0])
-    model[0].set_gain(2.0)
+    model[0].gain = 2.0
     (found,) = records.record(model, [(torch.ones(2, 4, 2, 2), torch.zeros(2, dtype=torch.long))], 1)
     assert found.mean.tolist() == [1, 1, 1, 1]
     assert found.saturated == 0  # 1 is the middle of the range, not an end

@@ -3,12 +3,12 @@
 import copy
 import warnings
 
-import attach_sweep as sweep
 import pytest
 import torch
 from torch import nn
 from torchvision import models
 
+import attach_sweep as sweep
 import ecanet
 from ecanet.errors import AttachError, ConfigError
 

@@ -54,7 +54,7 @@ def test_a_wrong_gate_is_noticed(monkeypatch):
     # the checks can fail: a gate of 1.001 changes outputs
     import ecanet
 
-    monkeypatch.setattr(ecanet.ECA, "neutralize", lambda self: self.set_gain(2.002))
+    monkeypatch.setattr(ecanet.ECA, "neutralize", lambda self: setattr(self, "gain", 2.002))
     row = sweep.run_case("others", "signals")
     assert row["result"] == "fail"
     assert "outputs differ" in row["cause"]

@@ -4,13 +4,13 @@ import copy
 import subprocess
 import sys
 
-import attach_sweep as sweep
 import pytest
 import torch
 from torch import nn
 from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 
+import attach_sweep as sweep
 import ecanet
 from ecanet.errors import AttachError
 

@@ -1,5 +1,6 @@
 """The base classes of all attention modules: they keep the shape of their input and can be made the identity."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, cast
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ecanet import ops
-from ecanet.errors import AttachError, ConfigError, check_positive_int
+from ecanet.errors import AttachError, CheckpointError, ConfigError, check_positive_int
 
 
 class Attention(nn.Module):
@@ -49,15 +50,16 @@ class GatedAttention(Attention):
     """An attention that multiplies its input by gates, each with the constant factor ``gain``.
 
     A gain of 1 is the paper's form. A gain of 2 is the lossless form, in which a gate with zeroed last weights is
-    ``2 * sigmoid(0) = 1`` exactly. The gain is a buffer; it is in the state dict only when it is not 1.
+    ``2 * sigmoid(0) = 1`` exactly. The gain is a plain number, in the state dict only when it is not 1.
     """
 
-    gain: Tensor
+    gain: float
 
     def __init__(self, channels: int):
         super().__init__()
         self.channels = check_positive_int("channels", channels)
-        self.set_gain(1.0)
+        # A buffer would lose its value in `to_empty`, and stay on the meta device when a file does not hold it.
+        self.gain = 1.0
 
     def last_parameters(self) -> Iterable[Tensor]:
         """Return the parameters of the last layers: when all are zero, a gate is sigmoid(0) for any input.
@@ -70,11 +72,6 @@ class GatedAttention(Attention):
             f"cannot be inserted losslessly; define it, or pass preserve=False"
         )
 
-    def set_gain(self, gain: float) -> None:
-        """Set the constant factor; it enters the state dict unless it is 1."""
-        device = next((p.device for p in self.parameters()), None)
-        self.register_buffer("gain", torch.tensor(float(gain), device=device), persistent=gain != 1)
-
     def neutralize(self) -> None:
         """Make this module the identity, bit for bit: zero the last layers and set the gain to 2.
 
@@ -82,23 +79,46 @@ class GatedAttention(Attention):
             AttachError: the gate has no parameters to zero (SE-Var1).
         """
         zero(self.last_parameters())
-        self.set_gain(2.0)
+        self.gain = 2.0
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        """Write the gain if it is not 1, as a number on the CPU wherever the parameters are."""
+        save = cast("Callable[..., None]", super()._save_to_state_dict)  # pyright: ignore[reportUnknownMemberType]
+        save(destination, prefix, keep_vars)
+        if self.gain != 1:
+            destination[prefix + "gain"] = torch.tensor(self.gain, dtype=torch.float32, device="cpu")
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: object, **kwargs: object
     ) -> None:
-        """Take ``gain`` from the file; weights without a gain mean 1. A file without both leaves the gain as it is."""
+        """Take the gain from the file; weights without a gain mean 1. A file without both leaves the gain as it is."""
         if prefix + "gain" in state_dict:
-            self.set_gain(float(state_dict[prefix + "gain"]))
+            # Removed, because PyTorch calls a key unexpected that is neither a parameter nor a buffer.
+            self.gain = read_gain(prefix + "gain", state_dict.pop(prefix + "gain"))
         elif any(prefix + name in state_dict for name, _ in self.named_parameters()):
-            self.set_gain(1.0)
+            self.gain = 1.0
         load = cast("Callable[..., None]", super()._load_from_state_dict)  # pyright: ignore[reportUnknownMemberType]
         load(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """Return the channel count, and the gain when it is not the paper's."""
-        gain = 1.0 if self.gain.is_meta else float(self.gain)
-        return f"{self.channels}" + (f", gain={gain:g}" if gain != 1 else "")
+        return f"{self.channels}" + (f", gain={self.gain:g}" if self.gain != 1 else "")
+
+
+def read_gain(key: str, value: object) -> float:
+    """Return the number that a file holds under ``key``.
+
+    Raises:
+        CheckpointError: it is not one finite number.
+    """
+    try:
+        gain = float(cast(float, value))
+    except (TypeError, ValueError, RuntimeError):  # text, several numbers, or a tensor on the meta device
+        gain = math.nan
+    if not math.isfinite(gain):
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.numel() != 1 else repr(value)
+        raise CheckpointError(f"{key!r} must be one finite number, got {found}; the file is damaged, load another one")
+    return gain
 
 
 @torch.no_grad()

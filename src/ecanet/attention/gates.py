@@ -53,7 +53,8 @@ class ChannelAttention(GatedAttention):
 
     def weigh(self, p: Tensor) -> Tensor:
         """Return the factor of each channel: ``gain * gate(p)``."""
-        return self.gain * self.gate(p)
+        g = self.gate(p)
+        return g if self.gain == 1 else self.gain * g
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return ``x * gain * gate(mean(x))``, in ``x``'s dtype and memory format.
@@ -193,7 +194,13 @@ class SEVar2(ChannelAttention):
 
     def __init__(self, channels: int):
         super().__init__(channels)
-        self.weight = nn.Parameter(torch.empty(channels).uniform_(-1, 1))
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        self.weight.uniform_(-1, 1)
 
     def gate(self, p: Tensor) -> Tensor:
         """Return ``sigmoid(w * p)``."""
@@ -235,8 +242,14 @@ class SEGC(ChannelAttention):
         if channels % check_positive_int(name, given):
             raise ConfigError(f"{name} must divide the {channels} channels, got {given}")
         groups, width = (groups, channels // groups) if width is None else (channels // width, width)
-        bound = 1 / math.sqrt(width)
-        self.weight = nn.Parameter(torch.empty(groups, width, width).uniform_(-bound, bound))  # G out in
+        self.weight = nn.Parameter(torch.empty(groups, width, width))  # G out in
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, as `nn.Linear` draws those of a layer of one group's width."""
+        bound = 1 / math.sqrt(self.weight.shape[-1])
+        self.weight.uniform_(-bound, bound)
 
     def gate(self, p: Tensor) -> Tensor:
         """Return ``sigmoid(W_g p_g)`` in each group g."""

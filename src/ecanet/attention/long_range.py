@@ -133,8 +133,15 @@ class AugmentedConv2d(Attention):
         self.conv = nn.Conv2d(in_channels, out_channels - values, 3, stride, padding=1, bias=False)
         self.qkv = nn.Conv2d(in_channels, 2 * heads * depth + values, 1, bias=False)
         self.out = nn.Conv2d(values, values, 1, bias=False)
-        self.rows = nn.Parameter(depth**-0.5 * nn.init.normal_(self.conv.weight.new_empty(2 * self.LARGEST - 1, depth)))
-        self.columns = nn.Parameter(depth**-0.5 * nn.init.normal_(self.rows.new_empty(self.rows.shape)))
+        self.rows = nn.Parameter(torch.empty(2 * self.LARGEST - 1, depth))
+        self.columns = nn.Parameter(torch.empty(2 * self.LARGEST - 1, depth))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the vectors of the relative positions anew; the convolutions are initialised by their own methods."""
+        for vectors in (self.rows, self.columns):
+            vectors.normal_().mul_(vectors.shape[1] ** -0.5)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map (N, in_channels, H, W) to (N, channels, H / stride, W / stride).

@@ -42,10 +42,10 @@ def fold(model: Model) -> Model:
             raise AttachError(f"cannot fold {name!r}: {reason}; the model works without folding")
     for name, gate, record in found:
         assert isinstance(gate, ChannelAttention)
-        if float(gate.gain) == 2:
+        if gate.gain == 2:
             multiply(list_affine_tensors(model.get_submodule(name.rpartition(".")[0]), record), 2)
             multiply([next(iter(gate.parameters()))], 0.5)
-            gate.set_gain(1.0)
+            gate.gain = 1.0
             record.doubled = True
     return model
 

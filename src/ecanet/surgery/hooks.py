@@ -111,7 +111,7 @@ def keep_record(gate: nn.Module, record: Record) -> None:
 
 def is_folded(gate: nn.Module, record: Record) -> bool:
     """Return whether the layer before ``gate`` is doubled now: `fold` did it, and no file with a gain was loaded."""
-    return record.doubled and float(cast(Tensor, gate.gain)) == 1
+    return record.doubled and cast(float, gate.gain) == 1
 
 
 def install(block: nn.Module, key: str, target: str, gate: nn.Module, axis: int) -> None:

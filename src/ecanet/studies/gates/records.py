@@ -188,7 +188,7 @@ class _Sums:
     """Running sums of one gate's weights, in float64."""
 
     def __init__(self, gate: Gate, classes: int) -> None:
-        self.gate, self.gain, c = gate, float(gate.gain), gate.channels
+        self.gate, self.gain, c = gate, gate.gain, gate.channels
         self.labels = torch.empty(0, dtype=torch.long)
         self.counts = torch.zeros(classes)
         self.totals = torch.zeros(classes, c, dtype=torch.float64)
