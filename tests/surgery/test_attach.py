@@ -74,8 +74,8 @@ def test_channels_last_outputs_and_gradients():
         ("mobilenet_v3_small", 11, "features.1.eca", "features.1.block"),
         ("efficientnet_b0", 16, "features.1.0.eca", "features.1.0.block"),
         ("convnext_tiny", 18, "features.1.0.eca", "features.1.0.block"),
-        ("vgg11_bn", 5, "eca", "features.2"),
-        ("densenet121", 5, "eca", "features.relu0"),
+        ("vgg11_bn", 5, "features.2.eca", "features.2"),
+        ("densenet121", 5, "features.relu0.eca", "features.relu0"),
     ],
 )
 def test_gates_stand_at_the_end_of_branches_and_stages(name, count, first, after):
@@ -318,7 +318,7 @@ def test_detach_after_fold_halves_what_was_doubled():
 def test_fold_refuses_and_names_the_site():
     model = ecanet.attach(models.vgg11_bn())  # gates after ReLU
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(AttachError, match="cannot fold 'eca'"):
+    with pytest.raises(AttachError, match="cannot fold 'features.2.eca'"):
         ecanet.fold(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     shared = models.resnet18()
@@ -428,4 +428,4 @@ def test_no_gate_stands_before_self_attention():
             x = x + self.attention(h, h, h)[0]
             return x + self.mlp(self.mlp_norm(x))
 
-    assert [site.after for site in ecanet.attached(ecanet.attach(Hybrid()))] == ["mlp"]
+    assert [site.after for site in ecanet.attached(ecanet.attach(Hybrid()))] == ["mlp.2"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import attach_sweep as sweep
 import ecanet
@@ -40,10 +41,14 @@ def test_sync_batchnorm_conversion_keeps_the_gates():
     assert len(ecanet.attached(converted)) == 8
 
 
-def test_compiling_right_after_a_conversion_is_refused_or_right():
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(small())
-    with pytest.raises(Exception, match="run the model once before compiling"):
-        torch.compile(converted, backend="eager", fullgraph=True)(image())
+def test_a_network_compiles_right_after_a_conversion():
+    model = small().train()
+    with torch.no_grad():
+        expected = model(image())
+        fused = torch.ao.quantization.fuse_modules_qat(model, [["layer1.0.conv2", "layer1.0.bn2"]])
+        actual = torch.compile(fused, backend="eager", fullgraph=True)(image())
+    assert type(fused.layer1[0].bn2) is nn.Identity
+    torch.testing.assert_close(actual, expected)
 
 
 def test_compile_fullgraph_and_export():
@@ -110,18 +115,23 @@ def test_half_and_double_conversion_take_the_gates_along():
     assert torch.equal(model(image().half()), plain(image().half()))
 
 
-def test_gate_left_out_by_fx_is_reported():
-    from torchvision.models.feature_extraction import create_feature_extractor
-
-    features = create_feature_extractor(small(), ["layer2"])
-    with pytest.raises(AttachError, match="no part of this model"):
-        ecanet.attached(features)
+def test_a_traced_network_has_the_gates_in_its_graph():
+    model = small()
+    features = create_feature_extractor(model, ["layer2"])
+    gates = [key for key in model.state_dict() if "eca" in key and key.startswith(("layer1", "layer2"))]
+    assert [key for key in features.state_dict() if "eca" in key] == gates
+    assert torch.equal(
+        features(image())["layer2"],
+        model.layer2(model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(image())))))),
+    )
+    features.train()(image())["layer2"].sum().backward()
+    assert all(p.grad is not None for p in features.parameters())
 
 
 def test_removed_target_is_reported():
     model = small()
     del model.layer1[0].bn2
-    with pytest.raises(AttachError, match=r"gate 'layer1\.0\.eca' is no longer reachable: 'bn2' was removed"):
+    with pytest.raises(AttachError, match=r"gate 'layer1\.0\.eca' no longer acts: 'layer1\.0\.bn2' was removed"):
         ecanet.attached(model)
 
 

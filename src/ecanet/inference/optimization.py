@@ -1,7 +1,6 @@
 """Make a copy of a network for inference: norms folded, gates computed early, additions and activations in place."""
 
 import copy
-from collections.abc import Iterable
 from itertools import pairwise
 from typing import TypeGuard, cast
 
@@ -12,6 +11,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from ecanet import ops
 from ecanet.errors import ConfigError
 from ecanet.models import DescribesItself, Layer, Parts, call, describe, is_eager, run, runnable_parts
+from ecanet.surgery import take_apart
 
 __all__ = ["InferenceBlock", "optimize"]
 
@@ -88,32 +88,20 @@ class InferenceBlock(DescribesItself):
 def describe_for_copy(block: nn.Module) -> Parts | None:
     """Return the parts of ``block``, with a gate that `ecanet.attach` put behind its last norm as the attention.
 
-    None if the block is of no known kind, if it was changed, or if anybody else has hooks in it.
+    None if the block is of no known kind, if it was changed, or if it has hooks.
     """
-    modules = list(block.modules())
-    if any(ops.overrides_forward(module) or _has_foreign_hooks(module) for module in modules):
+    if any(ops.must_be_called(module) for module in block.modules()):
         return None
-    parts = describe(block)
-    if parts is None or not any(ops.must_be_called(module) for module in modules):
+    plain = copy.copy(block)
+    targets = take_apart(plain)
+    parts = describe(plain)
+    if parts is None or not targets:
         return parts
-    gate = _attached_gate(block, parts)
-    return None if gate is None or parts.attention is not None else parts._replace(attention=gate)
-
-
-def _has_foreign_hooks(module: nn.Module) -> bool:
-    """Return whether anybody but `ecanet.attach`, whose hooks have names for keys, has hooks on ``module``."""
-    return any(not isinstance(key, str) for hooks in ops.hook_dictionaries(module) for key in hooks)
-
-
-def _attached_gate(block: nn.Module, parts: Parts) -> nn.Module | None:
-    """Return the gate that `ecanet.attach` put behind the last norm of ``block``, if that is all it put there."""
-    names = {module: name for name, module in cast(Iterable[tuple[str, nn.Module]], block.named_modules())}
-    gates = [(m, record) for m in block.modules() if (record := getattr(m, "attachment", None)) is not None]
-    hooked = [(gate, record) for gate, record in gates if record.mode == "hook"]
-    if len(hooked) != 1 or names.get(parts.branch[-1].norm or block) != hooked[0][1].target:
+    last = parts.branch[-1].norm or block
+    ((key, target), *more) = targets.items()
+    if more or parts.attention is not None or plain.get_submodule(target) is not last:
         return None
-    gate = hooked[0][0]
-    return gate if any(gate is child for child in block.children()) else None
+    return parts._replace(attention=plain.get_submodule(key))
 
 
 def _make_inplace(activation: nn.Module | None) -> nn.Module:

@@ -2,7 +2,6 @@
 
 import inspect
 import warnings
-from collections.abc import Sequence
 from typing import TypeVar
 
 from torch import nn
@@ -10,14 +9,15 @@ from torch import nn
 from ecanet.attention import AttentionKind, AttentionLike, find_attention
 from ecanet.errors import AttachError
 from ecanet.models import KernelSizes
-from ecanet.surgery import hooks
 from ecanet.surgery.build import build_gates, check_kernel_options
 from ecanet.surgery.example import record_run
-from ecanet.surgery.folding import fold, unfold
-from ecanet.surgery.hooks import Record
+from ecanet.surgery.folding import fold
+from ecanet.surgery.gates import find_gates
+from ecanet.surgery.insertion import insert, refuse_twice, remove
 from ecanet.surgery.replace import replace_modules
 from ecanet.surgery.report import AttachedSite, Report, describe, measure_change
-from ecanet.surgery.sites import Finder, Site, Where
+from ecanet.surgery.sites import Finder, Where
+from ecanet.surgery.wrapped import refuse_wrapped
 
 __all__ = ["AttachedSite", "Report", "attach", "attached", "detach", "fold"]
 
@@ -73,7 +73,7 @@ def attach(
         ConfigError: the attention or an option does not exist or does not fit.
     """
     kind = check_arguments(model, attention, where, preserve)
-    hooks.refuse_wrapped(model)
+    refuse_wrapped(model)
     kind.check(options, inspect.signature(attach).parameters)
     check_kernel_options(kind, kernel_sizes, options)
     trace = record_run(model, example)
@@ -99,8 +99,8 @@ def detach(model: Model) -> Model:
     Raises:
         AttachError: nothing is attached, or a gate is no longer reachable.
     """
-    hooks.refuse_wrapped(model)
-    found = list(hooks.find_gates(model))
+    refuse_wrapped(model)
+    found = list(find_gates(model))
     if not found:
         raise AttachError(f"no attention is attached to this {type(model).__name__}; attach() puts it in")
     largest = max(measure_change(gate, record) for _, gate, record in found)
@@ -126,7 +126,7 @@ def attached(model: nn.Module) -> Report:
     Raises:
         AttachError: a gate is no longer reachable, because a module was removed or replaced after `attach`.
     """
-    return Report(describe(name, gate, record) for name, gate, record in hooks.find_gates(model))
+    return Report(describe(name, gate, record) for name, gate, record in find_gates(model))
 
 
 def check_arguments(model: object, attention: AttentionLike, where: object, preserve: object) -> AttentionKind:
@@ -146,62 +146,3 @@ def check_arguments(model: object, attention: AttentionLike, where: object, pres
     if kind.name == "none":
         raise AttachError("attention 'none' is nothing to attach; detach() takes gates out")
     return kind
-
-
-def refuse_twice(model: nn.Module, sites: Sequence[Site], kind: AttentionKind) -> None:
-    """Check that no site already ends in this kind of attention.
-
-    Raises:
-        AttachError: one does.
-    """
-    for site in sites:
-        target = model.get_submodule(site.target)
-        last = target[-1] if site.append and isinstance(target, nn.Sequential) else target
-        record = getattr(last, "attachment", None)
-        attached_before = isinstance(record, Record) and record.attention == kind.name
-        if attached_before or type(last) is kind.factory:
-            raise AttachError(f"{site.block or site.target!r} already has attention {kind.name!r}; detach first")
-
-
-def insert(model: nn.Module, site: Site, kind: AttentionKind, gate: nn.Module, *, lossless: bool) -> None:
-    """Put ``gate`` at ``site``, on the device, in the dtype and in the mode of its block."""
-    block, target = model.get_submodule(site.block), model.get_submodule(site.target)
-    like = next((p for p in (*target.parameters(), *block.parameters()) if p.is_floating_point()), None)
-    gate = gate.to(device=site.device, dtype=None if like is None else like.dtype).train(block.training)
-    keeper = site.target if site.append else site.block
-    prefix = len(keeper) + 1 if keeper else 0
-    record = Record(kind.name, site.target[prefix:], "hook", lossless=lossless, channels=site.channels)
-    record.shape = site.shape
-    if site.append and isinstance(target, nn.Sequential):
-        record.mode, record.target = "append", str(len(target) - 1)
-        target.append(gate)
-    else:
-        hooks.install(block, find_free_key(block, kind.key), record.target, gate, site.axis)
-    record.affine = None if site.affine is None else site.affine[prefix:]
-    hooks.keep_record(gate, record)
-
-
-def find_free_key(block: nn.Module, key: str) -> str:
-    """Return ``key``, followed by a number if ``block`` uses that name itself (timm's blocks have ``se``)."""
-    count = 2
-    free = key
-    while hasattr(block, free):
-        free, count = f"{key}{count}", count + 1
-    return free
-
-
-def remove(model: nn.Module, name: str, gate: nn.Module, record: Record) -> None:
-    """Undo the changes that `attach` and `fold` made for one gate."""
-    keeper, _, key = name.rpartition(".")
-    block = model.get_submodule(keeper)
-    if hooks.is_folded(gate, record):
-        unfold(block, record)
-    if record.mode == "hook":
-        hooks.uninstall(block, key, record.target)
-    elif record.mode == "append":
-        assert isinstance(block, nn.Sequential)
-        del block[int(key)]
-    elif record.replaced is not None:
-        like = next(gate.parameters(), None)
-        replaced = record.replaced if like is None else record.replaced.to(like.device, like.dtype)
-        block.add_module(key, replaced.train(block.training))

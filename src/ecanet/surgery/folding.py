@@ -8,9 +8,9 @@ from torch.nn.utils import parametrize
 
 from ecanet.attention import ATTENTIONS, ChannelAttention
 from ecanet.errors import AttachError
-from ecanet.surgery import hooks
-from ecanet.surgery.hooks import Record
+from ecanet.surgery.gates import find_gates
 from ecanet.surgery.modules import forward_pre_hooks, own_tensors
+from ecanet.surgery.records import Record, is_folded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,7 +33,7 @@ def fold(model: Model) -> Model:
         AttachError: nothing is attached, or a gate cannot be folded because no norm or convolution of its own precedes
             it; the message names the first.
     """
-    found = [item for item in hooks.find_gates(model) if item[2].mode != "replace" and not hooks.is_folded(*item[1:])]
+    found = [item for item in find_gates(model) if item[2].mode != "replace" and not is_folded(*item[1:])]
     if not found:
         raise AttachError("there is no lossless gate to fold; attach first")
     for name, gate, record in found:

@@ -11,11 +11,10 @@ from torch import nn
 from ecanet.attention import ECA, AttentionKind
 from ecanet.errors import AttachError, ConfigError
 from ecanet.models import KernelSizes
-from ecanet.surgery import hooks
 from ecanet.surgery.build import build_gates
-from ecanet.surgery.hooks import Record
 from ecanet.surgery.modules import children_of, list_modules
 from ecanet.surgery.recording import Trace
+from ecanet.surgery.records import Record, keep_record
 from ecanet.surgery.sites import Site, Where, is_selected
 
 KINDS = {
@@ -161,6 +160,6 @@ def put(model: nn.Module, site: Site, gate: nn.Module, attention: AttentionKind,
     record = Record(attention.name, key, "replace", lossless=lossless, channels=site.channels)
     record.shape = site.shape
     record.replaced = old
-    hooks.keep_record(gate, record)
+    keep_record(gate, record)
     gate.to(device=site.device, dtype=None if like is None else like.dtype).train(parent.training)
     children_of(parent)[key] = gate

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ecanet.attention import ChannelAttention
-from ecanet.surgery.hooks import Record, is_folded
+from ecanet.surgery.records import Record, is_folded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ def describe(name: str, gate: nn.Module, record: Record) -> AttachedSite:
         attention=record.attention,
         kernel_size=getattr(gate, "kernel_size", None),
         parameters=sum(p.numel() for p in gate.parameters()),
-        after=name if record.mode == "replace" else f"{keeper}.{record.target}".lstrip("."),
+        after=name if record.mode == "replace" else f"{keeper}.{record.target}".strip("."),
         note="; ".join(filter(None, (note, "folded" if is_folded(gate, record) else ""))),
     )
 

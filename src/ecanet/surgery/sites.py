@@ -135,29 +135,37 @@ class Finder:
             calls = [c for c in self.makers.get(value, []) if c.is_inside(frame) and not (strictly and c is frame)]
             calls = [c for c in calls if c.module in self.names]
             if calls and not is_layer_scale(value, calls[0]):
-                return self.make_site(min(calls, key=lambda c: c.depth), value, frame)
+                return self.make_site(min(calls, key=lambda c: c.depth), value)
             before = step_back(value)
             if before is None or before.index < frame.start:
                 return None
             value = before
 
-    def make_site(self, call: Call, value: Value, frame: Call) -> Site:
-        """Return the site on the output of ``call``, kept by the module of ``frame`` or the nearest one around."""
+    def make_site(self, call: Call, value: Value) -> Site | None:
+        """Return the site on the output of ``call``; None if no module there can keep a gate.
+
+        The gate is kept by the module that calls the target, if it is the target's parent in the tree of modules.
+        Containers are no such parents, since they would run the gate as one more entry, and the root is none, since
+        others take its children out of it (``list(model.children())[:-1]``). Then the target keeps the gate itself.
+        """
         target = self.names[call.module]
-        block: Call | None = frame
-        while block is not None and not (block.module in self.names and call.is_inside(block)):
-            block = block.parent
-        keeper = self.names[block.module] if block is not None else target
-        if (
-            block is not None
-            and block.module is not call.module
-            and not target.startswith(keeper + "." if keeper else "")
-        ):
-            keeper = target.rpartition(".")[0]
-        append = isinstance(call.module, nn.Sequential) and is_mobilenet_v2(self.model.get_submodule(keeper))
+        parent = target.rpartition(".")[0]
+        calls_target = call.parent is not None and self.names.get(call.parent.module) == parent
+        append = isinstance(call.module, nn.Sequential) and is_mobilenet_v2(self.model.get_submodule(parent))
+        if append or (parent and calls_target and not is_container(self.model.get_submodule(parent))):
+            return self.describe_site(parent, call, value, append)
+        own = [c for c in self.makers.get(value, [call]) if c.is_inside(call) and not is_container(c.module)]
+        own = [c for c in own if c.module in self.names]
+        if not own:
+            return None
+        call = min(own, key=lambda c: c.depth)
+        return self.describe_site(self.names[call.module], call, value)
+
+    def describe_site(self, block: str, call: Call, value: Value, append: bool = False) -> Site:
+        """Return the site on the output of ``call``, with its gate kept by ``block``."""
         return Site(
-            block=self.find_keeper(keeper),
-            target=target,
+            block=block,
+            target=self.names[call.module],
             channels=value.shape[value.axis],
             axis=value.axis,
             index=value.index,
@@ -166,12 +174,6 @@ class Finder:
             append=append,
             affine=self.find_affine(call, value),
         )
-
-    def find_keeper(self, name: str) -> str:
-        """Return ``name``, or its nearest ancestor that is no container, which would run a new child in its row."""
-        while name and isinstance(self.model.get_submodule(name), nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            name = name.rpartition(".")[0]
-        return name
 
     def find_affine(self, call: Call, value: Value) -> str | None:
         """Return the name of the norm or convolution that made ``value``.
@@ -225,14 +227,19 @@ class Finder:
             raise AttachError(f"{name!r} runs several times with different channel counts: {sorted(widths)}")
         call = calls[0]
         assert call.output is not None
-        return self.make_site(call, call.output, call.parent or call)
+        site = self.make_site(call, call.output)
+        if site is None:
+            raise AttachError(
+                f"{name!r} is a container, and no module in it returns its output, so no gate can be kept"
+            )
+        return site
 
     def find_stage_ends(self) -> list[Site]:
         """Return the last output of an outermost module at each resolution that has a convolution.
 
         This is for networks without residual additions.
         """
-        last: dict[tuple[int, ...], tuple[int, Value]] = {}
+        ends: dict[tuple[int, ...], list[tuple[int, int, Site]]] = {}
         convolved: set[tuple[int, ...]] = set()
         for value in self.trace.values:
             size = tuple(value.shape[2:])
@@ -240,12 +247,11 @@ class Finder:
                 continue
             if value.op in CONVOLUTIONS:
                 convolved.add(size)
-            depth = min((c.depth for c in self.makers.get(value, []) if c.module in self.names), default=0)
-            if depth > 0 and size in convolved and depth <= last.get(size, (depth, value))[0]:
-                last[size] = depth, value
-        root = self.trace.calls[0]
-        sites = [self.locate_value(value, root, strictly=True) for _, value in last.values()]
-        return [site for site in sites if site is not None]
+            calls = [c for c in self.makers.get(value, []) if c.module in self.names and c.depth > 0]
+            outermost = min(calls, key=lambda c: c.depth, default=None)
+            if size in convolved and outermost is not None and (site := self.make_site(outermost, value)):
+                ends.setdefault(size, []).append((outermost.depth, -value.index, site))
+        return [min(found)[2] for found in ends.values()]
 
 
 def drop_repeated_targets(sites: list[Site]) -> list[Site]:
@@ -254,6 +260,11 @@ def drop_repeated_targets(sites: list[Site]) -> list[Site]:
     for site in sites:
         first.setdefault(site.target, site)
     return list(first.values())
+
+
+def is_container(module: nn.Module) -> bool:
+    """Return whether ``module`` may run its children in a row, a gate among them."""
+    return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
 def is_mobilenet_v2(block: nn.Module) -> bool:

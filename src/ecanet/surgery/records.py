@@ -1,0 +1,55 @@
+"""The record of one attached gate: where it acts, what attach did for it, and what its proof showed."""
+
+from typing import Literal, cast
+
+from torch import nn
+
+Mode = Literal["call", "append", "replace"]
+"""The way in which a gate acts: called behind a module by the block's class, as the last entry of a Sequential, or in
+the place of a module."""
+
+
+class Record:
+    """The changes that `attach` made for one gate; kept on the gate as ``gate.attachment``, and copied with it."""
+
+    def __init__(
+        self, attention: str, target: str, mode: Mode, *, lossless: bool, channels: int, axis: int = 1
+    ) -> None:
+        self.attention = attention
+        """Name of the attention, or of the user's class."""
+        self.channels = channels
+        self.axis = axis
+        """Axis of the channels in the output of the target."""
+        self.shape: tuple[int, ...] = ()
+        """Spatial shape of the example at this place."""
+        self.target = target
+        """Name of the module on whose output the gate acts, relative to the block that keeps the gate; "" is the block
+        itself."""
+        self.mode: Mode = mode
+        self.lossless = lossless
+        self.runs: int | None = None
+        """How often the gate ran in one forward of the example when attach proved it; None without a proof."""
+        self.note = ""
+        """What the report says about this gate besides."""
+        self.affine: str | None = None
+        """Name, relative to the block, of the norm or convolution right before the gate."""
+        self.doubled = False
+        """Whether `fold` doubled that norm or convolution."""
+        self.replaced: nn.Module | None = None
+        """The module whose place the gate took; not a child, so not in the state dict."""
+
+
+def keep_record(gate: nn.Module, record: Record) -> None:
+    """Store ``record`` on ``gate`` as a plain attribute: it is copied and pickled, and no part of the state dict."""
+    vars(gate)["attachment"] = record
+
+
+def read_record(module: nn.Module) -> Record | None:
+    """Return the record that ``module`` carries if it is an attached gate."""
+    record: object = vars(module).get("attachment")
+    return record if isinstance(record, Record) else None
+
+
+def is_folded(gate: nn.Module, record: Record) -> bool:
+    """Return whether the layer before ``gate`` is doubled now: `fold` did it, and no file with a gain was loaded."""
+    return record.doubled and cast(float, gate.gain) == 1

@@ -1,0 +1,220 @@
+"""How an attached gate acts in its block: once for each call of the module at its place, whoever stands there."""
+
+import copy
+import functools
+import pickle
+import subprocess
+import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrizations, parametrize
+from torchvision.models import resnet18, vgg11
+
+import ecanet
+from ecanet.errors import AttachError
+
+IMAGES = torch.rand(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Module):
+    """A residual block whose forward looks at its norm, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.seen = ()
+
+    def forward(self, x):
+        self.seen = (isinstance(self.norm, nn.BatchNorm2d), getattr(self.norm, "num_features", None), bool(self.norm))
+        return x + self.norm(self.conv2(self.conv1(x).relu()))
+
+    def forward_twice(self, x):
+        return x + 2 * self.norm(self.conv2(self.conv1(x).relu()))
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x):
+        return self.block(x)
+
+
+def trained(model=None):
+    """Return an attached network whose gates do something."""
+    torch.manual_seed(0)
+    model = ecanet.attach((model or Network()).eval())
+    for site in ecanet.attached(model):
+        nn.init.normal_(model.get_submodule(site.name).conv.weight)
+    return model
+
+
+def by_hand(block, x, factor=1):
+    """Compute the block from its parts, with the gate in its place."""
+    return x + factor * block.eca(block.norm(block.conv2(block.conv1(x).relu())))
+
+
+def test_the_block_sees_its_gated_norm_and_others_see_the_norm():
+    model = trained()
+    block = model.block
+    assert torch.equal(model(IMAGES), by_hand(block, IMAGES))
+    assert block.seen == (True, 8, True)
+    assert type(block.norm) is nn.BatchNorm2d
+    assert not block.norm._forward_hooks
+    assert isinstance(block, Block)
+    assert type(block).__name__ == "Block"
+    assert "eca" in dict(block.named_children())
+
+
+def test_another_gate_in_the_same_place_acts():
+    model = trained()
+    model.block.eca = copy.deepcopy(model.block.eca).requires_grad_(False)
+    nn.init.normal_(model.block.eca.conv.weight)
+    assert torch.equal(model(IMAGES), by_hand(model.block, IMAGES))
+    model.block.eca = nn.Identity()
+    assert torch.equal(model(IMAGES), by_hand(model.block, IMAGES))
+    del model.block.eca
+    with pytest.raises(AttachError, match="'eca' of Block was deleted"):
+        model(IMAGES)
+    with pytest.raises(AttachError, match=r"'block\.eca' was deleted"):
+        ecanet.attached(model)
+
+
+def test_another_norm_in_the_same_place_is_gated():
+    model = trained()
+    model.block.norm = nn.GroupNorm(2, 8)
+    assert torch.equal(model(IMAGES), by_hand(model.block, IMAGES))
+
+
+def test_a_new_forward_sees_the_gate():
+    model = trained()
+    model.block.forward = model.block.forward_twice
+    assert torch.equal(model(IMAGES), by_hand(model.block, IMAGES, 2))
+    model.block.forward = types.MethodType(Block.forward, model.block)
+    assert torch.equal(model(IMAGES), by_hand(model.block, IMAGES))
+    del model.block.forward
+    before, calls = model.block.forward, []
+
+    @functools.wraps(before)
+    def counted(*args):
+        calls.append(1)
+        return before(*args)
+
+    model.block.forward = counted
+    assert torch.equal(model(IMAGES), by_hand(model.block, IMAGES))
+    assert calls == [1]
+
+
+def test_a_new_forward_that_would_lose_the_gate_is_refused():
+    model = trained()
+    block = model.block
+    with pytest.raises(AttachError, match="would leave out its attached gates"):
+        block.forward = lambda x: x + block.norm(x)
+
+
+def test_a_patched_class_is_gated(monkeypatch):
+    model = trained()
+    monkeypatch.setattr(Block, "forward", Block.forward_twice)
+    assert torch.equal(model(IMAGES), by_hand(model.block, IMAGES, 2))
+
+
+def test_threads_and_exceptions_leave_each_call_one_gate():
+    model = trained()
+    with pytest.raises(RuntimeError):
+        model(IMAGES[:, :3])
+    with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: model(IMAGES), range(32)))
+    assert all(torch.equal(y, results[0]) for y in results)
+    replica = model.block._replicate_for_data_parallel()
+    replica.norm = nn.Identity()  # a replica is another block
+    assert torch.equal(model(IMAGES), by_hand(model.block, IMAGES))
+    assert torch.equal(replica(IMAGES), by_hand(replica, IMAGES))
+
+
+def test_copies_and_pickles_are_blocks_of_their_own(tmp_path):
+    model = trained()
+    expected = model(IMAGES)
+    for other in (copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(IMAGES), expected)
+        assert len(ecanet.attached(other)) == 1
+    other = copy.deepcopy(model)
+    other.block.norm = nn.Identity()
+    assert torch.equal(model(IMAGES), expected)
+    assert torch.equal(other(IMAGES), by_hand(other.block, IMAGES))
+    torch.save(trained(resnet18()), tmp_path / "model.pt")
+    code = f"""if True:
+        import torch
+        model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+        import ecanet
+        print(len(ecanet.attached(model)), model(torch.ones(1, 3, 64, 64)).double().sum().item())"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    model = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert printed == ["8", str(model(torch.ones(1, 3, 64, 64)).double().sum().item())]
+
+
+def test_parametrizations_added_later_are_seen():
+    model = trained()
+    parametrizations.weight_norm(model.block.conv2)
+    parametrize.register_parametrization(model.block.norm, "weight", nn.Softplus())
+    assert torch.equal(model(IMAGES), by_hand(model.block, IMAGES))
+    parametrizations.spectral_norm(model.block.eca.conv)
+    assert torch.equal(model(IMAGES), by_hand(model.block, IMAGES))
+
+
+def test_a_traced_block_calls_the_gate_once():
+    model = trained()
+    graph = fx.symbolic_trace(model)
+    assert list(graph.state_dict()) == list(model.state_dict())
+    assert torch.equal(graph(IMAGES), model(IMAGES))
+    nn.init.zeros_(model.block.eca.conv.weight)  # shared with the graph
+    assert torch.equal(graph(IMAGES), model(IMAGES))
+    block = fx.symbolic_trace(model.block)
+    assert torch.equal(block(IMAGES), model(IMAGES))
+
+
+def test_torchscript_is_refused_at_once():
+    with pytest.raises(AttachError, match=r"torch\.jit\.script cannot read the gates attached to Block"):
+        torch.jit.script(trained())
+
+
+# containers
+
+
+def test_gates_are_no_entries_of_containers():
+    convolutional = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    for model, image in ((convolutional, IMAGES), (vgg11().features, torch.rand(1, 3, 32, 32))):
+        length, plain = len(model), model.eval()(image)
+        ecanet.attach(model, example=image)
+        assert len(model) == length
+        assert torch.equal(model(image), plain)
+        sites = ecanet.attached(model)
+        assert [site.name for site in sites] == [f"{site.after}.eca" for site in sites]
+
+
+def test_the_children_of_a_network_keep_their_gates():
+    model = trained(vgg11())
+    image = torch.rand(1, 3, 32, 32)
+    features = nn.Sequential(*list(model.children())[:-1])
+    assert torch.equal(features(image), model.avgpool(model.features(image)))
+    assert len(ecanet.attached(features)) == 5
+    assert len(ecanet.attached(model.features[:6])) == 2
+
+
+class RunsItsChildren(nn.Module):
+    """A residual block that runs whatever children it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.act, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        y = x
+        for module in self.children():
+            y = module(y)
+        return x + y
