@@ -9,7 +9,7 @@ from torch import nn
 from ecanet.attention import AttentionKind, AttentionLike, find_attention
 from ecanet.errors import AttachError
 from ecanet.models import KernelSizes
-from ecanet.surgery.build import build_gates, check_kernel_options
+from ecanet.surgery.build import build_gates, check_kernel_options, isolate_building
 from ecanet.surgery.example import record_run
 from ecanet.surgery.folding import fold
 from ecanet.surgery.gates import find_gates
@@ -40,6 +40,7 @@ def attach(
     Outputs stay the same bit for bit, in training too, until the gates are trained. Make the optimizer *after* this
     call: an older one does not know the gates, so they would never train. No existing tensor, key or module changes.
     Each gate is a child of its block (``layer1.0.eca.conv.weight``). `attached` lists the gates, `detach` removes them.
+    Random states are left as they were, so a seeded run sees the same data with and without gates.
 
     Args:
         model: any convolutional network that runs. Where there are no residual branches (VGG), the end of each stage
@@ -51,8 +52,9 @@ def attach(
             inside it; one without branches gets a gate on its own output.
         replace: "se" puts the gates in the place of the network's squeeze-excite modules. "eca" converts the ECA
             modules of timm, of the authors and pasted ones into this library's, with their weights.
-        preserve: False leaves the gates as initialised (the paper's form), so outputs change. None means True, except
-            where ``replace`` removes a trained gate of another kind, which cannot be lossless.
+        preserve: False leaves the gates as initialised (the paper's form), so outputs change. Their values follow from
+            the random state, as those of any layer (``torch.manual_seed``). None means True, except where ``replace``
+            removes a trained gate of another kind, which cannot be lossless.
         example: an input, a tuple of inputs or a dictionary of keyword inputs, for models that do not take a random
             image. The model runs once on it, in evaluation mode; training flags, buffers and random states are
             restored.
@@ -77,15 +79,16 @@ def attach(
     kind.check(options, inspect.signature(attach).parameters)
     check_kernel_options(kind, kernel_sizes, options)
     trace = record_run(model, example)
-    if replace is not None:
-        replace_modules(model, trace, replace, kind, where, preserve, kernel_sizes, options)
-        return model
-    lossless = preserve is not False
-    sites = Finder(model, trace).find(where)
-    refuse_twice(model, sites, kind)
-    gates = build_gates(kind, sites, kernel_sizes, options, lossless=lossless)
-    for site, gate in zip(sites, gates, strict=True):
-        insert(model, site, kind, gate, lossless=lossless)
+    with isolate_building(model):
+        if replace is not None:
+            replace_modules(model, trace, replace, kind, where, preserve, kernel_sizes, options)
+            return model
+        lossless = preserve is not False
+        sites = Finder(model, trace).find(where)
+        refuse_twice(model, sites, kind)
+        gates = build_gates(kind, sites, kernel_sizes, options, lossless=lossless)
+        for site, gate in zip(sites, gates, strict=True):
+            insert(model, site, kind, gate, lossless=lossless)
     return model
 
 
@@ -126,7 +129,7 @@ def attached(model: nn.Module) -> Report:
     Raises:
         AttachError: a gate is no longer reachable, because a module was removed or replaced after `attach`.
     """
-    return Report(describe(name, gate, record) for name, gate, record in find_gates(model))
+    return Report(describe(model, name, gate, record) for name, gate, record in find_gates(model))
 
 
 def check_arguments(model: object, attention: AttentionLike, where: object, preserve: object) -> AttentionKind:

@@ -1,6 +1,7 @@
 """Build the gates of the sites: their kernel sizes and options, their neutral form, and a trial of your own classes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -21,6 +22,22 @@ def check_kernel_options(kind: AttentionKind, kernel_sizes: KernelSizes, options
         check_no_kernel_sizes(kind, kernel_sizes)
     elif kernel_sizes != "adaptive" and "kernel_size" in options:
         raise ConfigError("give kernel_sizes= (per stage) or kernel_size= (for all), not both")
+
+
+@contextmanager
+def isolate_building(model: nn.Module) -> Generator[None]:
+    """Run the body, which builds gates for ``model``, so that only the gates remain of it.
+
+    Random states are restored; the gates' first values follow from them. The gates are no inference tensors, which
+    could never be trained. They are built on the CPU: the default device may be "meta", or draw other numbers.
+    """
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with (
+        torch.inference_mode(False),
+        torch.device("cpu"),
+        torch.random.fork_rng(devices=list(devices)),  # pyright: ignore[reportUnknownMemberType]
+    ):
+        yield
 
 
 def build_gates(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ecanet.attention import ChannelAttention
-from ecanet.surgery.records import Record, is_folded
+from ecanet.surgery.records import Record, is_folded, read_record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,12 +41,15 @@ class Report(list[AttachedSite]):
         return "\n".join(line.rstrip() for line in lines)
 
 
-def describe(name: str, gate: nn.Module, record: Record) -> AttachedSite:
-    """Return the row of one gate."""
+def describe(model: nn.Module, name: str, gate: nn.Module, record: Record) -> AttachedSite:
+    """Return the row of one gate of ``model``."""
     keeper = name.rpartition(".")[0]
-    note = "" if record.lossless else "outputs changed when attached"
-    if record.replaced is not None:
-        note = f"in place of {type(record.replaced).__name__}" + (f"; {note}" if note else "")
+    notes = [
+        "" if record.replaced is None else f"in place of {type(record.replaced).__name__}",
+        "" if record.lossless else "outputs changed when attached",
+        "folded" if is_folded(gate, record) else "",
+        "in a frozen block; trains" if trains_alone(model.get_submodule(keeper), gate) else "",
+    ]
     return AttachedSite(
         name=name,
         channels=record.channels,
@@ -54,17 +57,29 @@ def describe(name: str, gate: nn.Module, record: Record) -> AttachedSite:
         kernel_size=getattr(gate, "kernel_size", None),
         parameters=sum(p.numel() for p in gate.parameters()),
         after=name if record.mode == "replace" else f"{keeper}.{record.target}".strip("."),
-        note="; ".join(filter(None, (note, "folded" if is_folded(gate, record) else ""))),
+        note="; ".join(filter(None, notes)),
     )
+
+
+def trains_alone(block: nn.Module, gate: nn.Module) -> bool:
+    """Return whether ``gate`` is trained in a ``block`` whose own parameters are all frozen (and that has some)."""
+    gates = [module for module in block.modules() if read_record(module) is not None]
+    inside = {id(p) for module in gates for p in module.parameters()}
+    own = [p for p in block.parameters() if id(p) not in inside]
+    frozen = bool(own) and not any(p.requires_grad for p in own)
+    return frozen and any(p.requires_grad for p in gate.parameters())
 
 
 @torch.no_grad()
 def measure_change(gate: nn.Module, record: Record) -> float:
     """Return how far ``gate`` is from the identity: the largest |gate - 1| over standard normal channel means.
 
-    For an attention that is no `ChannelAttention`, it is the largest change of a standard normal input.
+    For an attention that is no `ChannelAttention`, it is the largest change of a standard normal input. It is 0 on the
+    meta device, where there are no values.
     """
     like = next((p for p in gate.parameters()), torch.empty(0))
+    if like.is_meta:
+        return 0.0
     generator = torch.Generator().manual_seed(0)
     if isinstance(gate, ChannelAttention):
         means = torch.randn((64, record.channels), generator=generator).to(like.device)
