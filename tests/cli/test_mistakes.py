@@ -1,11 +1,14 @@
 """A mistake on the command line or in a call is one line with the value and the remedy, and leaves no files behind."""
 
+import json
+
 import pytest
 import timm
 import torch
 import torchvision
 
 import ecanet as library
+from ecanet.cli.options import print_json
 from ecanet.errors import AttachError, ConfigError
 from ecanet.studies import cost
 
@@ -120,3 +123,23 @@ def test_cost_shows_no_attention_name_for_timms_networks():
     row = cost.make_table(["resnet18", "timm:resnet18"], attentions=["eca"])
     assert [r["attention"] for r in row] == ["eca", ""]
     assert row[1]["parameters"] == sum(p.numel() for p in timm.create_model("resnet18").parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("command", ["eval FILE", "predict FILE picture.png --json", "predict FILE picture.png"])
+def test_weights_that_are_not_finite_are_refused(ecanet, tmp_path, command, value):
+    model = library.create_model("resnet8", num_classes=10, in_channels=1)
+    torch.nn.init.constant_(model.layer2[0].bn1.weight, value)
+    torch.save(model.state_dict(), tmp_path / "FILE")
+    torchvision.io.write_png(torch.zeros(1, 8, 8, dtype=torch.uint8), str(tmp_path / "picture.png"))
+    code, out, err = ecanet(*command.split(), "--model", "resnet8", "--data", "digits", "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert "1 of its tensors hold NaN or infinity, first 'layer2.0.bn1.weight'" in err
+
+
+def test_json_holds_no_nan(capsys):
+    print_json({"loss": float("nan"), "rows": [(1.5, float("-inf"), None), "NaN"]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "loss": None,
+        "rows": [[1.5, None, None], "NaN"],
+    }

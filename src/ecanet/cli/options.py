@@ -98,5 +98,7 @@ def report_unreadable(problem: DataError, on_corrupt: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print ``value`` as indented JSON on standard output."""
-    print(json.dumps(value, indent=2))
+    """Print ``value`` as indented JSON on standard output; JSON has no NaN and no infinity, so they become null."""
+    # Python writes NaN and Infinity, and calls parse_constant for them when it reads.
+    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    print(json.dumps(plain, indent=2))

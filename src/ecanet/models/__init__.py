@@ -1,17 +1,19 @@
 """Networks with an attention slot in every block.
 
-Read downward: `detection` (detectors over these networks), `factory` (`create_model`), `checkpoints` (reads other
-people's files), `mobilenet`, `resnet` (the networks), `network` (timm's interface), `execution` (runs a residual
-block), `block` (what it is made of), `placement` (attentions that stand elsewhere), `slots` (which attention a block
-holds), `kernel_sizes` (the one table of the released sizes).
+Read downward: `detection` (detectors over these networks), `factory` (`create_model`), `checkpoints` (loads other
+people's files), `matching` (finds a network's tensors in them), `files` (reads them without running code), `mobilenet`,
+`resnet` (the networks), `network` (timm's interface), `execution` (runs a residual block), `block` (what it is made
+of), `placement` (attentions that stand elsewhere), `slots` (which attention a block holds), `kernel_sizes` (the one
+table of the released sizes).
 """
 
 from typing import TYPE_CHECKING
 
 from ecanet.models.block import DescribesItself, Layer, Parts, describe, gate_of, runnable_parts
-from ecanet.models.checkpoints import LoadReport, load_checkpoint, load_state_dict, read_file, rename
+from ecanet.models.checkpoints import LoadReport, load_checkpoint, load_state_dict, rename
 from ecanet.models.execution import Stage, call, is_eager, run
 from ecanet.models.factory import create_model, list_models
+from ecanet.models.files import read_file
 from ecanet.models.kernel_sizes import KernelSizes, check_no_kernel_sizes, find_release, resolve_kernel_sizes
 from ecanet.models.network import FeatureInfo, FeatureNetwork, Network
 from ecanet.models.resnet import LAYERS

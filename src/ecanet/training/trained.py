@@ -180,10 +180,16 @@ def _restore_task(path: Path, recipe: Recipe, spec: DataSpec) -> tasks.Task:
     """Return the task of ``recipe`` with the weights of the checkpoint ``path``.
 
     Raises:
-        CheckpointError: the weights do not fit the network. Gates that the file does not have are allowed.
+        CheckpointError: the weights do not fit the network, or are not finite. Gates that the file does not have are
+            allowed.
     """
     task = tasks.build(recipe, spec)
     report = load_checkpoint(task.model, path)
+    if report.not_finite:
+        raise CheckpointError(
+            f"{path}: {len(report.not_finite)} of its tensors hold NaN or infinity, first {report.not_finite[0]!r}; "
+            f"take an earlier checkpoint"
+        )
     gates = tuple(f"{name}." for name in report.neutral)
     names = (*report.mismatched, *report.missing, *report.unexpected)
     if different := [name for name in names if not name.startswith(gates)]:
