@@ -179,9 +179,9 @@ def check_archive(path: Path) -> None:
             )
         pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
         if sum(entry.file_size for entry in pickles) > LARGEST_PICKLE:
-            raise too_large(path)
+            raise make_size_error(path)
         if any(name in archive.read(entry) for entry in pickles for name in REFUSED):
-            raise refused_name(path)
+            raise make_name_error(path)
 
 
 class LimitedReader(io.BufferedReader):
@@ -202,7 +202,7 @@ class LimitedReader(io.BufferedReader):
         """Return the next line, part of a class's name, and count it."""
         line = super().readline(LARGEST_PICKLE if size is None or size < 0 else size)
         if any(name in line for name in REFUSED):
-            raise refused_name(Path(self.name))
+            raise make_name_error(Path(self.name))
         self.count(line)
         return line
 
@@ -214,10 +214,10 @@ class LimitedReader(io.BufferedReader):
         """
         self.total += len(data)
         if self.total > LARGEST_PICKLE:
-            raise too_large(Path(self.name))
+            raise make_size_error(Path(self.name))
 
 
-def too_large(path: Path) -> CheckpointError:
+def make_size_error(path: Path) -> CheckpointError:
     """Return the error for a file whose pickles are too large."""
     return CheckpointError(
         f"{path} holds more than {LARGEST_PICKLE:,} bytes beside its tensors; save only the network's state dict "
@@ -225,7 +225,7 @@ def too_large(path: Path) -> CheckpointError:
     )
 
 
-def refused_name(path: Path) -> CheckpointError:
+def make_name_error(path: Path) -> CheckpointError:
     """Return the error for a file that uses a name in `REFUSED`."""
     return CheckpointError(
         f"{path} was not loaded, since it may allocate all memory (a bytearray or a tensor of another device); save "
