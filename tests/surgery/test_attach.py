@@ -395,7 +395,16 @@ def test_a_failed_attach_leaves_the_model_alone():
 
 def test_report_prints_as_a_table():
     text = str(ecanet.attached(ecanet.attach(models.resnet50(), kernel_sizes="official")))
-    assert text.splitlines()[0].split() == ["name", "after", "channels", "attention", "k", "parameters", "note"]
+    assert text.splitlines()[0].split() == [
+        "name",
+        "after",
+        "channels",
+        "attention",
+        "k",
+        "parameters",
+        "calls",
+        "note",
+    ]
     assert text.splitlines()[-1].split() == ["total", "16", "sites", "80"]
 
 

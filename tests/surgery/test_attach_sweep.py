@@ -57,6 +57,10 @@ def test_a_wrong_gate_is_noticed(monkeypatch):
     monkeypatch.setattr(ecanet.ECA, "neutralize", lambda self: setattr(self, "gain", 2.002))
     row = sweep.run_case("others", "signals")
     assert row["result"] == "fail"
+    assert "the outputs of Sequential would change" in row["cause"]
+    monkeypatch.setattr(ecanet.surgery.proof.Insertion, "prove", lambda self: None)
+    row = sweep.run_case("others", "signals")
+    assert row["result"] == "fail"
     assert "outputs differ" in row["cause"]
 
 

@@ -4,6 +4,7 @@ import inspect
 import warnings
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from ecanet.attention import AttentionKind, AttentionLike, find_attention
@@ -13,9 +14,17 @@ from ecanet.surgery.build import build_gates, check_kernel_options, isolate_buil
 from ecanet.surgery.example import record_run
 from ecanet.surgery.folding import fold
 from ecanet.surgery.gates import find_gates
-from ecanet.surgery.insertion import insert, refuse_twice, remove
+from ecanet.surgery.insertion import refuse_twice, remove
+from ecanet.surgery.proof import Insertion
 from ecanet.surgery.replace import replace_modules
-from ecanet.surgery.report import AttachedSite, Report, describe, measure_change
+from ecanet.surgery.report import (
+    AttachedSite,
+    Report,
+    describe,
+    get_left_out,
+    measure_change,
+    remember_left_out,
+)
 from ecanet.surgery.sites import Finder, Where
 from ecanet.surgery.wrapped import refuse_wrapped
 
@@ -32,6 +41,7 @@ def attach(
     replace: str | None = None,
     preserve: bool | None = None,
     example: object = None,
+    verify: bool = True,
     kernel_sizes: KernelSizes = "adaptive",
     **options: object,
 ) -> Model:
@@ -58,6 +68,9 @@ def attach(
         example: an input, a tuple of inputs or a dictionary of keyword inputs, for models that do not take a random
             image. The model runs once on it, in evaluation mode; training flags, buffers and random states are
             restored.
+        verify: True runs the model once more on the example and proves that each gate acts as often as its place and
+            that outputs are equal bit for bit. What cannot be proven is left out or refused, and the model is as it
+            was. False saves that run.
         kernel_sizes: as in `ecanet.create_model`: "adaptive" (Eq. 12 on each block's output channels), "official" (the
             released checkpoints'; Eq. 12 where there is none), one integer, or one per stage.
         options: the attention's own (``kernel_size=3``, ``reduction=8``).
@@ -71,7 +84,7 @@ def attach(
 
     Raises:
         AttachError: there is nowhere to attach, the model cannot take gates now (compiled, DDP), or ``preserve=True``
-            cannot be kept.
+            cannot be kept. The model is then as it was.
         ConfigError: the attention or an option does not exist or does not fit.
     """
     kind = check_arguments(model, attention, where, preserve)
@@ -79,16 +92,19 @@ def attach(
     kind.check(options, inspect.signature(attach).parameters)
     check_kernel_options(kind, kernel_sizes, options)
     trace = record_run(model, example)
+    lossless = preserve is not False
     with isolate_building(model):
         if replace is not None:
             replace_modules(model, trace, replace, kind, where, preserve, kernel_sizes, options)
             return model
-        lossless = preserve is not False
-        sites = Finder(model, trace).find(where)
+        finder = Finder(model, trace)
+        sites = finder.find(where)
         refuse_twice(model, sites, kind)
         gates = build_gates(kind, sites, kernel_sizes, options, lossless=lossless)
-        for site, gate in zip(sites, gates, strict=True):
-            insert(model, site, kind, gate, lossless=lossless)
+    insertion = Insertion(model, trace, kind, lossless=lossless)
+    with torch.inference_mode(False):  # gates that move to another dtype here must stay trainable
+        insertion.place(sites, gates, verify=verify)
+    remember_left_out(model, [*finder.left_out, *insertion.left_out])
     return model
 
 
@@ -109,6 +125,7 @@ def detach(model: Model) -> Model:
     largest = max(measure_change(gate, record) for _, gate, record in found)
     for name, gate, record in reversed(found):
         remove(model, name, gate, record)
+    remember_left_out(model, [])
     if largest > 0:
         warnings.warn(
             f"detached {len(found)} gates that were not neutral, so outputs change: the largest |gate - 1| was "
@@ -129,7 +146,8 @@ def attached(model: nn.Module) -> Report:
     Raises:
         AttachError: a gate is no longer reachable, because a module was removed or replaced after `attach`.
     """
-    return Report(describe(model, name, gate, record) for name, gate, record in find_gates(model))
+    found = [describe(model, name, gate, record) for name, gate, record in find_gates(model)]
+    return Report(found, get_left_out(model))
 
 
 def check_arguments(model: object, attention: AttentionLike, where: object, preserve: object) -> AttentionKind:

@@ -1,5 +1,6 @@
 """Make an example for a model, and record one run on it that leaves no trace in the model."""
 
+import copy
 import random
 import sys
 from collections.abc import Generator, Iterator, Mapping
@@ -32,18 +33,32 @@ def record_run(model: nn.Module, example: object = None) -> Trace:
     for args, kwargs in iterate_examples(model, example):
         try:
             with preserve_state(model), torch.no_grad(), Recorder() as recorder:
-                for tensor in iterate_tensors((args, kwargs)):
+                copied = copy.deepcopy((args, kwargs))  # a forward may change its input in place
+                for tensor in iterate_tensors(copied):
                     recorder.follow(tensor)
-                model(*args, **kwargs)
+                recorder.trace.output = model(*copied[0], **copied[1])
+            recorder.trace.arguments = args, kwargs
             return recorder.trace
         except Exception as failed:  # a forward may raise anything for a size that it does not take
             error = failed
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    assert error is not None
     given = "the example given" if example is not None else "a random image"
     raise AttachError(
-        f"could not run {type(model).__name__} on {given} ({reason}); pass example=, a tensor, tuple or dict of inputs "
-        f"that the model takes"
+        f"could not run {type(model).__name__} on {given} ({summarize(error)}); pass example=, a tensor, tuple or dict "
+        f"of inputs that the model takes"
     ) from error
+
+
+def run_again(model: nn.Module, trace: Trace) -> object:
+    """Return the output of ``model`` on the example of ``trace``, in evaluation mode; the state of both is restored."""
+    args, kwargs = copy.deepcopy(trace.arguments)
+    with preserve_state(model), torch.no_grad():
+        return model(*args, **kwargs)
+
+
+def summarize(error: Exception) -> str:
+    """Return the first line of ``error``."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def iterate_examples(model: nn.Module, example: object) -> Iterator[Arguments]:

@@ -124,6 +124,8 @@ def pass_gates(block: nn.Module, name: str, x: Tensor) -> Tensor:
     for key, record in vars(block)[RECORDS].items():
         if record.target == name:
             x = pass_gates(block, key, apply_gate(find_gate(block, key), x, record.axis))
+            if record.acts is not None:
+                record.acts += 1
     return x
 
 

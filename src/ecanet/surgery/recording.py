@@ -88,6 +88,10 @@ class Trace:
     calls: list[Call] = field(default_factory=list[Call])
     additions: list[Addition] = field(default_factory=list[Addition])
     values: list[Value] = field(default_factory=list[Value])
+    arguments: tuple[tuple[object, ...], dict[str, object]] = ((), {})
+    """The example: positional and keyword arguments of the model."""
+    output: object = None
+    """The model's output."""
 
     def find_makers(self) -> dict[Value, list[Call]]:
         """Return the calls that made each value; a call that returns its own input (dropout, identity) made nothing."""

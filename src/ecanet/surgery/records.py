@@ -29,6 +29,8 @@ class Record:
         self.lossless = lossless
         self.runs: int | None = None
         """How often the gate ran in one forward of the example when attach proved it; None without a proof."""
+        self.acts: int | None = None
+        """How often the gate was called behind its target; counted during the proof only, else None."""
         self.note = ""
         """What the report says about this gate besides."""
         self.affine: str | None = None

@@ -1,6 +1,8 @@
 """The list of attached gates, which prints as a table."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -23,22 +25,55 @@ class AttachedSite:
     parameters: int
     after: str
     """Name of the module on whose output the gate acts, or whose place it took."""
+    calls: int | None = None
+    """How often the gate ran in one forward of the example, which is as often as its place; None without a proof."""
     note: str = ""
 
 
 class Report(list[AttachedSite]):
     """The attached gates; prints as a table."""
 
+    def __init__(self, sites: Iterable[AttachedSite] = (), left_out: Iterable[tuple[str, str]] = ()):
+        super().__init__(sites)
+        self.left_out = list(left_out)
+        """The modules that end a branch and got no gate, each with the reason."""
+
     def __str__(self) -> str:
-        head = ("name", "after", "channels", "attention", "k", "parameters", "note")
+        head = ("name", "after", "channels", "attention", "k", "parameters", "calls", "note")
         rows = [
-            (s.name, s.after, str(s.channels), s.attention, str(s.kernel_size or "-"), str(s.parameters), s.note)
-            for s in self
+            (
+                site.name,
+                site.after,
+                str(site.channels),
+                site.attention,
+                str(site.kernel_size or "-"),
+                str(site.parameters),
+                "-" if site.calls is None else str(site.calls),
+                site.note,
+            )
+            for site in self
         ]
-        total = ("total", "", "", f"{len(self)} sites", "", str(sum(s.parameters for s in self)), "")
+        total = ("total", "", "", f"{len(self)} sites", "", str(sum(s.parameters for s in self)), "", "")
         widths = [max(map(len, column)) for column in zip(head, *rows, total, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (head, *rows, total)]
+        lines += [f"left out: {name} ({reason})" for name, reason in self.left_out]
         return "\n".join(line.rstrip() for line in lines)
+
+
+LEFT_OUT = "_sites_left_out"
+"""Attribute of the model to which gates were attached: the modules that got none."""
+
+
+def remember_left_out(model: nn.Module, left_out: list[tuple[str, str]]) -> None:
+    """Keep in ``model`` which modules got no gate, each with the reason, for its report."""
+    vars(model).pop(LEFT_OUT, None)
+    if left_out:
+        vars(model)[LEFT_OUT] = left_out
+
+
+def get_left_out(model: nn.Module) -> list[tuple[str, str]]:
+    """Return the modules of ``model`` that got no gate, each with the reason."""
+    return cast("list[tuple[str, str]]", vars(model).get(LEFT_OUT, []))
 
 
 def describe(model: nn.Module, name: str, gate: nn.Module, record: Record) -> AttachedSite:
@@ -57,6 +92,7 @@ def describe(model: nn.Module, name: str, gate: nn.Module, record: Record) -> At
         kernel_size=getattr(gate, "kernel_size", None),
         parameters=sum(p.numel() for p in gate.parameters()),
         after=name if record.mode == "replace" else f"{keeper}.{record.target}".strip("."),
+        calls=record.runs,
         note="; ".join(filter(None, notes)),
     )
 

@@ -52,6 +52,8 @@ class Finder:
         self.model = model
         self.names = {module: name for name, module in list_modules(model)}
         self.makers = trace.find_makers()
+        self.left_out: list[tuple[str, str]] = []
+        """Modules that end a branch and can hold no gate, each with the reason."""
 
     def find(self, where: Where | None) -> list[Site]:
         """Return the sites that ``where`` selects (None: all), in the order in which the network runs.
