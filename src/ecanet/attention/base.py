@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ class Attention(nn.Module):
 
     channels: int
     """Number of channels C, axis 1 of the input."""
+
+    fits_any_width: ClassVar[bool] = False
+    """True if no weight belongs to a channel: after pruning such a module goes on when `channels` is set anew."""
 
     if TYPE_CHECKING:
 
@@ -33,16 +36,33 @@ class Attention(nn.Module):
             f"{type(self).__name__} defines no neutralize(), so it cannot be inserted losslessly; pass preserve=False"
         )
 
-    def check_channels(self, x: Tensor) -> None:
-        """Check that axis 1 of ``x`` has this module's channels; a tensor traced by torch.fx passes.
+    def check_float(self, x: Tensor) -> None:
+        """Check that ``x`` is not quantized, as the tensors of a network are after `torch.ao.quantization.convert`.
 
         Raises:
-            ConfigError: it has another number of channels.
+            ConfigError: it is.
         """
-        if not ops.is_traced(x) and x.dim() >= 2 and x.shape[1] != self.channels:
+        if not ops.is_traced(x) and x.is_quantized:
+            raise ConfigError(
+                f"{type(self).__name__} runs in float, got a quantized tensor ({x.dtype}); put a DeQuantStub before "
+                f"and a QuantStub after it, or quantize with PT2E (torch.export)"
+            )
+
+    def check_channels(self, x: Tensor) -> None:
+        """Check that axis 1 of ``x`` has this module's channels, in float; a tensor traced by torch.fx passes.
+
+        Raises:
+            ConfigError: it has another number of channels, or is quantized.
+        """
+        if ops.is_traced(x):
+            return
+        self.check_float(x)
+        if x.dim() >= 2 and x.shape[1] != self.channels:
+            remedy = f"set its channels to {x.shape[1]}" if self.fits_any_width else "prune its weights too"
             raise ConfigError(
                 f"{type(self).__name__}(channels={self.channels}) got {x.shape[1]} channels "
-                f"(shape {tuple(x.shape)}); channels are axis 1"
+                f"(shape {tuple(x.shape)}); channels are axis 1; if the network was pruned, {remedy}, or detach and "
+                f"attach again"
             )
 
 

@@ -84,6 +84,8 @@ class ECA(ChannelAttention):
         ConfigError: an even or non-positive ``kernel_size``, or a ``padding_mode`` other than zeros and circular.
     """
 
+    fits_any_width = True
+
     def __init__(
         self,
         channels: int,
@@ -115,8 +117,8 @@ class ECA(ChannelAttention):
         if ops.is_jit_tracing() or torch.compiler.is_exporting():
             return F.conv1d(p[:, None], self.conv.weight.to(p.dtype), padding=r).squeeze(1).sigmoid()
         # Outside of tracing, use a matrix product over k taps: the weight gradient of F.conv1d is slow on a CPU.
-        padded = F.pad(p, (r, r))
-        return (padded.unfold(1, self.kernel_size, 1) @ self.conv.weight[0].to(p.dtype).mT)[..., 0].sigmoid()
+        kernel = self.conv.weight[0].to(p.dtype).transpose(-2, -1)  # k 1
+        return (F.pad(p, (r, r)).unfold(1, self.kernel_size, 1) @ kernel)[..., 0].sigmoid()
 
     def last_parameters(self) -> Iterable[Tensor]:
         """Return the kernel."""
@@ -175,6 +177,8 @@ class SE(ChannelAttention):
 
 class SEVar1(ChannelAttention):
     """SE-Var1: ``sigmoid(p)``, without parameters."""
+
+    fits_any_width = True
 
     def gate(self, p: Tensor) -> Tensor:
         """Return the sigmoid of the means."""

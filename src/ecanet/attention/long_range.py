@@ -49,10 +49,10 @@ class NonLocal(Attention):
         """
         check_input(self, x, mask)
         points = flatten_positions(x, mask)  # N C L
-        query, key, value = self.theta(points).mT, self.phi(points).mT, self.g(points).mT  # N L C/2
+        query, key, value = (layer(points).transpose(-2, -1) for layer in (self.theta, self.phi, self.g))  # N L C/2
         keep = make_key_mask(points, mask)
         seen = F.scaled_dot_product_attention(query, key, value, attn_mask=keep, scale=1.0)
-        return x + self.out(seen.mT).reshape(x.shape).to(x.dtype)
+        return x + self.out(seen.transpose(-2, -1)).reshape(x.shape).to(x.dtype)
 
     def neutralize(self) -> None:
         """Make this module the identity: zero the last layer, so that nothing is added."""
@@ -62,7 +62,7 @@ class NonLocal(Attention):
 @ops.record_as_one_node
 def make_key_mask(points: Tensor, mask: Tensor | None) -> Tensor | None:
     """Return the mask (N, 1, L) to add to the logits of the keys in ``points`` (N, C, L)."""
-    return None if mask is None else mask_logits(points.new_zeros(len(points), 1, points.shape[2]), mask)
+    return None if mask is None else mask_logits(points.new_zeros(points.shape[0], 1, points.shape[2]), mask)
 
 
 class DoubleAttention(Attention):
@@ -97,7 +97,7 @@ class DoubleAttention(Attention):
         check_input(self, x, mask)
         points = flatten_positions(x, mask)  # N C L
         where = mask_logits(self.gather(points), mask).softmax(-1)  # N n L: one map over positions for each descriptor
-        descriptors = self.features(points) @ where.mT  # N m n
+        descriptors = self.features(points) @ where.transpose(-2, -1)  # N m n
         z = descriptors @ self.distribute(points).softmax(1)  # N m L: each position mixes the descriptors
         return x + self.out(z).reshape(x.shape).to(x.dtype)
 
@@ -153,6 +153,7 @@ class AugmentedConv2d(Attention):
             return self._augment(x)
         if mask is not None:
             raise ConfigError("an attention-augmented convolution takes no mask")
+        self.check_float(x)
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ConfigError(f"AugmentedConv2d takes (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
         return self._augment(x)
@@ -200,24 +201,35 @@ def attend(qkv: Tensor, rows: Tensor, columns: Tensor, heads: int) -> Tensor:
     by_row = torch.einsum("nhyxd,yjd->nhyxj", grid, look_up_offsets(rows, height))
     by_column = torch.einsum("nhyxd,xjd->nhyxj", grid, look_up_offsets(columns, width))
     position = (by_row[..., :, None] + by_column[..., None, :]).flatten(4).flatten(2, 3)  # N h L L
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=position * depth**-0.5)
-    return cast(Tensor, attended.mT.flatten(1, 2).unflatten(2, (height, width)))
+    if not ops.is_jit_tracing() and query.shape[0] == 0:
+        # PyTorch's fused attention gives the mask no gradient then, and DDP would wait for it.
+        weights = (query @ key.transpose(-2, -1) + position).softmax(-1)
+        attended = weights @ value
+    else:
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=position * depth**-0.5)
+    return cast(Tensor, attended.transpose(-2, -1).flatten(1, 2).unflatten(2, (height, width)))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """Return ``x`` (N, heads d, H, W) as one sequence of L = H W vectors for each head: (N, heads, L, d)."""
-    return cast(Tensor, x.flatten(2).unflatten(1, (heads, -1))).mT
+    return cast(Tensor, x.flatten(2).unflatten(1, (heads, -1))).transpose(-2, -1)
 
 
 @ops.record_as_one_node
 def resize_like(x: Tensor, like: Tensor) -> Tensor:
-    """Return ``x`` resized bilinearly to the height and width of ``like``."""
-    if x.shape[2:] == like.shape[2:]:
+    """Return ``x`` resized bilinearly to the height and width of ``like``, channels-last where ``like`` is.
+
+    `torch.cat` of a contiguous and a channels-last tensor would be contiguous.
+    """
+    if x.shape[2:] != like.shape[2:]:
+        x = F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+    if ops.find_mode_obstacle() is not None:  # torch.func cannot ask for the layout
         return x
-    return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    return x.contiguous(memory_format=torch.channels_last) if last else x
 
 
 def look_up_offsets(table: Tensor, size: int) -> Tensor:
     """Return ``table[j - i]`` for every i and j below ``size``: (2 * LARGEST - 1, d) -> (size, size, d)."""
     at = torch.arange(size, device=table.device)
-    return table[at[None, :] - at[:, None] + len(table) // 2]
+    return table[at[None, :] - at[:, None] + table.shape[0] // 2]

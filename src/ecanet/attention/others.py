@@ -93,7 +93,7 @@ class GlobalContext(Attention):
         check_input(self, x, mask)
         points = flatten_positions(x, mask)  # N C L
         weights = mask_logits(self.key(points), mask).softmax(-1)  # N 1 L
-        context = (points @ weights.mT)[..., 0]  # N C
+        context = (points @ weights.transpose(-2, -1))[..., 0]  # N C
         update = self.fc2(self.norm(self.fc1(context)).relu())
         return add_everywhere(x, update)
 
@@ -155,7 +155,7 @@ def compute_covariance(z: Tensor, mask: Tensor | None = None) -> Tensor:
     inside = z.new_ones(z.shape[0], 1, z.shape[2]) if mask is None else mask.flatten(1)[:, None].to(z.dtype)
     count = inside.sum(-1, keepdim=True).clamp(min=1)
     centred = (z - (z * inside).sum(-1, keepdim=True) / count) * inside
-    return centred @ centred.mT / count
+    return centred @ centred.transpose(-2, -1) / count
 
 
 @ops.record_as_one_node
@@ -197,8 +197,8 @@ def check_input(module: Attention, x: Tensor, mask: Tensor | None, ranks: tuple[
     """
     if ops.is_traced(x):  # its rank and shape are not known
         return
-    ops.check_input(x, mask)
     module.check_channels(x)
+    ops.check_input(x, mask)
     if x.dim() not in ranks:
         raise ConfigError(f"{type(module).__name__} takes (N, C, H, W), got shape {tuple(x.shape)}")
 

@@ -18,6 +18,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ecanet.errors import ConfigError
 from ecanet.ops import lean, proof, reference, tail
@@ -231,6 +232,8 @@ def find_mode_obstacle() -> str | None:
         return None
     if is_jit_tracing():
         return "a traced graph consists of PyTorch's operations"
+    if get_proxy_mode() is not None:
+        return "make_fx records PyTorch's operations, and those with out= have no gradients"
     if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage]
         return "torch.func transforms support PyTorch's operations only"
     if forward_ad._current_level >= 0:  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
