@@ -25,7 +25,8 @@ from ecanet.surgery.report import (
     measure_change,
     remember_left_out,
 )
-from ecanet.surgery.sites import Finder, Where
+from ecanet.surgery.selection import Where
+from ecanet.surgery.sites import Finder
 from ecanet.surgery.wrapped import refuse_wrapped
 
 __all__ = ["AttachedSite", "Report", "attach", "attached", "detach", "fold"]

@@ -5,17 +5,17 @@ may pass at most one convolution and no activation; the branch passes an activat
 count: RepVGG's (no activation), HRNet's (no common ancestor) and Res2Net's (another slice of the tensor).
 """
 
-from ecanet.surgery.recording import CONVOLUTIONS, NORMS, PRODUCTS, Call, Value
+from ecanet.surgery.recording import CONVOLUTIONS, NORMS, PRODUCTS, REORDERS, Call, Value
 
 _LINEAR = (
     "add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ __isub__ __rsub__ neg mean sum expand input detach "
     "dropout dropout_ dropout1d dropout2d dropout3d feature_dropout alpha_dropout requires_grad_ __get__ "
     "contiguous clone to type float half bfloat16 double type_as pad roll pixel_shuffle pixel_unshuffle "
-    "cat concat concatenate stack split chunk unbind tensor_split __getitem__ narrow select permute transpose swapaxes "
-    "movedim reshape view flatten unflatten squeeze unsqueeze avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
+    "cat concat concatenate stack split chunk unbind tensor_split __getitem__ narrow select "
+    "reshape view flatten unflatten squeeze unsqueeze avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
     "adaptive_avg_pool2d adaptive_avg_pool3d max_pool1d max_pool2d max_pool3d interpolate upsample"
 )
-LINEAR = frozenset(_LINEAR.split(" "))
+LINEAR = REORDERS.union(_LINEAR.split(" "))
 """Operations that are no activation; convolutions, norms and products with a constant are none either."""
 
 MERGES = frozenset(["cat", "concat", "concatenate", "stack", "split", "chunk", "unbind", "tensor_split"])
@@ -81,6 +81,58 @@ def is_linear(value: Value) -> bool:
     if value.op in PRODUCTS:
         return len(value.parents) == 1
     return value.op in LINEAR or value.op in CONVOLUTIONS or value.op in NORMS
+
+
+def find_projection(value: Value, start: int) -> Value | None:
+    """Return the projection that ends an inverted residual block (MobileNetV2), if ``value`` is the block's result.
+
+    That is a 1 x 1 convolution, not to more channels and without an activation after it. Before it is a depthwise
+    convolution, or a k x k convolution to more channels (EfficientNetV2's fused form); a 1 x 1 expansion may stand
+    between the two (MobileNetV4). Only values made since ``start`` are considered. None if there is no such projection.
+    """
+    projection = value
+    while projection.op not in CONVOLUTIONS:
+        one = len(projection.parents) == 1 or projection.op in ("cat", "concat")  # MixNet concatenates projections
+        if projection.index < start or not one or not is_linear(projection):
+            return None
+        projection = projection.parents[0]
+    if projection.index < start or not is_pointwise(projection) or compare_widths(projection) > 0:
+        return None
+    before = find_convolution_before(projection, start)
+    if before is None or (is_pointwise(before) and compare_widths(before) <= 0):
+        return None
+    if is_pointwise(before):
+        before = find_convolution_before(before, start)
+        return projection if before is not None and is_depthwise(before) else None
+    return projection if is_depthwise(before) or compare_widths(before) > 0 else None
+
+
+def find_convolution_before(value: Value, start: int) -> Value | None:
+    """Return the convolution that leads to the input of ``value``, back to values made since ``start``."""
+    while value.parents:
+        value = max(value.parents, key=lambda v: v.shape.numel())  # of a product with a gate: not the gate
+        if value.index < start:
+            return None
+        if value.op in CONVOLUTIONS:
+            return value
+    return None
+
+
+def is_pointwise(value: Value) -> bool:
+    """Return whether a 1 x 1 convolution or a linear layer without groups made ``value``."""
+    weight = value.weight
+    return weight is not None and weight[2:].numel() == 1 and weight[1] == value.parents[0].channels
+
+
+def is_depthwise(value: Value) -> bool:
+    """Return whether a k x k convolution of each channel for itself made ``value``."""
+    weight = value.weight
+    return weight is not None and weight[2:].numel() > 1 and weight[1] == 1 and weight[0] == value.parents[0].channels
+
+
+def compare_widths(value: Value) -> int:
+    """Return how many more channels the convolution that made ``value`` returns than it takes; negative if fewer."""
+    return 0 if value.weight is None else value.weight[0] - value.parents[0].channels
 
 
 def is_layer_scale(value: Value, call: Call) -> bool:

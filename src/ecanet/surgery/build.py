@@ -9,7 +9,7 @@ from torch import nn
 from ecanet.attention import Attention, AttentionKind
 from ecanet.errors import AttachError, ConfigError
 from ecanet.models import KernelSizes, check_no_kernel_sizes, find_release, resolve_kernel_sizes
-from ecanet.surgery.sites import Site
+from ecanet.surgery.placing import Site
 
 
 def check_kernel_options(kind: AttentionKind, kernel_sizes: KernelSizes, options: Mapping[str, object]) -> None:

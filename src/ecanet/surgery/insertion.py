@@ -8,8 +8,8 @@ from ecanet.attention import AttentionKind
 from ecanet.errors import AttachError
 from ecanet.surgery.folding import unfold
 from ecanet.surgery.gating import install, list_records, uninstall
+from ecanet.surgery.placing import Site
 from ecanet.surgery.records import Record, is_folded, keep_record, read_record
-from ecanet.surgery.sites import Site
 
 
 def insert(model: nn.Module, site: Site, kind: AttentionKind, gate: nn.Module, *, lossless: bool) -> str:

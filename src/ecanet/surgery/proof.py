@@ -17,9 +17,9 @@ from ecanet.errors import AttachError
 from ecanet.surgery.example import run_again, summarize
 from ecanet.surgery.insertion import insert, remove
 from ecanet.surgery.modules import forward_hooks
+from ecanet.surgery.placing import Site, is_container
 from ecanet.surgery.recording import Trace, iterate_tensors
 from ecanet.surgery.records import read_record
-from ecanet.surgery.sites import Site, is_container
 
 
 @dataclass(eq=False)

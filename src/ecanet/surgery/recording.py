@@ -7,12 +7,13 @@ run of a module's forward. Only values that depend on the input are recorded; pa
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 CONVOLUTIONS = frozenset(
@@ -26,13 +27,9 @@ PRODUCTS = frozenset(
 LAST_AXIS = frozenset(["linear", "layer_norm", "rms_norm"])
 """Operations whose channels are the last axis."""
 RESHAPES = frozenset(["reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze"])
-
-
-class Handle(Protocol):
-    """A hook's handle."""
-
-    def remove(self) -> None:
-        """Remove the hook."""
+_REORDERS = "permute transpose transpose_ swapaxes swapaxes_ swapdims swapdims_ movedim moveaxis t t_ T mT H mH"
+REORDERS = frozenset(_REORDERS.split(" "))
+"""Operations that only change the order of the axes."""
 
 
 @dataclass(eq=False, slots=True)
@@ -48,7 +45,14 @@ class Value:
     device: torch.device
     dtype: torch.dtype
     axis: int
-    """The axis of the channels, as far as the operations show it."""
+    """The axis of the channels, as far as the operations show it; 1 if they do not, even in a tensor of fewer axes."""
+    weight: torch.Size | None = None
+    """Shape of the weight, of a convolution or a linear layer."""
+
+    @property
+    def channels(self) -> int:
+        """Return the size of the channel axis; 0 in a tensor that does not have that axis."""
+        return self.shape[self.axis] if self.axis < len(self.shape) else 0
 
 
 @dataclass(eq=False, slots=True)
@@ -92,12 +96,14 @@ class Trace:
     """The example: positional and keyword arguments of the model."""
     output: object = None
     """The model's output."""
+    trained: set[nn.Module] | str | None = None
+    """The modules that a run in training mode runs; a failed run's reason; None if both modes run the same modules."""
 
     def find_makers(self) -> dict[Value, list[Call]]:
         """Return the calls that made each value; a call that returns its own input (dropout, identity) made nothing."""
         makers: dict[Value, list[Call]] = {}
         for call in self.calls:
-            if call.output is not None and call.output not in call.inputs:
+            if call.output is not None and call.output.index >= call.start:
                 makers.setdefault(call.output, []).append(call)
         return makers
 
@@ -111,24 +117,24 @@ class Recorder(TorchFunctionMode):
         # The dictionary compares tensors by identity, and does not keep them alive.
         self._value_of = cast("dict[Tensor, Value]", WeakIdKeyDictionary())
         self._stack: list[Call] = []
-        self._handles: list[Handle] = []
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "Recorder":
+        super().__enter__()
         self._handles = [
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module),
         ]
-        super().__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)  # pyright: ignore[reportUnknownMemberType]
         for handle in self._handles:
             handle.remove()
+        super().__exit__(*exception)  # pyright: ignore[reportUnknownMemberType]
 
     def follow(self, tensor: Tensor) -> None:
         """Record ``tensor`` as an input of the model."""
-        self._record(tensor, "input", ())
+        self._record(tensor, Operation("input"))
 
     def __torch_function__(
         self,
@@ -139,43 +145,38 @@ class Recorder(TorchFunctionMode):
     ) -> object:
         """Run ``func``, and record its result and every tensor that it changed in place."""
         kwargs = kwargs or {}
-        name = func.__name__
         tensors = list(iterate_tensors((args, kwargs)))
         known = {id(t): value for t in tensors if (value := self._value_of.get(t)) is not None}
         versions = [read_version(t) for t in tensors]
         result = func(*args, **kwargs)
-        parents = tuple(dict.fromkeys(known.values()))
-        if not parents or (name.endswith("__get__") and not isinstance(result, Tensor)):
+        name = name_operation(func)
+        if not known or (name.endswith("__get__") and not isinstance(result, Tensor)):
             return result
-        changed = [t for t, before in zip(tensors, versions, strict=True) if read_version(t) != before]
-        for t in changed:
-            self._record(t, name, parents, args, kwargs)
+        operation = Operation(name, tuple(dict.fromkeys(known.values())), func, args, kwargs)
+        for t, before in zip(tensors, versions, strict=True):
+            if read_version(t) != before or (before is None and t is result and operation.seems_in_place()):
+                self._record(t, operation)
         arguments = {id(t) for t in tensors}
         for t in iterate_tensors(result):
             if id(t) not in arguments:
-                self._record(t, name, parents, args, kwargs)
+                self._record(t, operation)
         if name in ADDITIONS and isinstance(result, Tensor):
             self._note_addition(result, [known.get(id(t)) for t in tensors])
         return result
 
     def _note_addition(self, result: Tensor, operands: list[Value | None]) -> None:
-        if len(operands) != 2 or not self._stack:
+        out = self._value_of.get(result)
+        if len(operands) != 2 or out is None or not self._stack:
             return
         a, b = operands
         if a is not None and b is not None and a is not b and a.shape == b.shape and len(a.shape) >= 3:
-            self.trace.additions.append(Addition(self._value_of[result], a, b, self._stack[-1]))
+            self.trace.additions.append(Addition(out, a, b, self._stack[-1]))
 
-    def _record(
-        self,
-        tensor: Tensor,
-        op: str,
-        parents: tuple[Value, ...],
-        args: Sequence[object] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> None:
-        shape = tensor.shape
-        axis = find_channel_axis(op, shape, parents, args, kwargs or {})
-        value = Value(len(self.trace.values), op, parents, shape, tensor.device, tensor.dtype, axis)
+    def _record(self, tensor: Tensor, operation: "Operation") -> None:
+        # A nested tensor has no shape of plain numbers.
+        shape = torch.Size(()) if tensor.is_nested else tensor.shape
+        index, axis, weight = len(self.trace.values), operation.find_channel_axis(shape), operation.find_weight()
+        value = Value(index, operation.name, operation.parents, shape, tensor.device, tensor.dtype, axis, weight)
         self.trace.values.append(value)
         self._value_of[tensor] = value
 
@@ -187,17 +188,74 @@ class Recorder(TorchFunctionMode):
         self._stack.append(call)
 
     def _leave_module(self, module: nn.Module, args: object, output: object) -> None:
-        # A call that ended in an exception, which the model caught, never left the stack.
-        while self._stack and self._stack[-1].module is not module:
-            self._stack.pop()
-        call = self._stack.pop()
+        # Calls that ended in an exception, which the model caught, never left the stack. A call that another thread
+        # entered may not be there.
+        if all(call.module is not module for call in self._stack):
+            return
+        while (call := self._stack.pop()).module is not module:
+            pass
         for t in iterate_tensors(output):
             # Code that this mode cannot see into, such as a custom kernel, made the tensor.
             if t not in self._value_of and call.inputs:
-                self._record(t, "module", tuple(dict.fromkeys(call.inputs)))
+                self._record(t, Operation("module", tuple(dict.fromkeys(call.inputs))))
         call.end = len(self.trace.values)
         if isinstance(output, Tensor):
             call.output = self._value_of.get(output)
+
+
+@dataclass(eq=False, slots=True)
+class Operation:
+    """One call of a function on tensors."""
+
+    name: str
+    parents: tuple[Value, ...] = ()
+    func: Callable[..., object] | None = None
+    args: Sequence[object] = ()
+    kwargs: Mapping[str, object] = field(default_factory=dict[str, object])
+
+    def seems_in_place(self) -> bool:
+        """Return whether the function, which returned its argument, is written like one that changed it."""
+        inplace = any(value is True for value in (*self.args, *self.kwargs.values()))
+        return self.name.endswith("_") or self.name.startswith("__i") or inplace
+
+    def find_weight(self) -> torch.Size | None:
+        """Return the shape of the weight of a convolution or linear layer."""
+        weight = self.kwargs.get("weight", self.args[1] if len(self.args) > 1 else None)
+        return weight.shape if self.name in CONVOLUTIONS and isinstance(weight, Tensor) else None
+
+    def find_channel_axis(self, shape: torch.Size) -> int:
+        """Return the axis of the channels in a result of ``shape``, derived from those of the operands; 1 if unknown.
+
+        A failure here would look like a failure of the model, so arguments that nobody foresaw make the axis unknown.
+        """
+        try:
+            return self._derive_axis(shape)
+        except Exception:
+            return 1
+
+    def _derive_axis(self, shape: torch.Size) -> int:
+        if self.name in LAST_AXIS:
+            return len(shape) - 1
+        if self.name in CONVOLUTIONS:  # without a batch, channels come first
+            return len(shape) - 1 - int(self.name[-2])
+        if not self.parents or self.name in NORMS:
+            return 1
+        parent = max(self.parents, key=lambda v: (len(v.shape) == len(shape), v.shape.numel()))
+        if parent.axis >= len(parent.shape):
+            return 1
+        if self.name in REORDERS:
+            return self._follow_axis(parent)
+        if self.name in RESHAPES:
+            return find_axis_after_reshape(parent, shape)
+        return parent.axis if len(parent.shape) == len(shape) else max(min(parent.axis, len(shape) - 1), 1)
+
+    def _follow_axis(self, parent: Value) -> int:
+        """Return where the function moves the channels, seen on an empty tensor whose axes differ in size."""
+        probe = torch.empty(tuple(range(2, 2 + len(parent.shape))), device="meta")
+        args = [probe if isinstance(value, Tensor) else value for value in self.args]
+        kwargs = {key: probe if isinstance(value, Tensor) else value for key, value in self.kwargs.items()}
+        assert self.func is not None
+        return cast(Tensor, self.func(*args, **kwargs)).shape.index(probe.shape[parent.axis])
 
 
 def iterate_tensors(content: object) -> Iterator[Tensor]:
@@ -212,34 +270,22 @@ def iterate_tensors(content: object) -> Iterator[Tensor]:
             yield from iterate_tensors(item)
 
 
-def read_version(tensor: Tensor) -> int:
-    """Return a count that grows with each in-place change of ``tensor``; inference tensors keep none: -1."""
-    return -1 if tensor.is_inference() else tensor._version
+def read_version(tensor: Tensor) -> int | None:
+    """Return a count that grows with each in-place change of ``tensor``; inference tensors keep none."""
+    return None if tensor.is_inference() else tensor._version
 
 
-def find_channel_axis(
-    op: str, shape: torch.Size, parents: tuple[Value, ...], args: Sequence[object], kwargs: Mapping[str, object]
-) -> int:
-    """Return the axis of the channels in the result of ``op``, derived from those of its operands; 1 if unknown."""
-    if op in LAST_AXIS:
-        return len(shape) - 1
-    if not parents or op in CONVOLUTIONS or op in NORMS:
-        return 1
-    parent = max(parents, key=lambda v: (len(v.shape) == len(shape), v.shape.numel()))
-    if op == "permute":
-        dims: object = kwargs.get("dims") or (args[1:] if isinstance(args[1], int) else args[1])
-        return [d % len(shape) for d in cast("Sequence[int]", dims)].index(parent.axis)
-    if op in ("transpose", "transpose_", "swapaxes"):
-        axes = cast("Sequence[int]", (*args[1:], *kwargs.values()))
-        first, second = (d % len(shape) for d in axes[:2])
-        return {first: second, second: first}.get(parent.axis, parent.axis)
-    if op in RESHAPES:
-        return find_axis_after_reshape(parent, shape)
-    return parent.axis if len(parent.shape) == len(shape) else min(parent.axis, max(len(shape) - 1, 0))
+def name_operation(func: Callable[..., object]) -> str:
+    """Return the name of ``func``: that of the property for ``x.T`` and the like, "add" for ``torch.ops.aten.add``."""
+    name = getattr(func, "__name__", type(func).__name__)
+    if name == "__get__":
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        return attribute if attribute in REORDERS else name
+    return name.partition(".")[0]
 
 
 def find_axis_after_reshape(parent: Value, shape: torch.Size) -> int:
     """Return the axis of ``shape`` with as many channels, and as many elements before it, as in ``parent``; else 1."""
-    channels, before = parent.shape[parent.axis], math.prod(parent.shape[: parent.axis])
-    kept = [i for i in range(len(shape)) if shape[i] == channels and math.prod(shape[:i]) == before]
+    before = math.prod(parent.shape[: parent.axis])
+    kept = [i for i in range(len(shape)) if shape[i] == parent.channels and math.prod(shape[:i]) == before]
     return kept[-1] if kept else 1

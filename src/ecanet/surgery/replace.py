@@ -13,9 +13,10 @@ from ecanet.errors import AttachError, ConfigError
 from ecanet.models import KernelSizes
 from ecanet.surgery.build import build_gates
 from ecanet.surgery.modules import children_of, list_modules
+from ecanet.surgery.placing import Site
 from ecanet.surgery.recording import Trace
 from ecanet.surgery.records import Record, keep_record
-from ecanet.surgery.sites import Site, Where, is_selected
+from ecanet.surgery.selection import Where, is_selected
 
 KINDS = {
     "se": re.compile(
