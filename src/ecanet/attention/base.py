@@ -1,7 +1,7 @@
 """The base classes of all attention modules: they keep the shape of their input and can be made the identity."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
@@ -112,17 +112,36 @@ class GatedAttention(Attention):
         self, state_dict: dict[str, Tensor], prefix: str, *args: object, **kwargs: object
     ) -> None:
         """Take the gain from the file; weights without a gain mean 1. A file without both leaves the gain as it is."""
-        if prefix + "gain" in state_dict:
-            # Removed, because PyTorch calls a key unexpected that is neither a parameter nor a buffer.
-            self.gain = read_gain(prefix + "gain", state_dict.pop(prefix + "gain"))
+        # Removed, because PyTorch calls a key unexpected that is neither a parameter nor a buffer.
+        value = state_dict.pop(prefix + "gain", None)
+        if value is not None and not is_stand_in(value):
+            self.gain = read_gain(prefix + "gain", value)
         elif any(prefix + name in state_dict for name, _ in self.named_parameters()):
             self.gain = 1.0
         load = cast("Callable[..., None]", super()._load_from_state_dict)  # pyright: ignore[reportUnknownMemberType]
         load(state_dict, prefix, *args, **kwargs)
 
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the names and buffers; without ``recurse`` also a stand-in for the gain, if the state dict has it.
+
+        `torch.distributed.checkpoint` asks each module in this way for the keys that it renames (under
+        DistributedDataParallel) and sends to other processes (``broadcast_from_rank0``). It keeps the stand-in where a
+        file has no gain.
+        """
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if not recurse and self.gain != 1:
+            yield f"{prefix}.gain".lstrip("."), torch.tensor(False, device="cpu")
+
     def extra_repr(self) -> str:
         """Return the channel count, and the gain when it is not the paper's."""
         return f"{self.channels}" + (f", gain={self.gain:g}" if self.gain != 1 else "")
+
+
+def is_stand_in(value: object) -> bool:
+    """Return whether ``value`` is what `GatedAttention.named_buffers` yields for a gain, and not from a file."""
+    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
 def read_gain(key: str, value: object) -> float:
