@@ -57,7 +57,7 @@ def test_random_gates_follow_the_seed(attention):
         model = ecanet.create_model("resnet8", attention="none")
         torch.manual_seed(seed)
         ecanet.attach(model, attention, preserve=False, where="layer1")
-        gates = [model.get_submodule(site.name) for site in ecanet.attached(model)]
+        gates = gates_of(model)
         return torch.cat([p.detach().flatten() for gate in gates for p in gate.parameters()])
 
     assert torch.equal(first_values(1), first_values(1))
@@ -89,11 +89,52 @@ def test_gates_attached_in_inference_mode_train(network, options, dtype):
     model = network(num_classes=2).to(dtype)
     with torch.inference_mode():
         ecanet.attach(model, **options)
-    gates = [model.get_submodule(site.name) for site in ecanet.attached(model)]
+    gates = gates_of(model)
     assert gates
     assert not any(tensor.is_inference() for gate in gates for tensor in (*gate.parameters(), *gate.buffers()))
     model.eval()(sweep.noise(2, 3, 64, 64).to(dtype)).square().sum().backward()
     assert all(p.grad is not None and p.dtype == dtype for gate in gates for p in gate.parameters())
+
+
+class Counting(nn.Module):
+    """A network that changes its input and a buffer in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = ecanet.create_model("resnet8", attention="none", num_classes=2)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x):
+        self.runs += 1
+        x -= 0.5
+        return self.network(x)
+
+
+@pytest.mark.parametrize("example_inside", [True, False, None])
+def test_a_network_that_changes_tensors_in_place_runs_in_inference_mode(example_inside):
+    model = Counting()
+    with torch.inference_mode(bool(example_inside)):
+        example = None if example_inside is None else torch.rand(2, 3, 32, 32)
+    before = None if example is None else example.clone()
+    with torch.inference_mode():
+        ecanet.attach(model, example=example)
+        assert model.runs == 0
+    assert example is None or torch.equal(example, before)
+    assert [site.after for site in ecanet.attached(model)] == [f"network.layer{i}.0.bn2" for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("network", [models.resnet18, models.mobilenet_v2, models.densenet121])
+def test_gates_stand_at_the_same_places_in_inference_mode(network):
+    """There in-place additions are not seen by a tensor's version."""
+    reports = []
+    for inside in (False, True):
+        with torch.inference_mode(inside):
+            reports.append(str(ecanet.attached(ecanet.attach(network()))))
+    assert reports[0] == reports[1]
+
+
+def gates_of(model):
+    return [model.get_submodule(site.name) for site in ecanet.attached(model)]
 
 
 def test_outputs_stay_the_same_in_inference_mode():

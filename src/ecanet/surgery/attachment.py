@@ -92,18 +92,19 @@ def attach(
     refuse_wrapped(model)
     kind.check(options, inspect.signature(attach).parameters)
     check_kernel_options(kind, kernel_sizes, options)
-    trace = record_run(model, example)
     lossless = preserve is not False
-    with isolate_building(model):
-        if replace is not None:
-            replace_modules(model, trace, replace, kind, where, preserve, kernel_sizes, options)
-            return model
-        finder = Finder(model, trace)
-        sites = finder.find(where)
-        refuse_twice(model, sites, kind)
-        gates = build_gates(kind, sites, kernel_sizes, options, lossless=lossless)
-    insertion = Insertion(model, trace, kind, lossless=lossless)
-    with torch.inference_mode(False):  # gates that move to another dtype here must stay trainable
+    # Tensors made in inference mode can never be trained, and do not show that they were changed in place.
+    with torch.inference_mode(False):
+        trace = record_run(model, example)
+        with isolate_building(model):
+            if replace is not None:
+                replace_modules(model, trace, replace, kind, where, preserve, kernel_sizes, options)
+                return model
+            finder = Finder(model, trace)
+            sites = finder.find(where)
+            refuse_twice(model, sites, kind)
+            gates = build_gates(kind, sites, kernel_sizes, options, lossless=lossless)
+        insertion = Insertion(model, trace, kind, lossless=lossless)
         insertion.place(sites, gates, verify=verify)
     remember_left_out(model, [*finder.left_out, *insertion.left_out])
     return model

@@ -28,15 +28,12 @@ def check_kernel_options(kind: AttentionKind, kernel_sizes: KernelSizes, options
 def isolate_building(model: nn.Module) -> Generator[None]:
     """Run the body, which builds gates for ``model``, so that only the gates remain of it.
 
-    Random states are restored; the gates' first values follow from them. The gates are no inference tensors, which
-    could never be trained. They are built on the CPU: the default device may be "meta", or draw other numbers.
+    Random states are restored; the gates' first values follow from them. The gates are built on the CPU: the default
+    device may be "meta", or draw other numbers.
     """
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with (
-        torch.inference_mode(False),
-        torch.device("cpu"),
-        torch.random.fork_rng(devices=list(devices)),  # pyright: ignore[reportUnknownMemberType]
-    ):
+    fork = torch.random.fork_rng(devices=list(devices))  # pyright: ignore
+    with torch.device("cpu"), fork:
         yield
 
 
