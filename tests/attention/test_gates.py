@@ -20,8 +20,8 @@ def sigmoid(t):
     return 1 / (1 + torch.exp(-t))
 
 
-def loop_eca(weight, circular=False):
-    """``sigmoid(sum_j w[j] p[c + j - r])``, tap by tap; outside the channels stands 0, or the other end."""
+def loop_eca(weight, circular=False, bias=0):
+    """``sigmoid(sum_j w[j] p[c + j - r] + bias)``, tap by tap; outside the channels stands 0, or the other end."""
     taps = weight.flatten()
     r = len(taps) // 2
 
@@ -36,7 +36,7 @@ def loop_eca(weight, circular=False):
                     at %= channels
                 if 0 <= at < channels:
                     total = total + taps[j] * p[:, at]
-            columns.append(total)
+            columns.append(total + bias)
         return sigmoid(torch.stack(columns, 1))
 
     return gate
@@ -69,7 +69,7 @@ def loop_gate(module, w):
     """The explicit-loop gate of ``module``, with the parameters ``w`` by name."""
     match module:
         case ECA():
-            return loop_eca(w["conv.weight"], module.padding_mode == "circular")
+            return loop_eca(w["conv.weight"], module.padding_mode == "circular", w.get("conv.bias", 0))
         case ECANS():
             return loop_eca_ns(w["conv.weight"])
         case SE():
@@ -133,6 +133,7 @@ def test_eca_is_the_loops(shape, dtype):
         module = ECA(shape[1], k)
         for channels_last in {False, len(shape) > 3}:
             check_against_loops(module, shape, dtype, channels_last)
+    check_against_loops(ECA(shape[1], 3, bias=True), shape, dtype, False)
 
 
 @pytest.mark.parametrize("name", ["eca-ns", "se", "se-var1", "se-var2", "se-var3", "se-gc"])

@@ -72,7 +72,8 @@ class ECA(ChannelAttention):
     """Efficient channel attention (Eq. 9): ``sigmoid(conv1d_k(p))``, one kernel shared by all channels.
 
     ``kernel_size=None`` derives k from ``channels`` by `adaptive_kernel_size`; an explicit size is used as it is.
-    ``conv.weight`` is (1, 1, k), no bias, as in the authors' and timm's checkpoints.
+    ``conv.weight`` is (1, 1, k), no bias, as in the authors' and timm's checkpoints. With ``bias=True`` one number,
+    ``conv.bias`` of shape (1,), is added for all channels, as in many copies of the authors' module.
 
     >>> eca = ECA(256)
     >>> eca.kernel_size, sum(p.numel() for p in eca.parameters())
@@ -94,6 +95,7 @@ class ECA(ChannelAttention):
         gamma: float = 2,
         b: float = 1,
         padding_mode: str = "zeros",
+        bias: bool = False,
     ):
         super().__init__(channels)
         k = _check_kernel(kernel_size, channels, gamma, b)
@@ -101,7 +103,7 @@ class ECA(ChannelAttention):
             raise ConfigError(f"padding_mode must be 'zeros' or 'circular', got {padding_mode!r}")
         if padding_mode == "circular" and k // 2 > channels:
             raise ConfigError(f"circular padding of kernel_size {k} wraps more than once around {channels} channels")
-        self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
+        self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=bias)
         self.padding_mode = padding_mode
 
     @property
@@ -111,23 +113,26 @@ class ECA(ChannelAttention):
 
     def gate(self, p: Tensor) -> Tensor:
         """Return ``sigmoid(conv1d_k(p))``."""
-        r = self.kernel_size // 2
+        r, weight, bias = self.kernel_size // 2, self.conv.weight.to(p.dtype), self.conv.bias
+        bias = None if bias is None else bias.to(p.dtype)
         if self.padding_mode == "circular":
             p, r = F.pad(p[:, None], (r, r), mode="circular")[:, 0], 0
         if ops.is_jit_tracing() or torch.compiler.is_exporting():
-            return F.conv1d(p[:, None], self.conv.weight.to(p.dtype), padding=r).squeeze(1).sigmoid()
+            return F.conv1d(p[:, None], weight, bias, padding=r).squeeze(1).sigmoid()
         # Outside of tracing, use a matrix product over k taps: the weight gradient of F.conv1d is slow on a CPU.
-        kernel = self.conv.weight[0].to(p.dtype).transpose(-2, -1)  # k 1
-        return (F.pad(p, (r, r)).unfold(1, self.kernel_size, 1) @ kernel)[..., 0].sigmoid()
+        kernel = weight[0].transpose(-2, -1)  # k 1
+        sums = (F.pad(p, (r, r)).unfold(1, self.kernel_size, 1) @ kernel)[..., 0]
+        return (sums if bias is None else sums + bias).sigmoid()
 
     def last_parameters(self) -> Iterable[Tensor]:
-        """Return the kernel."""
-        return (self.conv.weight,)
+        """Return the kernel, and the bias if there is one."""
+        return self.conv.parameters()
 
     def extra_repr(self) -> str:
-        """Return the channels, the kernel size, and the padding where it is not the default."""
+        """Return the channels and the kernel size; padding and bias where they are not the default."""
         circular = ", padding_mode='circular'" if self.padding_mode == "circular" else ""
-        return f"{super().extra_repr()}, kernel_size={self.kernel_size}{circular}"
+        bias = ", bias=True" if self.conv.bias is not None else ""
+        return f"{super().extra_repr()}, kernel_size={self.kernel_size}{circular}{bias}"
 
 
 class ECANS(ChannelAttention):

@@ -275,7 +275,8 @@ def resize_kernels(gates: Mapping[str, nn.Module], sizes: Mapping[str, int]) -> 
     for name, k in sizes.items():
         gate = cast("ECA | ECANS", gates[name])
         old = gate.conv
-        new = nn.Conv1d(old.in_channels, old.out_channels, k, padding=k // 2, groups=old.groups, bias=False)
+        bias = old.bias is not None
+        new = nn.Conv1d(old.in_channels, old.out_channels, k, padding=k // 2, groups=old.groups, bias=bias)
         gate.conv = new.to(old.weight)
 
 

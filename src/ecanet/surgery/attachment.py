@@ -7,10 +7,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ecanet.attention import AttentionKind, AttentionLike, find_attention
+from ecanet.attention import Attention, AttentionKind, AttentionLike, find_attention
 from ecanet.errors import AttachError
 from ecanet.models import KernelSizes
 from ecanet.surgery.build import build_gates, check_kernel_options, isolate_building
+from ecanet.surgery.choice import Replace
 from ecanet.surgery.example import record_run
 from ecanet.surgery.folding import fold
 from ecanet.surgery.gates import find_gates
@@ -39,7 +40,7 @@ def attach(
     attention: AttentionLike = "eca",
     *,
     where: Where | None = None,
-    replace: str | None = None,
+    replace: Replace | None = None,
     preserve: bool | None = None,
     example: object = None,
     verify: bool = True,
@@ -61,8 +62,9 @@ def attach(
         where: which modules get gates: a glob over names (``"layer4.*"``; ``*`` is one part of a name, ``**`` any
             number), a class, or a function of (name, module). A selected module stands for the residual branches
             inside it; one without branches gets a gate on its own output.
-        replace: "se" puts the gates in the place of the network's squeeze-excite modules. "eca" converts the ECA
-            modules of timm, of the authors and pasted ones into this library's, with their weights.
+        replace: "se" puts the gates in the place of the network's squeeze-excite modules. "eca" converts its ECA
+            modules into this library's, with their weights. Both go by what modules compute, not by names. A class, or
+            a function of (name, module), selects modules itself.
         preserve: False leaves the gates as initialised (the paper's form), so outputs change. Their values follow from
             the random state, as those of any layer (``torch.manual_seed``). None means True, except where ``replace``
             removes a trained gate of another kind, which cannot be lossless.
@@ -96,10 +98,10 @@ def attach(
     # Tensors made in inference mode can never be trained, and do not show that they were changed in place.
     with torch.inference_mode(False):
         trace = record_run(model, example)
+        if replace is not None:
+            replace_modules(model, trace, replace, kind, where, preserve, kernel_sizes, options, verify=verify)
+            return model
         with isolate_building(model):
-            if replace is not None:
-                replace_modules(model, trace, replace, kind, where, preserve, kernel_sizes, options)
-                return model
             finder = Finder(model, trace)
             sites = finder.find(where)
             refuse_twice(model, sites, kind)
@@ -123,7 +125,7 @@ def detach(model: Model) -> Model:
     refuse_wrapped(model)
     found = list(find_gates(model))
     if not found:
-        raise AttachError(f"no attention is attached to this {type(model).__name__}; attach() puts it in")
+        raise AttachError(f"no attention is attached to this {type(model).__name__}; {describe_builtin(model)}")
     largest = max(measure_change(gate, record) for _, gate, record in found)
     for name, gate, record in reversed(found):
         remove(model, name, gate, record)
@@ -150,6 +152,17 @@ def attached(model: nn.Module) -> Report:
     """
     found = [describe(model, name, gate, record) for name, gate, record in find_gates(model)]
     return Report(found, get_left_out(model))
+
+
+def describe_builtin(model: nn.Module) -> str:
+    """Return the remedy for a model without attached gates, which may have some that it was built with."""
+    gates = [module for module in model.modules() if isinstance(module, Attention)]
+    if not gates:
+        return "attach() puts it in"
+    return (
+        f"its {len(gates)} {type(gates[0]).__name__} modules were built in and stay; build it with attention='none' to "
+        f"have none"
+    )
 
 
 def check_arguments(model: object, attention: AttentionLike, where: object, preserve: object) -> AttentionKind:

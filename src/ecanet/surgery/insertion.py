@@ -8,6 +8,7 @@ from ecanet.attention import AttentionKind
 from ecanet.errors import AttachError
 from ecanet.surgery.folding import unfold
 from ecanet.surgery.gating import install, list_records, uninstall
+from ecanet.surgery.modules import exchange_everywhere
 from ecanet.surgery.placing import Site
 from ecanet.surgery.records import Record, is_folded, keep_record, read_record
 
@@ -56,7 +57,7 @@ def remove(model: nn.Module, name: str, gate: nn.Module, record: Record) -> None
     elif record.replaced is not None:
         like = next(gate.parameters(), None)
         replaced = record.replaced if like is None else record.replaced.to(like.device, like.dtype)
-        block.add_module(key, replaced.train(block.training))
+        exchange_everywhere(model, gate, replaced.train(gate.training))
 
 
 def refuse_twice(model: nn.Module, sites: Sequence[Site], kind: AttentionKind) -> None:
@@ -69,8 +70,14 @@ def refuse_twice(model: nn.Module, sites: Sequence[Site], kind: AttentionKind) -
         block, target = model.get_submodule(site.block), model.get_submodule(site.target)
         last = target[-1] if site.append and isinstance(target, nn.Sequential) else target
         record = read_record(last)
-        place = site.target[len(site.block) + 1 if site.block else 0 :]
-        gates = [one.attention for one in list_records(block).values() if one.target == place]
+        relative = site.target[len(site.block) + 1 if site.block else 0 :]
+        gates = [one.attention for one in list_records(block).values() if one.target == relative]
         gates += [record.attention] if record is not None else []
-        if kind.name in gates or type(last) is kind.factory:
-            raise AttachError(f"{site.block or site.target!r} already has attention {kind.name!r}; detach first")
+        place = site.block or site.target
+        if kind.name in gates:
+            raise AttachError(f"{place!r} already has attention {kind.name!r}; detach first")
+        if type(last) is kind.factory:
+            raise AttachError(
+                f"{place!r} was built with attention {kind.name!r}, which detach() leaves alone; select other modules "
+                f"with where=, or build the network with attention='none'"
+            )

@@ -28,6 +28,14 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     return cast(dict[str, nn.Module | None], vars(module)["_modules"])
 
 
+def exchange_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in every place of ``model`` in which ``old`` stands: a shared module has several."""
+    for _, parent in list_modules(model):
+        children = children_of(parent)
+        for key in [key for key, child in children.items() if child is old]:
+            children[key] = new
+
+
 def own_tensors(module: nn.Module) -> list[Tensor]:
     """Return the parameters and buffers of ``module`` without those of its children."""
     attributes = cast(dict[str, dict[str, Tensor | None]], vars(module))

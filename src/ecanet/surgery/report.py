@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ecanet.attention import ChannelAttention
+from ecanet.surgery.probing import copy_module
 from ecanet.surgery.records import Record, is_folded, read_record
 
 
@@ -110,13 +111,19 @@ def trains_alone(block: nn.Module, gate: nn.Module) -> bool:
 def measure_change(gate: nn.Module, record: Record) -> float:
     """Return how far ``gate`` is from the identity: the largest |gate - 1| over standard normal channel means.
 
-    For an attention that is no `ChannelAttention`, it is the largest change of a standard normal input. It is 0 on the
-    meta device, where there are no values.
+    For an attention that is no `ChannelAttention`, it is the largest change of a standard normal input; for an ECA
+    that was converted, the largest difference to the module that comes back, rounding left aside. It is 0 on the meta
+    device, where there are no values.
     """
     like = next((p for p in gate.parameters()), torch.empty(0))
     if like.is_meta:
         return 0.0
     generator = torch.Generator().manual_seed(0)
+    if record.replaced is not None and record.lossless:
+        x = torch.randn((2, record.channels, *record.shape), generator=generator).to(like.device, like.dtype)
+        ours, theirs = (copy_module(module)(x.clone()) for module in (gate, record.replaced.to(x.device, x.dtype)))
+        change = float((ours - theirs).abs().max())
+        return change if change > 64 * torch.finfo(x.dtype).eps * float(x.abs().max()) else 0.0
     if isinstance(gate, ChannelAttention):
         means = torch.randn((64, record.channels), generator=generator).to(like.device)
         factor = 2 if is_folded(gate, record) else 1
