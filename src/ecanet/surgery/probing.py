@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -274,6 +274,9 @@ def copy_module(module: nn.Module) -> nn.Module:
     for part in module.modules():
         for hooks in hook_dictionaries(part):
             memo[id(hooks)] = {key: copy.deepcopy(hook) for key, hook in hooks.items() if computes_weights(hook)}
+        for value in cast("dict[str, object]", vars(part)).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # old weight norm's weight, which cannot be copied
+                memo[id(value)] = value.detach().clone()
     copied = copy.deepcopy(module, memo)
     if any(p.is_meta for p in copied.parameters()):
         copied.to_empty(device="cpu")
