@@ -213,8 +213,7 @@ def find_original_class(block: nn.Module) -> type[nn.Module]:
 
 def make_empty(original: type[nn.Module]) -> nn.Module:
     """Return a gated block without content, for pickle and deepcopy to fill."""
-    kind = make_gated_class(original)
-    return kind.__new__(kind)
+    return nn.Module.__new__(make_gated_class(original))
 
 
 def view_inside(block: nn.Module) -> Inside:
@@ -226,7 +225,7 @@ def view_inside(block: nn.Module) -> Inside:
     kind = make_inside_class(type(block))
     # A copy of the dictionary (a replica of DataParallel) still holds the view of the original.
     if view is None or type(view) is not kind or vars(view) is not attributes:
-        view = object.__new__(kind)  # fully_shard's classes have a __new__ that makes other objects
+        view = nn.Module.__new__(kind)  # FSDP's classes have a __new__ that makes something else
         object.__setattr__(view, "__dict__", attributes)
         attributes[VIEW] = (view,)
     return view
