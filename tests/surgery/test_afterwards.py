@@ -173,6 +173,30 @@ def check_pruning():
     assert gate.weight_orig.grad.any()
 
 
+def narrow(model):
+    """Remove half of the channels of the whole first stage, as tools for structured pruning do."""
+    kept = torch.arange(0, 64, 2)
+    for layer in (model.conv1, *(m for m in model.layer1.modules() if isinstance(m, nn.Conv2d))):
+        layer.weight = nn.Parameter(layer.weight[kept] if layer is model.conv1 else layer.weight[kept][:, kept])
+        layer.in_channels, layer.out_channels = layer.weight.shape[1], 32
+    for norm in (model.bn1, *(m for m in model.layer1.modules() if isinstance(m, nn.BatchNorm2d))):
+        norm.weight, norm.bias = nn.Parameter(norm.weight[kept]), nn.Parameter(norm.bias[kept])
+        norm.running_mean, norm.running_var, norm.num_features = norm.running_mean[kept], norm.running_var[kept], 32
+    for layer in (model.layer2[0].conv1, model.layer2[0].downsample[0]):
+        layer.weight, layer.in_channels = nn.Parameter(layer.weight[:, kept]), 32
+
+
+def check_structured_pruning():
+    model, _ = attach()
+    narrow(model)
+    assert count_acts(model) == [1] * 8
+    assert [site.channels for site in ecanet.attached(model)][:3] == [32, 32, 128]
+    squeeze_excite = ecanet.attach(resnet18().eval(), "se", where="layer1")
+    narrow(squeeze_excite)
+    with pytest.raises(ConfigError, match="if the network was pruned, prune its weights too"):
+        squeeze_excite(IMAGE)
+
+
 def check_weight_norm():
     model, expected = attach()
     parametrizations.weight_norm(model.layer1[0].conv2)

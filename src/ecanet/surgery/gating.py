@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from ecanet.attention import Attention
 from ecanet.errors import AttachError
 from ecanet.surgery.modules import children_of
 from ecanet.surgery.records import Record
@@ -130,7 +131,13 @@ def pass_gates(block: nn.Module, name: str, x: Tensor) -> Tensor:
 
 
 def apply_gate(gate: nn.Module, x: Tensor, axis: int) -> Tensor:
-    """Return ``gate(x)``, with the channels of ``x`` on ``axis``, in the memory layout of ``x``."""
+    """Return ``gate(x)``, with the channels of ``x`` on ``axis``, in the memory layout of ``x``.
+
+    A gate whose weights fit any width follows a network that was pruned.
+    """
+    if isinstance(gate, Attention) and gate.fits_any_width and not isinstance(x, fx.Proxy):
+        if gate.channels != x.shape[axis]:
+            gate.channels = x.shape[axis]
     y: Tensor = gate(x if axis == 1 else x.movedim(axis, 1))
     # A view makes a later in-place addition slower, so there is none for channels on axis 1.
     if axis != 1:

@@ -88,7 +88,7 @@ def describe(model: nn.Module, name: str, gate: nn.Module, record: Record) -> At
     ]
     return AttachedSite(
         name=name,
-        channels=record.channels,
+        channels=getattr(gate, "channels", record.channels),
         attention=record.attention,
         kernel_size=getattr(gate, "kernel_size", None),
         parameters=sum(p.numel() for p in gate.parameters()),
