@@ -28,10 +28,12 @@ from ecanet.errors import ConfigError
 IMAGE = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 PAGE = Path(__file__).parents[2] / "docs" / "attach.md"
 
+# torch.ao.quantization is about to move to torchao, which every call says.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*quantization.*",
     "ignore:.*torchao.*",
     "ignore:Please use quant_min",
+    "ignore:must run observer",
     "ignore:torch.quantize_per",
     "ignore:.*LeafSpec.*",
 )

@@ -135,14 +135,14 @@ def apply_gate(gate: nn.Module, x: Tensor, axis: int) -> Tensor:
 
     A gate whose weights fit any width follows a network that was pruned.
     """
-    if isinstance(gate, Attention) and gate.fits_any_width and not isinstance(x, fx.Proxy):
-        if gate.channels != x.shape[axis]:
-            gate.channels = x.shape[axis]
+    traced = isinstance(x, fx.Proxy)
+    if isinstance(gate, Attention) and gate.fits_any_width and not traced and gate.channels != x.shape[axis]:
+        gate.channels = x.shape[axis]
     y: Tensor = gate(x if axis == 1 else x.movedim(axis, 1))
     # A view makes a later in-place addition slower, so there is none for channels on axis 1.
     if axis != 1:
         y = y.movedim(1, axis)
-    if torch.compiler.is_compiling() or isinstance(x, fx.Proxy):
+    if torch.compiler.is_compiling() or traced:
         return y
     if y.stride() != x.stride():
         y = torch.empty_like(x).copy_(y)
