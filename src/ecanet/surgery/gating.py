@@ -232,7 +232,7 @@ def view_inside(block: nn.Module) -> Inside:
     kind = make_inside_class(type(block))
     # A copy of the dictionary (a replica of DataParallel) still holds the view of the original.
     if view is None or type(view) is not kind or vars(view) is not attributes:
-        view = nn.Module.__new__(kind)  # FSDP's classes have a __new__ that makes something else
+        view = object.__new__(kind)  # the __new__ of FSDP's classes makes other objects
         object.__setattr__(view, "__dict__", attributes)
         attributes[VIEW] = (view,)
     return view
