@@ -157,7 +157,8 @@ def test_squeeze_excite_of_this_library_gives_way():
 
 
 def test_gates_replace_modules_on_planes_of_one_pixel():
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, 64), squeeze(16), nn.Conv2d(16, 16, 1), nn.Sigmoid())
+    every_pixel = Spelling(lambda m, x: x * m.mix(x).sigmoid(), mix=nn.Conv2d(16, 16, 1))
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, 64), squeeze(16), every_pixel)
     assert replace(model, "se") == 1
     assert [site.name for site in ecanet.attached(model)] == ["1"]
 

@@ -179,11 +179,17 @@ class FactorECA(ECA):
         """Return the factor of each channel, in the shape in which the replaced module returned it."""
         self.check_channels(x)
         with ops.reference.disable_autocast(x):
-            factor = self.weigh(ops.reference.squeeze(x, mask)).to(x.dtype)
-        if self.form.returns == "flat":
-            return factor
-        factor = factor[(..., *(None,) * (x.dim() - 2))]
-        return factor.expand_as(x) if self.form.returns == "input" else factor
+            return shape_factor(self.weigh(ops.reference.squeeze(x, mask)), x, self.form.returns)
+
+
+@ops.record_as_one_node
+def shape_factor(factor: Tensor, x: Tensor, returns: str) -> Tensor:
+    """Return a factor (N, C) for ``x`` in the dtype of ``x`` and in one of the shapes of `Form`."""
+    factor = factor.to(x.dtype)
+    if returns == "flat":
+        return factor
+    factor = factor[(..., *(None,) * (x.dim() - 2))]
+    return factor.expand_as(x) if returns == "input" else factor
 
 
 def return_factor(gate: ECA, form: Form) -> FactorECA:

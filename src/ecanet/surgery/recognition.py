@@ -67,9 +67,8 @@ class Watcher:
             self.runs[module].count += 1
             return forward(*args, **kwargs)
         order = len(self.runs) + len(self.rejected)
-        before = x.detach().clone()  # the module may change its input in place
         output = forward(*args, **kwargs)
-        if module in self.chosen or may_scale(before, output):
+        if module in self.chosen or may_scale(x, output):
             assert place is not None
             # The activation itself is not kept: the probe makes another one.
             rest = tuple(None if i == place else a for i, a in enumerate(args))
@@ -83,7 +82,10 @@ class Watcher:
 
 
 def may_scale(x: Tensor, y: object) -> bool:
-    """Return whether ``y`` may be ``x`` times a factor for each plane, or such a factor."""
+    """Return whether ``y`` may be ``x`` times a factor for each plane, or such a factor.
+
+    A module that worked in place returns ``x`` itself, which may be so: the probe decides.
+    """
     if x.is_meta or not x.isfinite().all() or x.shape[2:].numel() == 1:
         return True
     # One image is enough to reject a layer, and nearly all are rejected.
