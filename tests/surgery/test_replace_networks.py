@@ -134,6 +134,12 @@ def test_attention_without_a_module_of_its_own_is_named():
     assert "adds gates" not in str(caught.value)
 
 
+def test_a_network_that_is_one_module_of_attention_is_named():
+    for module, kind in ((squeeze(16), "se"), (Spelling(product, conv=conv()), "eca")):
+        with pytest.raises(AttachError, match=f"found no '{kind}' modules .*: the network itself scales channels"):
+            ecanet.attach(module, replace=kind, example=torch.rand(2, 16, 6, 6))
+
+
 def test_built_in_and_attached_gates_are_told_apart():
     built, plain = (ecanet.create_model("resnet20", attention=a) for a in ("eca", "none"))
     with pytest.raises(AttachError, match="was built with attention 'eca', which detach.. leaves alone"):

@@ -197,9 +197,10 @@ def find_inline_products(model: nn.Module, trace: Trace) -> list[str]:
                 (c for c in trace.calls if c.start <= value.index < c.end), key=lambda c: c.depth, default=None
             )
             if inner is not None and inner.module in names:
-                kernel = find_spatial_convolution(inner.module)
+                name, kernel = names[inner.module], find_spatial_convolution(inner.module)
                 found[
-                    f"{names[inner.module]!r} ({type(inner.module).__name__}) scales channels in its own forward"
+                    (f"{name!r} ({type(inner.module).__name__})" if name else "the network itself")
+                    + " scales channels in its own forward"
                     + (f" and contains a {kernel} convolution, so it is not replaced" if kernel else "")
                 ] = None
     return list(found)
