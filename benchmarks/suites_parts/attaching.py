@@ -1,0 +1,143 @@
+"""A pytest plugin (`-p attaching`): other people's tests meet attached networks, and every outcome is written down.
+
+It reads its orders, a JSON file, whose path is in the environment variable `SUITE_ORDERS`: ``suite`` (a name in
+`BUILDERS`), ``attach`` (whether networks are attached to), ``networks`` (tests of other networks are left out),
+``only`` (a pattern of test names) and ``rows`` (a file that gets one JSON line for each test).
+"""
+
+import fnmatch
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import ecanet
+from ecanet.errors import EcanetError
+
+ORDERS = json.loads(Path(os.environ["SUITE_ORDERS"]).read_text())
+
+NEED_DOWNLOADS = {"test_model_inference", "test_model_load_pretrained", "test_model_features_pretrained"}
+"""timm's tests that load weights from the internet."""
+
+
+class RefusedByAttachError(Exception):
+    """`attach` refused a network: the test says nothing about attached networks."""
+
+
+def attach_to_result(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Return ``build``, whose networks now come attached."""
+
+    @functools.wraps(build)
+    def build_attached(*args: object, **kwargs: object) -> nn.Module:
+        model = build(*args, **kwargs)
+        try:
+            return ecanet.attach(model)
+        except EcanetError as error:
+            raise RefusedByAttachError(str(error)) from error
+
+    return build_attached
+
+
+def wrap_timm() -> None:
+    """Wrap `timm.create_model` where tests import it; timm's own files import it from elsewhere."""
+    import timm
+
+    timm.create_model = attach_to_result(timm.create_model)
+
+
+def wrap_torchvision() -> None:
+    """Wrap the builders of `torchvision.models`, in its table of names and where tests find them.
+
+    Builders that build on others (detectors) find those in their own files, unwrapped: nothing is attached to twice.
+    """
+    from torchvision import models
+    from torchvision.models import _api
+
+    wrapped = {build: attach_to_result(build) for build in _api.BUILTIN_MODELS.values()}
+    _api.BUILTIN_MODELS.update({name: wrapped[build] for name, build in _api.BUILTIN_MODELS.items()})
+    for package in (models, models.detection, models.segmentation, models.video, models.quantization):
+        for name, value in list(vars(package).items()):
+            if callable(value) and value in wrapped:
+                setattr(package, name, wrapped[value])
+
+
+def wrap_nothing() -> None:
+    """For suites whose tests import `attach_to_result` themselves, and for runs over plain networks."""
+
+
+BUILDERS = {"timm": wrap_timm, "torchvision": wrap_torchvision}
+"""For each suite, the function that wraps its builders."""
+
+
+def pytest_configure() -> None:
+    """Wrap the builders before the tests are imported."""
+    if ORDERS["attach"]:
+        BUILDERS[ORDERS["suite"]]()
+
+
+def find_network(item: pytest.Item) -> str:
+    """Return the name of the network that a test is about, without the tag of its weights; "" for none."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    named = params.get("model_name") or getattr(params.get("model_fn"), "__name__", "")
+    return str(named).partition(".")[0]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep one test of each kind and parameters for each chosen network."""
+    kept, seen = [], set()
+    for item in items:
+        network, kind = find_network(item), find_kind(item)
+        tag = str(getattr(getattr(item, "callspec", None), "params", {}).get("model_name", "")).partition(".")[2]
+        name = item.nodeid.replace(f".{tag}", "") if tag else item.nodeid
+        wanted = network in ORDERS["networks"] and kind not in NEED_DOWNLOADS and fnmatch.fnmatch(name, ORDERS["only"])
+        if wanted and name not in seen:
+            seen.add(name)
+            kept.append(item)
+    items[:] = kept
+
+
+def find_kind(item: pytest.Item) -> str:
+    """Return the name of a test's function."""
+    return str(getattr(item, "originalname", item.name))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """Write one line about a test when its outcome is known."""
+    report = yield
+    if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
+        outcome, cause = judge(report.outcome, call.excinfo.value if call.excinfo else None)
+        row = {
+            "test": item.nodeid.rpartition("/")[2],
+            "kind": find_kind(item),
+            "network": find_network(item),
+            "outcome": outcome,
+            "cause": cause,
+            "seconds": round(report.duration, 2),
+        }
+        with Path(ORDERS["rows"]).open("a") as file:
+            print(json.dumps(row), file=file)
+    return report
+
+
+def judge(outcome: str, error: BaseException | None) -> tuple[str, str]:
+    """Return the outcome of a test and the first line of its error."""
+    if error is None or outcome == "passed":
+        return outcome, ""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
+        chain.append(before)
+    for one in chain:
+        line = (str(one).strip() or type(one).__name__).splitlines()[0][:300]
+        if isinstance(one, RefusedByAttachError):
+            return "refused", line
+        if isinstance(one, EcanetError) and line.startswith("torch.jit.script cannot read"):
+            return "not scripted", line
+    line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return outcome, f"{type(error).__name__}: {line}"
