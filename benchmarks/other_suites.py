@@ -117,16 +117,16 @@ def run(suite: str, checkout: Path, only: str) -> dict[str, list[Row]]:
 
 def tally(rows: dict[str, list[Row]]) -> Row:
     """Return what a suite's rows come to: counts for each kind of test, and what became of those that pass plain."""
-    plain = {row["test"]: row for row in rows["plain"]}
+    pass_plain = {row["test"] for row in rows["plain"] if row["outcome"] == "passed"}
     kinds = {
         kind: {name: dict(Counter(row["outcome"] for row in rows[name] if row["kind"] == kind)) for name in rows}
         for kind in dict.fromkeys(row["kind"] for row in rows["plain"])
     }
-    passed = [row for row in rows["attached"] if plain[row["test"]]["outcome"] == "passed"]
+    passed = [row for row in rows["attached"] if row["test"] in pass_plain]
     return {
         "networks": len({row["network"] for row in rows["plain"]}),
         "kinds": kinds,
-        "pass plain": len(passed),
+        "pass plain": len(pass_plain),
         "of these attached": dict(Counter(row["outcome"] for row in passed)),
         "refused": {row["network"]: row["cause"] for row in passed if row["outcome"] == "refused"},
         "causes": group(row for row in passed if row["outcome"] not in ("passed", "refused")),

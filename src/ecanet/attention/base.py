@@ -48,6 +48,17 @@ class Attention(nn.Module):
                 f"and a QuantStub after it, or quantize with PT2E (torch.export)"
             )
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse `torch.jit.script`, which calls this method first.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"torch.jit.script cannot read {type(self).__name__}; use torch.export.export or torch.jit.trace, or script "
+            f"the graph of torch.fx.symbolic_trace"
+        )
+
     def check_channels(self, x: Tensor) -> None:
         """Check that axis 1 of ``x`` has this module's channels, in float; a tensor traced by torch.fx passes.
 

@@ -182,7 +182,7 @@ def mask_logits(logits: Tensor, mask: Tensor | None) -> Tensor:
 @ops.record_as_one_node
 def compute_maxima(x: Tensor, mask: Tensor | None) -> Tensor:
     """Return the maximum over the spatial axes: (N, C, ...) -> (N, C); 0 where no position counts."""
-    axes = tuple(range(2, x.dim()))
+    axes = [axis for axis in range(2, x.dim())]  # noqa: C416 - TorchScript has no list(range(...))
     if mask is None:
         return x.amax(axes)
     inside = mask[:, None]

@@ -47,7 +47,7 @@ def squeeze(x: Tensor, mask: Tensor | None = None) -> Tensor:
     ``mask`` is boolean and has ``x``'s shape without the channel axis. Only positions where it is True count: values at
     the others (padding, even NaN) have no influence. A sample without a True position gives 0.
     """
-    axes = tuple(range(2, x.dim()))
+    axes = [axis for axis in range(2, x.dim())]  # noqa: C416 - TorchScript has no list(range(...))
     wide = accumulation_dtype(x.dtype)
     if mask is not None:
         inside = mask[:, None]
@@ -59,7 +59,8 @@ def squeeze(x: Tensor, mask: Tensor | None = None) -> Tensor:
 @record_as_one_node
 def scale(x: Tensor, g: Tensor) -> Tensor:
     """Multiply each channel of ``x`` (N, C, ...) by its weight in ``g`` (N, C); keep ``x``'s dtype and layout."""
-    g = g[(..., *(None,) * (x.dim() - 2))]  # N C 1 ...; unlike reshape, this puts no shape into an exported graph
+    for _ in range(x.dim() - 2):  # N C 1 ...; unlike reshape, this puts no shape into an exported graph
+        g = g[..., None]
     return (x.to(g.dtype) * g).to(x.dtype)
 
 

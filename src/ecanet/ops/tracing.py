@@ -37,4 +37,6 @@ def record_as_one_node(function: Callable[Arguments, Result]) -> Callable[Argume
             return handle_torch_function(recorded, traced, *args, **kwargs)
         return function(*args, **kwargs)
 
+    # TorchScript, given such a graph, compiles the function itself: it cannot read the lines above.
+    recorded.__prepare_scriptable__ = lambda: function  # pyright: ignore[reportFunctionMemberAccess]
     return recorded

@@ -56,7 +56,7 @@ class Gated(nn.Module):
         """
         raise AttachError(
             f"torch.jit.script cannot read the gates attached to {type(self).__name__}; use torch.export.export or "
-            f"torch.jit.trace"
+            f"torch.jit.trace, or script the graph of torch.fx.symbolic_trace"
         )
 
 
