@@ -7,8 +7,8 @@ tested. The tests run unchanged, in processes of their own; a plugin (suites_par
 from which the tests take their networks. It prints how the tests of each kind ended, and writes
 results/other-suites.json; `--only PATTERN` runs a part of the tests and writes nothing. Two cores need about an hour.
 
-torchvision compares outputs with stored ones. Where a checkout has no folder test/expect, the plain networks' outputs are
-stored there first, so that attached ones are compared with them.
+torchvision compares outputs with stored ones. Where a checkout has no folder test/expect, the plain networks' outputs
+are stored there first, so that attached ones are compared with them.
 """
 
 import argparse
@@ -34,7 +34,7 @@ FILES = {"timm": ["tests/test_models.py"], "torchvision": ["test/test_models.py"
 OUTCOMES = ["passed", "failed", "skipped", "not scripted", "refused"]
 """How tests end; the last two are one line of this library: for TorchScript, and for a network without a place."""
 
-TIMM = """
+_TIMM = """
 bat_resnext26ts botnet26t_256 coatnet_pico_rw_224 convnext_atto convnextv2_atto cpubone_nano cs3darknet_focus_s csatv2
 densenet121 dla46_c dla46x_c dpn48b eca_botnext26ts_256 eca_resnext26ts ecaresnet26t edgenext_xx_small
 efficientformer_l1 efficientformerv2_s0 efficientnet_b0 efficientnet_es efficientnet_lite0 efficientvim_m1
@@ -47,7 +47,8 @@ repghostnet_050 repvgg_a0 repvit_m0_9 resnest14d resnet10t resnet14t resnet18 re
 semnasnet_075 seresnext26ts shvit_s1 skresnet18 spnasnet_100 starnet_s050 swiftformer_xs test_byobnet test_convnext
 test_efficientnet test_mambaout test_nfnet test_resnet tf_efficientnetv2_b0 tf_mobilenetv3_small_075 tinynet_e
 vgg11_bn visformer_tiny
-""".split()
+"""
+TIMM = _TIMM.split()
 """Small networks of timm, at least one of each family of convolutional and hybrid networks."""
 
 LARGEST = 30e6
@@ -87,7 +88,7 @@ def start(suite: str, checkout: Path, only: str, rows: Path, *, attach: bool) ->
 
 
 def has_outputs(checkout: Path) -> bool:
-    """Whether torchvision's stored outputs are there."""
+    """Return whether torchvision's stored outputs are there."""
     return any((checkout / "test" / "expect").glob("*.pkl"))
 
 

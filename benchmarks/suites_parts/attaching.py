@@ -1,12 +1,13 @@
 """A pytest plugin (`-p attaching`): other people's tests meet attached networks, and every outcome is written down.
 
 It reads its orders, a JSON file, whose path is in the environment variable `SUITE_ORDERS`: ``suite`` (a name in
-`BUILDERS`), ``attach`` (whether networks are attached to), ``networks`` (tests of other networks are left out),
+`BUILDERS`), ``attach`` (whether the networks are attached to), ``networks`` (tests of other networks are left out),
 ``only`` (a pattern of test names) and ``rows`` (a file that gets one JSON line for each test).
 """
 
 import fnmatch
 import functools
+import importlib
 import json
 import os
 from collections.abc import Callable
@@ -66,16 +67,13 @@ def wrap_torchvision() -> None:
                 setattr(package, name, wrapped[value])
 
 
-def wrap_nothing() -> None:
-    """For suites whose tests import `attach_to_result` themselves, and for runs over plain networks."""
-
-
 BUILDERS = {"timm": wrap_timm, "torchvision": wrap_torchvision}
 """For each suite, the function that wraps its builders."""
 
 
 def pytest_configure() -> None:
-    """Wrap the builders before the tests are imported."""
+    """Import the installed library, not the checkout's, and wrap its builders before the tests are imported."""
+    importlib.import_module(ORDERS["suite"])
     if ORDERS["attach"]:
         BUILDERS[ORDERS["suite"]]()
 

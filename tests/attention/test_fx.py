@@ -6,6 +6,7 @@ from torch import fx, nn
 
 import ecanet
 from ecanet.attention import ATTENTIONS, ChannelAttention, make_attention
+from ecanet.errors import ConfigError
 
 
 def randomize(module):
@@ -72,3 +73,20 @@ def test_a_gate_of_the_users_is_traced():
     graph = fx.symbolic_trace(gate)
     assert "fc" in [node.target for node in graph.graph.nodes]
     torch.testing.assert_close(graph(x), gate(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support")  # of a GraphModule, any one
+@pytest.mark.parametrize("name", ["eca", "eca-ns", "se", "se-var1", "se-var2", "se-var3", "se-gc", "gsop", "cbam"])
+def test_torchscript_takes_the_graph_of_a_gate(name):
+    gate = randomize(make_attention(name, 32))
+    scripted = torch.jit.script(fx.symbolic_trace(gate))
+    for shape in [(2, 32, 5), (1, 32, 4, 7)][name == "cbam" :]:
+        x = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(scripted(x), gate(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_torchscript_is_refused_in_one_line(name):
+    gate = make_attention(name, 32)
+    with pytest.raises(ConfigError, match=f"^torch.jit.script cannot read {type(gate).__name__}; use [^\n]*$"):
+        torch.jit.script(nn.Sequential(nn.ReLU(), gate))

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrizations, parametrize
-from torchvision.models import resnet18, vgg11
+from torchvision.models import mobilenet_v2, resnet18, vgg11
 
 import ecanet
-from ecanet.errors import AttachError
+from ecanet.errors import AttachError, EcanetError
 
 IMAGES = torch.rand(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -179,8 +179,20 @@ def test_a_traced_block_calls_the_gate_once():
 
 
 def test_torchscript_is_refused_at_once():
-    with pytest.raises(AttachError, match=r"torch\.jit\.script cannot read the gates attached to Block"):
+    with pytest.raises(AttachError, match=r"^torch\.jit\.script cannot read the gates attached to Block; [^\n]*$"):
         torch.jit.script(trained())
+    with pytest.raises(EcanetError, match=r"^torch\.jit\.script cannot read ECA; [^\n]*$"):  # a gate in a Sequential
+        torch.jit.script(trained(mobilenet_v2()))
+
+
+@pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support")  # of a GraphModule, any one
+@pytest.mark.parametrize("build", [Network, resnet18, mobilenet_v2])
+def test_torchscript_takes_the_graph_of_an_attached_network(build):
+    model = trained(build())
+    image = IMAGES if build is Network else torch.rand(1, 3, 64, 64)
+    scripted = torch.jit.script(fx.symbolic_trace(model))
+    torch.testing.assert_close(scripted(image), model(image))
+    assert {name for name, _ in scripted.named_parameters()} == {name for name, _ in model.named_parameters()}
 
 
 # containers

@@ -55,8 +55,8 @@ class Attention(nn.Module):
             ConfigError: always.
         """
         raise ConfigError(
-            f"torch.jit.script cannot read {type(self).__name__}; use torch.export.export or torch.jit.trace, or script "
-            f"the graph of torch.fx.symbolic_trace"
+            f"torch.jit.script cannot read {type(self).__name__}; use torch.export.export or torch.jit.trace, or "
+            f"script the graph of torch.fx.symbolic_trace"
         )
 
     def check_channels(self, x: Tensor) -> None:

@@ -38,5 +38,5 @@ def record_as_one_node(function: Callable[Arguments, Result]) -> Callable[Argume
         return function(*args, **kwargs)
 
     # TorchScript, given such a graph, compiles the function itself: it cannot read the lines above.
-    recorded.__prepare_scriptable__ = lambda: function  # pyright: ignore[reportFunctionMemberAccess]
+    recorded.__prepare_scriptable__ = lambda: function  # pyright: ignore[reportAttributeAccessIssue]
     return recorded
