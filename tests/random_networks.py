@@ -59,16 +59,6 @@ class NetworkPlan:
     channels_last: bool = False
     seed: int = 0
 
-    @property
-    def slices_channels_last(self) -> bool:
-        """Return whether a tensor that is not dense meets the channels-last layout."""
-        return self.channels_last and any(block.kind == "sliced" for block in self.blocks)
-
-    @property
-    def adds_into_a_view(self) -> bool:
-        """Return whether a block adds in place to a transposed view of its branch's last tensor."""
-        return any(block.kind == "channels_end" and block.addition == "y += x" for block in self.blocks)
-
 
 def norm(kind: Norm, axes: int, width: int) -> nn.Module:
     """Return a norm for (N, width, ...) with ``axes`` spatial axes, or the identity."""

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -74,7 +74,8 @@ def options_for(attention: str) -> dict[str, object]:
 def test_attach_keeps_outputs_gradients_and_keys():
     counts = Counter[str]()
 
-    @given(plans().filter(lambda plan: not plan.adds_into_a_view), st.sampled_from(ATTENTIONS))
+    @settings(max_examples=max(300, settings.default.max_examples))
+    @given(plans(), st.sampled_from(ATTENTIONS))
     def check(plan: NetworkPlan, attention: str) -> None:
         plain, image = build(plan)
         counts["networks"] += 1
@@ -87,7 +88,6 @@ def test_attach_keeps_outputs_gradients_and_keys():
     assert counts["refused"] <= MOST_REFUSED * counts["networks"], dict(counts)
 
 
-@pytest.mark.xfail(strict=True, reason="the gate's gradient has another layout, so a bias gradient rounds differently")
 def test_gradients_where_a_block_adds_into_a_view():
     block = BlockPlan(kind="channels_end", addition="y += x", activation="relu_", out_width=4)
     check_attach(*build(NetworkPlan(blocks=(block,), axes=3, size=16)), "eca")

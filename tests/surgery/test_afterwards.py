@@ -36,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:must run observer",
     "ignore:torch.quantize_per",
     "ignore:.*LeafSpec.*",
+    "ignore:.*weight_norm.*",
 )
 
 
@@ -173,6 +174,11 @@ def check_pruning():
     gate = model.layer1[0].eca.conv
     assert (gate.weight == 0).sum() == 1
     assert gate.weight_orig.grad.any()
+    before = model(IMAGE)
+    with torch.no_grad():
+        gate.weight_orig.add_(1)  # a step of the optimizer
+    assert not torch.equal(model(IMAGE), before)
+    assert (gate.weight == 0).sum() == 1
 
 
 def narrow(model):
@@ -203,6 +209,7 @@ def check_weight_norm():
     model, expected = attach()
     parametrizations.weight_norm(model.layer1[0].conv2)
     parametrizations.weight_norm(model.layer1[0].eca.conv)
+    nn.utils.weight_norm(model.layer1[1].eca.conv)  # the older form, which works by a hook
     assert_same(model, expected)
     parametrizations.spectral_norm(model.layer1[1].conv2)
     assert count_acts(model) == [1] * 8

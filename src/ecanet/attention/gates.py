@@ -103,7 +103,7 @@ class ECA(ChannelAttention):
             raise ConfigError(f"padding_mode must be 'zeros' or 'circular', got {padding_mode!r}")
         if padding_mode == "circular" and k // 2 > channels:
             raise ConfigError(f"circular padding of kernel_size {k} wraps more than once around {channels} channels")
-        self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=bias)
+        self.conv = nn.Conv1d(1, 1, k, padding=k // 2, padding_mode=padding_mode, bias=bias)
         self.padding_mode = padding_mode
 
     @property
@@ -113,6 +113,8 @@ class ECA(ChannelAttention):
 
     def gate(self, p: Tensor) -> Tensor:
         """Return ``sigmoid(conv1d_k(p))``."""
+        if any(ops.hook_dictionaries(self.conv)):  # pruning and older weight norm compute the weight in a hook
+            return self.conv(p[:, None].to(self.conv.weight.dtype))[:, 0].to(p.dtype).sigmoid()
         r, weight, bias = self.kernel_size // 2, self.conv.weight.to(p.dtype), self.conv.bias
         bias = None if bias is None else bias.to(p.dtype)
         if self.padding_mode == "circular":
@@ -271,6 +273,8 @@ class SEGC(ChannelAttention):
 
 
 def _linear(layer: nn.Linear, p: Tensor) -> Tensor:
+    if any(ops.hook_dictionaries(layer)):
+        return layer(p.to(layer.weight.dtype)).to(p.dtype)
     bias = cast("Tensor | None", layer.bias)
     return F.linear(p, layer.weight.to(p.dtype), None if bias is None else bias.to(p.dtype))
 

@@ -148,6 +148,9 @@ def apply_gate(gate: nn.Module, x: Tensor, axis: int) -> Tensor:
         y = torch.empty_like(x).copy_(y)
     if y.requires_grad and x.requires_grad:
         keep_layout(x, y)
+        # An in-place addition to a view hands on its gradient in the layout of the tensor behind the view.
+        if x._is_view() and not y._is_view():
+            y = y.view_as(y)
     return y
 
 
