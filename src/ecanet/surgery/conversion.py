@@ -17,8 +17,9 @@ from torch.nn.utils import parametrize
 
 from ecanet import ops
 from ecanet.attention import ECA
+from ecanet.surgery.forms import TOLERANCE, Form, agree
 from ecanet.surgery.modules import list_modules
-from ecanet.surgery.probing import TOLERANCE, Form, Operations, Probe, agree
+from ecanet.surgery.probing import Operations, Probe
 
 PADDINGS = {"zeros": "constant", "circular": "circular", "reflect": "reflect", "replicate": "replicate"}
 """Padding modes of convolutions, and their names in F.pad. ECA has the first two."""

@@ -6,7 +6,6 @@ give it another one.
 """
 
 import copy
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ecanet.ops import hook_dictionaries
+from ecanet.surgery.forms import Form, agree, split
 from ecanet.surgery.recording import CONVOLUTIONS, iterate_tensors
-
-TOLERANCE = 1e-4
-"""Largest relative difference that counts as rounding: the copy computes in float64, but may round inside."""
 
 LARGEST_GATE = 2.5
 """A factor stays below this for means of any size, unlike the output of a pooling or of a classifier."""
@@ -47,17 +44,6 @@ class Run:
     """Channel counts of x in all runs of the module."""
     count: int = 1
     """How often the module ran."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a module gives its factor (N, C)."""
-
-    returns: Literal["product", "planes", "flat", "input"]
-    """The product x * factor; or the factor alone, as (N, C, 1, ...), as (N, C), or in the shape of x."""
-    axis: int
-    """The axis of the channels."""
-    in_tuple: bool = False
 
 
 @dataclass(frozen=True)
@@ -288,35 +274,6 @@ def copy_module(module: nn.Module) -> nn.Module:
 def computes_weights(hook: object) -> bool:
     """Return whether ``hook`` belongs to PyTorch's weight norm, spectral norm or pruning."""
     return type(hook).__module__.startswith("torch.nn.utils.")
-
-
-def split(x: Tensor, y: object) -> tuple[Form, Tensor] | None:
-    """Return how ``y`` holds a factor (N, C) for the planes of ``x``, and the factor; None if it does not."""
-    if not isinstance(y, Tensor):
-        found = next(filter(None, (split(x, t) for t in iterate_tensors(y))), None)
-        return (Form(found[0].returns, found[0].axis, in_tuple=True), found[1]) if found else None
-    if not y.is_floating_point() or x.dim() < 3:
-        return None
-    n, c = x.shape[:2]
-    if y.shape == x.shape:
-        for axis in dict.fromkeys((1, x.dim() - 1)):
-            a, b = x.movedim(axis, 1).flatten(2), y.movedim(axis, 1).flatten(2)
-            factor = ((a * b).sum(-1) / (a * a).sum(-1)).nan_to_num()
-            if agree(factor[..., None] * a, b):
-                return Form("product", axis), factor
-        factor = y.flatten(2).mean(-1)
-        return (Form("input", 1), factor) if agree(factor[..., None].expand_as(y.flatten(2)), y.flatten(2)) else None
-    if y.shape == (n, c):
-        return Form("flat", 1), y
-    return (Form("planes", 1), y.flatten(1)) if y.shape == (n, c, *(1 for _ in x.shape[2:])) else None
-
-
-def agree(a: Tensor, b: Tensor) -> bool:
-    """Return whether ``a`` and ``b`` are equal up to rounding."""
-    if a.shape != b.shape or not a.numel():
-        return a.shape == b.shape
-    eps, size = max(TOLERANCE, 4 * torch.finfo(b.dtype).eps), float(b.abs().max())
-    return size < math.inf and float((a - b).abs().max()) <= eps * size
 
 
 def describe_taps(taps: Sequence[int]) -> str:

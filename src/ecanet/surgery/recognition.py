@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ecanet.surgery.conversion import Kernel, NoKernel, find_kernel
 from ecanet.surgery.example import run_again
+from ecanet.surgery.forms import split
 from ecanet.surgery.modules import list_modules
-from ecanet.surgery.probing import Probe, Run, Verdict, describe_taps, split
+from ecanet.surgery.probing import Probe, Run, Verdict, describe_taps
 from ecanet.surgery.recording import Trace
 
 CONVOLUTION = nn.modules.conv._ConvNd  # pyright: ignore[reportPrivateUsage]
