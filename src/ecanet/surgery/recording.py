@@ -26,7 +26,7 @@ PRODUCTS = frozenset(
 )
 LAST_AXIS = frozenset(["linear", "layer_norm", "rms_norm"])
 """Operations whose channels are the last axis."""
-RESHAPES = frozenset(["reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze"])
+RESHAPES = frozenset(["reshape", "view", "flatten", "unflatten", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_"])
 _REORDERS = "permute transpose transpose_ swapaxes swapaxes_ swapdims swapdims_ movedim moveaxis t t_ T mT H mH"
 REORDERS = frozenset(_REORDERS.split(" "))
 """Operations that only change the order of the axes."""
@@ -154,7 +154,7 @@ class Recorder(TorchFunctionMode):
             return result
         operation = Operation(name, tuple(dict.fromkeys(known.values())), func, args, kwargs)
         for t, before in zip(tensors, versions, strict=True):
-            if read_version(t) != before or (before is None and t is result and operation.seems_in_place()):
+            if read_version(t) != before or (t is result and operation.seems_in_place(counted=before is not None)):
                 self._record(t, operation)
         arguments = {id(t) for t in tensors}
         for t in iterate_tensors(result):
@@ -166,7 +166,8 @@ class Recorder(TorchFunctionMode):
 
     def _note_addition(self, result: Tensor, operands: list[Value | None]) -> None:
         out = self._value_of.get(result)
-        if len(operands) != 2 or out is None or not self._stack:
+        numbers = result.is_floating_point() or result.is_complex()  # others are positions and masks
+        if len(operands) != 2 or out is None or not numbers or not self._stack:
             return
         a, b = operands
         if a is not None and b is not None and a is not b and a.shape == b.shape and len(a.shape) >= 3:
@@ -213,10 +214,16 @@ class Operation:
     args: Sequence[object] = ()
     kwargs: Mapping[str, object] = field(default_factory=dict[str, object])
 
-    def seems_in_place(self) -> bool:
-        """Return whether the function, which returned its argument, is written like one that changed it."""
-        inplace = any(value is True for value in (*self.args, *self.kwargs.values()))
-        return self.name.endswith("_") or self.name.startswith("__i") or inplace
+    def seems_in_place(self, *, counted: bool) -> bool:
+        """Return whether the function, which returned its argument, is written like one that changed it.
+
+        Where the changes of the argument are ``counted``, only a change of its axes is meant, which does not count.
+        """
+        name = self.name
+        if counted:
+            return name.endswith("_") and (name in REORDERS or name in RESHAPES)
+        flag = any(value is True for value in (*self.args, *self.kwargs.values()))
+        return name.endswith("_") or name.startswith("__i") or flag
 
     def find_weight(self) -> torch.Size | None:
         """Return the shape of the weight of a convolution or linear layer."""
@@ -251,11 +258,12 @@ class Operation:
 
     def _follow_axis(self, parent: Value) -> int:
         """Return where the function moves the channels, seen on an empty tensor whose axes differ in size."""
-        probe = torch.empty(tuple(range(2, 2 + len(parent.shape))), device="meta")
-        args = [probe if isinstance(value, Tensor) else value for value in self.args]
-        kwargs = {key: probe if isinstance(value, Tensor) else value for key, value in self.kwargs.items()}
+        sizes = tuple(range(2, 2 + len(parent.shape)))
+        probe = torch.empty(sizes, device="meta")
+        args = [probe if i == 0 else value for i, value in enumerate(self.args)]
+        kwargs = {key: probe if key == "input" else value for key, value in self.kwargs.items()}
         assert self.func is not None
-        return cast(Tensor, self.func(*args, **kwargs)).shape.index(probe.shape[parent.axis])
+        return cast(Tensor, self.func(*args, **kwargs)).shape.index(sizes[parent.axis])
 
 
 def iterate_tensors(content: object) -> Iterator[Tensor]:

@@ -203,7 +203,8 @@ class Finder(Placer):
         convolved: set[tuple[int, ...]] = set()
         for value in self.trace.values:
             size = tuple(value.shape[2:])
-            if len(value.shape) < 3 or value.axis != 1 or max(size) == 1:
+            number = value.dtype.is_floating_point or value.dtype.is_complex
+            if len(value.shape) < 3 or value.axis != 1 or max(size) == 1 or not number:
                 continue
             if value.op in CONVOLUTIONS:
                 convolved.add(size)

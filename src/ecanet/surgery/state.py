@@ -2,7 +2,7 @@
 
 A forward may change more than its result: running statistics, counters, caches, lists of outputs, random states,
 sometimes its own parameters. `preserve_state` puts all of that back. Copies of all parameters would cost more than the
-run, so a parameter is copied right before it is written to.
+run, so in evaluation a parameter is copied right before it is written to.
 """
 
 import random
@@ -36,12 +36,12 @@ def preserve_state(
     done here.
 
     Raises:
-        AttachError: the body changed a parameter through another tensor that shares its memory.
+        AttachError: in evaluation, the body changed a parameter through another tensor that shares its memory.
     """
     containers, tensors = collect_contents(model)
     saved = {id(tensor): SavedTensor(tensor) for tensor in tensors}
     for tensor in tensors:
-        if not isinstance(tensor, nn.Parameter):
+        if training or not isinstance(tensor, nn.Parameter):
             saved[id(tensor)].copy()
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -140,7 +140,7 @@ class SavedTensor:
         if self.content is None:
             return tensor.is_inference() or tensor._version == self.version
         if not are_equal(tensor.detach(), self.content):
-            with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # the first alone enables gradients
                 tensor.copy_(self.content)
         return True
 
