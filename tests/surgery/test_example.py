@@ -142,6 +142,7 @@ def test_code_that_only_runs_in_evaluation_gets_no_gate(kind):
     assert names(model) == ["1.conv2"]
     assert [name for name, _ in ecanet.attached(model).left_out] == ["2.block.conv2"]
     assert "training" in str(ecanet.attached(model))
+    assert ecanet.attached(ecanet.attach(network(Block(), kind()), where="1")).left_out == []
     with pytest.raises(AttachError, match="'2.block.conv2' does not run in training mode"):
         ecanet.attach(network(Block(), kind()), where="2.block")
     with pytest.raises(AttachError, match="'2.block.conv1' does not run in training mode"):

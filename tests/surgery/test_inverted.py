@@ -96,6 +96,17 @@ class Fused(Inverted):
         self.full = Layer(inputs, 4 * inputs, 3, stride)
 
 
+class Separable(nn.Module):
+    """A depthwise and a 1 x 1 convolution, as in Xception."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.depthwise, self.pointwise = Layer(inputs, inputs, 3, 1, inputs), Layer(inputs, outputs, act=False)
+
+    def forward(self, x):
+        return self.pointwise(self.depthwise(x))
+
+
 class Bottleneck(nn.Module):
     """A residual block that is not inverted."""
 
@@ -130,10 +141,9 @@ def test_every_inverted_residual_block_gets_a_gate_with_or_without_an_addition()
 
 
 def test_blocks_of_other_networks_need_an_addition():
-    separable = Layer(8, 8, 3, 1, 8), Layer(8, 8)
-    assert [name for name, _ in places(Layer(3, 8), Bottleneck(), *separable)] == [
-        "1.conv2"
-    ]  # there is no inverted one
+    # There is no inverted residual block, and then one block that widens.
+    assert [name for name, _ in places(Layer(3, 8), Bottleneck(), Separable(8, 4))] == ["1.conv2"]
+    assert [name for name, _ in places(Layer(3, 8), Inverted(8, 8), Separable(8, 16))] == ["1.reduce"]
     narrowing = nn.Sequential(Layer(8, 4), Layer(4, 4, 3), Layer(4, 16, act=False))  # ResNet's bottleneck
     found = places(Layer(3, 8), Inverted(8, 8), narrowing, Layer(16, 16, 3, 1, 16), Layer(16, 8), Inverted(8, 8))
     assert [name for name, _ in found] == ["1.reduce", "5.reduce"]

@@ -131,6 +131,14 @@ def test_the_axis_of_the_channels_is_followed(function, axis):
     assert (value.axis, value.channels) == (axis, 5)
 
 
+@pytest.mark.parametrize(
+    "function", [torch.sum, lambda x: x.mean((0, 1, 2)), lambda x: x.reshape(-1), lambda x: x[0, 0, 0]]
+)
+def test_a_tensor_of_fewer_axes_has_no_channels(function):
+    _, value = record(function, torch.rand(2, 3, 4, 5))
+    assert value.channels == 0
+
+
 def test_images_without_a_batch_have_their_channels_first():
     for function, size in ((nn.Conv1d, (9,)), (nn.Conv2d, (9, 9)), (nn.ConvTranspose3d, (3, 3, 3))):
         _, value = record(function(2, 6, 1), torch.rand(2, *size))
@@ -218,14 +226,23 @@ def test_a_module_that_is_called_by_keyword_and_does_nothing_makes_nothing():
     class Keywords(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv1, self.conv2, self.same = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Identity()
+            self.pair, self.same = Pair(), nn.Identity()
 
         def forward(self, x):
-            return x + self.same(input=self.conv2(input=self.conv1(input=x).relu()))
+            branch, _ = self.pair(x=x)
+            return x + self.same(input=branch)
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.conv2(input=self.conv1(input=x).relu()), None
 
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Keywords())
     ecanet.attach(model)
-    assert [site.after for site in ecanet.attached(model)] == ["1.conv2"]
+    assert [site.after for site in ecanet.attached(model)] == ["1.pair.conv2"]
 
 
 def test_nothing_of_the_recorder_stays_in_pytorch():
