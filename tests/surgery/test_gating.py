@@ -218,15 +218,25 @@ def test_the_children_of_a_network_keep_their_gates():
     assert len(ecanet.attached(model.features[:6])) == 2
 
 
-class RunsItsChildren(nn.Module):
-    """A residual block that runs whatever children it has."""
+class Tutorial(nn.Module):
+    """A network that calls its layers itself."""
 
     def __init__(self):
         super().__init__()
-        self.conv1, self.act, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)
+        self.conv1, self.relu1, self.pool = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+        self.conv2, self.relu2, self.head = nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 4, 1)
 
     def forward(self, x):
-        y = x
-        for module in self.children():
-            y = module(y)
-        return x + y
+        return self.head(self.relu2(self.conv2(self.pool(self.relu1(self.conv1(x))))))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_places_are_right_before_they_are_proven(verify):
+    image = torch.rand(1, 3, 32, 32)
+    for model in (Tutorial(), vgg11()):
+        model = ecanet.attach(model.eval(), example=image, verify=verify)
+        sites = ecanet.attached(model)
+        assert [site.name for site in sites] == [f"{site.after}.eca" for site in sites]
+        expected = model.features(image) if hasattr(model, "features") else model(image)
+        children = list(model.children())[: 1 if hasattr(model, "features") else None]
+        assert torch.equal(nn.Sequential(*children)(image), expected)

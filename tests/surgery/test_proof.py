@@ -1,6 +1,8 @@
 """attach proves what it did: every gate acts as often as its place and nothing else changes, or all is undone."""
 
 import copy
+import itertools
+import types
 
 import pytest
 import torch
@@ -164,14 +166,31 @@ def test_a_gate_that_is_not_neutral_undoes_everything(monkeypatch):
 
 def test_an_interrupted_proof_undoes_everything():
     class Interrupts(ecanet.ECA):
+        runs = 0
+
         def forward(self, x, mask=None):
-            raise KeyboardInterrupt
+            Interrupts.runs += 1
+            if Interrupts.runs > 3:  # the trial of each of two gates, and the first gate in the proof
+                raise KeyboardInterrupt
+            return super().forward(x, mask)
 
     model = Parent().eval()
     before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
         ecanet.attach(model, Interrupts, example=IMAGES)
+    assert Interrupts.runs == 4
     assert_untouched(model, before)
+
+
+def test_a_block_whose_forward_was_replaced_before_keeps_one_act_per_gate():
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), CallsMethods(), CallsMethods()).eval()
+    for block in model[1:]:
+        block.forward = types.MethodType(lambda self, x: x + 2 * self.conv2(self.conv1(x).relu()), block)
+    before = model(IMAGES)
+    ecanet.attach(model, example=IMAGES)
+    assert [site.name for site in ecanet.attached(model)] == ["1.conv2.eca", "2.conv2.eca"]
+    assert torch.equal(model(IMAGES), before)
+    assert gate_runs(model, IMAGES) == [1, 1]
 
 
 def test_an_example_that_is_changed_in_place_is_used_as_it_was():
@@ -186,10 +205,11 @@ def test_an_example_that_is_changed_in_place_is_used_as_it_was():
 
 
 def test_networks_that_are_never_the_same_are_still_counted():
+    runs = itertools.count()  # no state that attach could restore
+
     class Random(Parent):
         def forward(self, x):
-            self.count = getattr(self, "count", 0) + 1
-            return super().forward(x) + torch.rand(1, generator=torch.Generator().manual_seed(id(object()) % 97))
+            return super().forward(x) + next(runs)
 
     model = Random().eval()
     ecanet.attach(model, example=IMAGES)
