@@ -5,10 +5,11 @@ sometimes its own parameters. `preserve_state` puts all of that back. Copies of 
 run, so in evaluation a parameter is copied right before it is written to.
 """
 
+import operator
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import cast
 
@@ -19,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from ecanet.errors import AttachError
 
 Container = dict[object, object] | list[object] | set[object] | deque[object]
+
+NOTHING: Container = []
 
 KEPT = (dict, list, set, deque, tuple, Tensor)
 """Kinds of attributes whose content is saved too."""
@@ -87,6 +90,9 @@ def collect_contents(model: nn.Module) -> tuple[list[tuple[Container, Container]
                 tensors.append(item)
         elif isinstance(item, dict):
             some = cast("dict[object, object]", item)
+            if not some:  # most are, such as those of hooks
+                containers.append((some, NOTHING))
+                continue
             containers.append((some, dict(some)))
             queue += [value for value in some.values() if isinstance(value, KEPT)]
         else:
@@ -99,22 +105,23 @@ def collect_contents(model: nn.Module) -> tuple[list[tuple[Container, Container]
 
 def restore_container(container: Container, before: Container) -> None:
     """Give ``container`` the entries of ``before`` again, in their order; leave it alone if nothing changed."""
-    if isinstance(container, dict):
-        entries = list(cast("dict[object, object]", before).items())
-        same = len(container) == len(entries) and all(
-            key is old_key and value is old
-            for (key, value), (old_key, old) in zip(container.items(), entries, strict=True)
-        )
-        if not same:
+    if not before:
+        if container:
             container.clear()
-            for key, value in entries:  # Counter.update would add
+    elif isinstance(container, dict):
+        assert isinstance(before, dict)
+        if not (hold_same(container, before) and hold_same(container.values(), before.values())):
+            container.clear()
+            for key, value in before.items():  # Counter.update would add
                 container[key] = value
-        return
-    entries = list(before)
-    if len(container) == len(entries) and all(a is b for a, b in zip(container, entries, strict=True)):
-        return
-    container.clear()
-    container.update(entries) if isinstance(container, set) else container.extend(entries)
+    elif not hold_same(container, before):
+        container.clear()
+        container.update(before) if isinstance(container, set) else container.extend(before)
+
+
+def hold_same(a: Collection[object], b: Collection[object]) -> bool:
+    """Return whether two collections hold the same objects in the same order."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 class SavedTensor:
