@@ -16,6 +16,7 @@ from ecanet.surgery.example import record_run
 from ecanet.surgery.folding import fold
 from ecanet.surgery.gates import find_gates
 from ecanet.surgery.insertion import refuse_twice, remove
+from ecanet.surgery.patterns import group_attention
 from ecanet.surgery.proof import Insertion
 from ecanet.surgery.replace import replace_modules
 from ecanet.surgery.report import (
@@ -99,7 +100,8 @@ def attach(
     with torch.inference_mode(False):
         trace = record_run(model, example)
         if replace is not None:
-            replace_modules(model, trace, replace, kind, where, preserve, kernel_sizes, options, verify=verify)
+            with group_attention(model, trace, replace):
+                replace_modules(model, trace, replace, kind, where, preserve, kernel_sizes, options, verify=verify)
             return model
         with isolate_building(model):
             finder = Finder(model, trace)

@@ -137,7 +137,12 @@ def compare_widths(value: Value) -> int:
 
 def is_layer_scale(value: Value, call: Call) -> bool:
     """Return whether ``call`` only multiplies its input by a constant."""
-    return value.op in PRODUCTS and len(value.parents) == 1 and value.parents[0] in call.inputs
+    return is_constant_product(value) and value.parents[0] in call.inputs
+
+
+def is_constant_product(value: Value) -> bool:
+    """Return whether ``value`` is another value times a constant."""
+    return value.op in PRODUCTS and len(value.parents) == 1
 
 
 def step_back(value: Value) -> Value | None:

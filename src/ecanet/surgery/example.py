@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ecanet.errors import AttachError
+from ecanet.surgery.graphs import run_by_nodes
 from ecanet.surgery.recording import Recorder, Trace, iterate_tensors
 from ecanet.surgery.state import preserve_state
 
@@ -63,7 +64,7 @@ def record_evaluation(model: nn.Module, args: tuple[object, ...], kwargs: dict[s
     trace = recorder.trace
     trace.arguments = args, kwargs
     copied, named = copy_arguments(args, kwargs)
-    with preserve_state(model, recorder=recorder):
+    with run_by_nodes(model, recorder.note_node), preserve_state(model, recorder=recorder):
         for tensor in iterate_tensors((copied, named)):
             recorder.follow(tensor)
         trace.output = model(*copied, **named)

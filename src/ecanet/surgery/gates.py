@@ -6,6 +6,7 @@ from torch import nn
 
 from ecanet.errors import AttachError
 from ecanet.surgery.gating import list_records
+from ecanet.surgery.graphs import find_nodes
 from ecanet.surgery.modules import list_modules
 from ecanet.surgery.records import Record, read_record
 
@@ -27,7 +28,8 @@ def find_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
             continue
         keeper, _, key = name.rpartition(".")
         block = model.get_submodule(keeper)
-        if record.mode == "call" and not is_reachable(block, key, record):
+        acts = find_nodes(model, module) if record.mode == "node" else is_reachable(block, key, record)
+        if not acts and record.mode in ("call", "node"):
             raise AttachError(
                 f"gate {name!r} no longer acts: {f'{keeper}.{record.target}'.strip('.')!r} was removed or replaced "
                 f"after attach; detach before such changes and attach again afterwards"

@@ -1,10 +1,12 @@
 """Say where the gate of one output goes: the module after which it acts, and the module that keeps it."""
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from ecanet.surgery.graphs import find_block
 from ecanet.surgery.modules import list_modules
 from ecanet.surgery.recording import CONVOLUTIONS, NORMS, Call, Trace, Value
 
@@ -27,6 +29,12 @@ class Site:
     device: torch.device
     append: bool = False
     """Whether the gate becomes the last entry of ``target``, a Sequential, as in the authors' MobileNetV2."""
+    graph: str = ""
+    """Name of the `torch.fx.GraphModule` in which the gate is a node."""
+    node: str = ""
+    """Name of the node in that graph behind which the gate stands; "" elsewhere."""
+    module: bool = True
+    """Whether ``target`` is a module; False for a node that calls a function."""
     affine: str | None = None
     """Name of the norm or convolution that is the last step of ``target``, where `fold` may double it."""
 
@@ -39,6 +47,9 @@ class Placer:
         self.model = model
         self.names = {module: name for name, module in list_modules(model)}
         self.makers = trace.find_makers()
+        self.nodes: dict[tuple[nn.Module, Value], fx.Node] = {}
+        for graph, node, value in trace.steps:
+            self.nodes.setdefault((graph, value), node)  # a node that returns its own input (dropout) made nothing
 
     def find_obstacle(self, call: Call, value: Value) -> str:
         """Return why no gate can act on ``value``, the output of ``call``; "" if one can."""
@@ -57,6 +68,9 @@ class Placer:
         Containers are no such parents, since they would run the gate as one more entry, and the root is none, since
         others take its children out of it (``list(model.children())[:-1]``). Then the target keeps the gate itself.
         """
+        for frame in (call.parent, call):
+            if frame is not None and (site := self.make_node_site(frame, value)):
+                return site
         target = self.names[call.module]
         parent = target.rpartition(".")[0]
         calls_target = call.parent is not None and self.names.get(call.parent.module) == parent
@@ -70,18 +84,34 @@ class Placer:
         call = min(own, key=lambda c: c.depth)
         return self.describe_site(self.names[call.module], call, value)
 
+    def make_node_site(self, frame: Call, value: Value) -> Site | None:
+        """Return the site behind the node that made ``value`` in ``frame``, if that is a run of a graph; else None."""
+        graph = frame.module
+        node = self.nodes.get((graph, value)) if frame.start <= value.index < frame.end else None
+        if node is None or not isinstance(graph, fx.GraphModule) or graph not in self.names:
+            return None
+        name, block = self.names[graph], find_block(graph, node)
+        called = [c for c in self.makers.get(value, []) if c.parent is frame and c.module in self.names]
+        local = str(node.target) if called else f"{block}.{node.name}".lstrip(".")
+        prefix = f"{name}." if name else ""
+        return Site(
+            block=f"{prefix}{block}".strip("."),
+            target=prefix + local,
+            graph=name,
+            node=node.name,
+            module=bool(called),
+            affine=self.find_affine(called[0], value) if called else None,
+            **describe_value(value),
+        )
+
     def describe_site(self, block: str, call: Call, value: Value, append: bool = False) -> Site:
         """Return the site on the output of ``call``, with its gate kept by ``block``."""
         return Site(
             block=block,
             target=self.names[call.module],
-            channels=value.shape[value.axis],
-            axis=value.axis,
-            index=value.index,
-            shape=tuple(n for i, n in enumerate(value.shape) if i not in (0, value.axis)),
-            device=value.device,
             append=append,
             affine=self.find_affine(call, value),
+            **describe_value(value),
         )
 
     def find_affine(self, call: Call, value: Value) -> str | None:
@@ -96,6 +126,27 @@ class Placer:
         if (value.op in NORMS or value.op in CONVOLUTIONS or frozen) and not read and runs == 1:
             return self.names.get(leaf)
         return None
+
+
+class Description(TypedDict):
+    """The part of a site that one value says."""
+
+    channels: int
+    axis: int
+    index: int
+    shape: tuple[int, ...]
+    device: torch.device
+
+
+def describe_value(value: Value) -> Description:
+    """Return what ``value`` says of its site."""
+    return {
+        "channels": value.shape[value.axis],
+        "axis": value.axis,
+        "index": value.index,
+        "shape": tuple(n for i, n in enumerate(value.shape) if i not in (0, value.axis)),
+        "device": value.device,
+    }
 
 
 def is_container(module: nn.Module) -> bool:

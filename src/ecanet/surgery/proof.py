@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ecanet.attention import AttentionKind
 from ecanet.errors import AttachError
 from ecanet.surgery.example import run_again, summarize
-from ecanet.surgery.insertion import insert, remove
+from ecanet.surgery.insertion import find_target, insert, remove
 from ecanet.surgery.modules import forward_hooks
 from ecanet.surgery.placing import Site, is_container
 from ecanet.surgery.recording import Trace, iterate_tensors
@@ -90,8 +90,8 @@ class Insertion:
         while faulty := self.find_faulty():
             for one in faulty:
                 self.take(one)
-                target = self.model.get_submodule(one.site.target)
-                if one.site.block != one.site.target and not is_container(target):
+                target = find_target(self.model, one.site)
+                if not one.site.node and one.site.block != one.site.target and not is_container(target):
                     one.site = replace(one.site, block=one.site.target, append=False)
                     self.put(one)
                 else:
@@ -117,9 +117,10 @@ class Insertion:
             return self.find_failing(error)
         expected = Counter(call.module for call in self.trace.calls)
         for one in self.gates:
-            count = expected[self.model.get_submodule(one.site.target)]
+            place = one.site.graph if one.site.node else one.site.target
+            count = expected[self.model.get_submodule(place)]
             # A block that runs its children in a row may run the gate, too, which is not the gate's act.
-            fine = count == one.runs and (one.site.append or count == one.acts)
+            fine = count == one.runs and (one.site.append or one.site.node != "" or count == one.acts)
             one.fault = "" if fine else f"it ran {count} times, its gate {one.runs} times, behind it {one.acts} times"
         faulty = [one for one in self.gates if one.fault]
         if not faulty and self.lossless and not are_same(output, self.trace.output):

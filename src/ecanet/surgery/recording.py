@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -92,6 +92,8 @@ class Trace:
     calls: list[Call] = field(default_factory=list[Call])
     additions: list[Addition] = field(default_factory=list[Addition])
     values: list[Value] = field(default_factory=list[Value])
+    steps: list[tuple[nn.Module, fx.Node, Value]] = field(default_factory=list[tuple[nn.Module, fx.Node, Value]])
+    """The graph, the node and its result, for each node of the graphs in the model that returned a tensor."""
     arguments: tuple[tuple[object, ...], dict[str, object]] = ((), {})
     """The example: positional and keyword arguments of the model."""
     output: object = None
@@ -180,6 +182,11 @@ class Recorder(TorchFunctionMode):
         value = Value(index, operation.name, operation.parents, shape, tensor.device, tensor.dtype, axis, weight)
         self.trace.values.append(value)
         self._value_of[tensor] = value
+
+    def note_node(self, graph: nn.Module, node: fx.Node, result: object) -> None:
+        """Record that ``node`` of ``graph`` returned ``result``."""
+        if isinstance(result, Tensor) and (value := self._value_of.get(result)) is not None:
+            self.trace.steps.append((graph, node, value))
 
     def _enter_module(self, module: nn.Module, args: object) -> None:
         inputs = [value for t in iterate_tensors(args) if (value := self._value_of.get(t)) is not None]

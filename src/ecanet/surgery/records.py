@@ -4,9 +4,11 @@ from typing import Literal, cast
 
 from torch import nn
 
-Mode = Literal["call", "append", "replace"]
-"""The way in which a gate acts: called behind a module by the block's class, as the last entry of a Sequential, or in
-the place of a module."""
+from ecanet.surgery.graphs import Moved
+
+Mode = Literal["call", "append", "replace", "node"]
+"""The way in which a gate acts: called behind a module by the block's class, as the last entry of a Sequential, in the
+place of a module, or as a node of a `torch.fx` graph."""
 
 
 class Record:
@@ -39,6 +41,8 @@ class Record:
         """Whether `fold` doubled that norm or convolution."""
         self.replaced: nn.Module | None = None
         """The module whose place the gate took; not a child, so not in the state dict."""
+        self.moved: Moved | None = None
+        """What left a graph's module when that module was made of nodes; None where it was a module before."""
 
 
 def keep_record(gate: nn.Module, record: Record) -> None:

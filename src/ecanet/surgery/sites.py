@@ -6,10 +6,18 @@ scale, skip gain) that follow the branch stay behind the gate.
 
 from collections import Counter
 
-from torch import nn
+from torch import fx, nn
 
 from ecanet.errors import AttachError
-from ecanet.surgery.branches import compare_widths, find_branch, find_projection, is_layer_scale, step_back
+from ecanet.surgery.branches import (
+    compare_widths,
+    find_branch,
+    find_convolution_before,
+    find_projection,
+    is_constant_product,
+    is_layer_scale,
+    step_back,
+)
 from ecanet.surgery.modules import list_modules
 from ecanet.surgery.placing import NEVER_TRAINS, Placer, Site, is_container
 from ecanet.surgery.recording import CONVOLUTIONS, Addition, Call, Trace, Value
@@ -51,7 +59,7 @@ class Finder(Placer):
         """Return the end of every residual branch, and of inverted residual blocks without an addition."""
         sites: list[Site] = []
         blocks: list[Call] = []
-        inverted = False
+        projections: list[Value] = []
         for addition in self.trace.additions:
             branch, frame = self.find_branch(addition)
             site = None if branch is None else self.locate_value(branch, frame)
@@ -59,8 +67,10 @@ class Finder(Placer):
                 sites.append(site)
                 blocks.append(frame)
                 projection = find_projection(branch, frame.start)
-                inverted = inverted or (projection is not None and compare_widths(projection) < 0)
-        return sites + self.find_inverted_residual(blocks) if inverted else sites
+                projections += [] if projection is None else [projection]
+        if all(compare_widths(projection) == 0 for projection in projections):
+            return sites
+        return sites + self.find_inverted_residual(blocks) + self.find_projections_in_graphs(projections)
 
     def find_inverted_residual(self, done: list[Call]) -> list[Site]:
         """Return the last step of the inverted residual blocks without an addition; ``done`` are blocks with one."""
@@ -74,6 +84,23 @@ class Finder(Placer):
             if find_projection(value, call.start) is not None:
                 blocks[value] = call  # the innermost, which comes last
         sites = [self.locate_value(value, call, strictly=True) for value, call in blocks.items()]
+        return [site for site in sites if site is not None]
+
+    def find_projections_in_graphs(self, done: list[Value]) -> list[Site]:
+        """Return the last step of the inverted residual blocks in graphs, where no modules show the blocks.
+
+        ``done`` are the projections of blocks with an addition.
+        """
+        ends: dict[tuple[Call, Value], Value] = {}
+        for frame in self.trace.calls:
+            for graph, _, value in self.trace.steps if isinstance(frame.module, fx.GraphModule) else ():
+                if graph is frame.module and frame.start <= value.index < frame.end and len(value.shape) >= 3:
+                    projection = find_projection(value, frame.start)
+                    if projection is not None and projection not in done and projection.shape == value.shape:
+                        ends[frame, projection] = value
+        # Squeeze-excite has such convolutions too, of the means and not of the planes.
+        ends = {key: value for key, value in ends.items() if keeps_resolution(*key)}
+        sites = [self.check_site(self.make_node_site(f, value), f, value) for (f, _), value in ends.items()]
         return [site for site in sites if site is not None]
 
     def find_branch(self, addition: Addition) -> tuple[Value | None, Call]:
@@ -97,19 +124,25 @@ class Finder(Placer):
         Operations that may follow a gate, such as layer scale, are skipped. ``strictly`` excludes ``frame`` itself.
         """
         while True:
+            node = None if strictly or is_constant_product(value) else self.make_node_site(frame, value)
+            if node is not None:
+                return self.check_site(node, frame, value)
             calls = [c for c in self.makers.get(value, []) if c.is_inside(frame) and not (strictly and c is frame)]
             calls = [c for c in calls if c.module in self.names]
             if calls and not is_layer_scale(value, calls[0]):
                 call = min(calls, key=lambda c: c.depth)
-                reason = self.find_obstacle(call, value)
-                if reason:
-                    self.leave_out(self.names[call.module], reason)
-                    return None
-                return self.make_site(call, value)
+                return self.check_site(self.make_site(call, value), call, value)
             before = step_back(value)
             if before is None or before.index < frame.start:
                 return None
             value = before
+
+    def check_site(self, site: Site | None, call: Call, value: Value) -> Site | None:
+        """Return ``site``, on the output of ``call``, or None if no gate can act there."""
+        reason = self.find_obstacle(call, value)
+        if reason:
+            self.leave_out(self.names[call.module] if site is None else site.target, reason)
+        return None if reason else site
 
     def leave_out(self, name: str, reason: str) -> None:
         """Note that the module called ``name`` gets no gate."""
@@ -128,7 +161,9 @@ class Finder(Placer):
         for site in sites:
             widths = sorted({other.channels for other in found if other.target == site.target})
             axes = {other.axis for other in found if other.target == site.target}
-            if runs[site.target] > ends[site.target]:
+            if site.node:  # other nodes that call the same module are no concern of this one
+                kept.append(site)
+            elif runs[site.target] > ends[site.target]:
                 reason = (
                     f"ends {ends[site.target]} residual branch(es) but runs {runs[site.target]} times, so a gate on it "
                     f"would act elsewhere too"
@@ -209,6 +244,7 @@ class Finder(Placer):
             if value.op in CONVOLUTIONS:
                 convolved.add(size)
             calls = [c for c in self.makers.get(value, []) if c.module in self.names and c.depth > 0]
+            calls = calls or [c for c in self.trace.calls if self.make_node_site(c, value)]
             outermost = min(calls, key=lambda c: c.depth, default=None)
             if size in convolved and outermost is not None and (site := self.make_site(outermost, value)):
                 reason = self.find_obstacle(outermost, value)
@@ -225,6 +261,12 @@ class Finder(Placer):
         return sites
 
 
+def keeps_resolution(frame: Call, projection: Value) -> bool:
+    """Return whether ``projection`` and the convolution before it in ``frame`` have planes of the same size."""
+    before = find_convolution_before(projection, frame.start)
+    return before is not None and before.shape[2:] == projection.shape[2:]
+
+
 def describe_left_out(places: list[tuple[str, str]]) -> str:
     """Return one clause about each of the first three ``places``, and the number of the others."""
     more = [f"and {len(places) - 3} more"] if len(places) > 3 else []
@@ -233,7 +275,7 @@ def describe_left_out(places: list[tuple[str, str]]) -> str:
 
 def drop_repeated_targets(sites: list[Site]) -> list[Site]:
     """Return the first site of each target; shared modules run several times."""
-    first: dict[str, Site] = {}
+    first: dict[tuple[str, str], Site] = {}
     for site in sites:
-        first.setdefault(site.target, site)
+        first.setdefault((site.target, site.node), site)
     return list(first.values())
