@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from ecanet.surgery.modules import list_modules
+from ecanet.surgery.modules import list_modules, read_version
 
-Note = Callable[[nn.Module, fx.Node, object], None]
-"""A function of a graph, one of its nodes, and what that node returned."""
+Note = Callable[[nn.Module, fx.Node, object, bool], None]
+"""A function of a graph, one of its nodes, what that node returned, and whether it changed its operands in place."""
 
 HOLDERS = ("_parameters", "_buffers", "_modules")
 """The dictionaries in which a module keeps what a graph names."""
@@ -63,9 +63,11 @@ class NodeRunner(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""
+        operands = [value for node in n.all_input_nodes if isinstance(value := self.env[node], Tensor)]
+        versions = [read_version(operand) for operand in operands]
         result = super().run_node(n)
         if n.op not in ("get_attr", "output"):
-            self.note(self.module, n, result)
+            self.note(self.module, n, result, versions != [read_version(operand) for operand in operands])
         return result
 
 

@@ -88,6 +88,8 @@ def refuse_twice(model: nn.Module, sites: Sequence[Site], kind: AttentionKind) -
         relative = site.target[len(site.block) + 1 if site.block else 0 :]
         gates = [one.attention for one in list_records(block).values() if one.target == relative]
         gates += [record.attention] if record is not None else []
+        nodes = [one for child in block.children() if (one := read_record(child)) is not None and one.mode == "node"]
+        gates += [one.attention for one in nodes if one.target == relative]
         place = site.block or site.target
         if kind.name in gates:
             raise AttachError(f"{place!r} already has attention {kind.name!r}; detach first")

@@ -42,6 +42,11 @@ def own_tensors(module: nn.Module) -> list[Tensor]:
     return [t for kind in ("_parameters", "_buffers") for t in attributes[kind].values() if t is not None]
 
 
+def read_version(tensor: Tensor) -> int | None:
+    """Return a count that grows with each in-place change of ``tensor``; inference tensors keep none."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Return whether ``module.compile()`` was called."""
     return vars(module).get("_compiled_call_impl") is not None

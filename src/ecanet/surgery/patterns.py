@@ -2,7 +2,6 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import fx, nn
 
@@ -43,7 +42,7 @@ def group_all(model: nn.Module, trace: Trace) -> Generator[tuple[fx.GraphModule,
             continue
         values = {node: value for graph, node, value in reversed(trace.steps) if graph is module}
         for last in list(module.graph.nodes):
-            found = find_product(last, values)
+            found = find_product(last, values, trace.changing)
             if found is None:
                 continue
             source, body = found
@@ -54,25 +53,35 @@ def group_all(model: nn.Module, trace: Trace) -> Generator[tuple[fx.GraphModule,
             yield grouped, moved
 
 
-def find_product(last: fx.Node, values: dict[fx.Node, Value]) -> tuple[fx.Node, list[fx.Node]] | None:
-    """Return x and the nodes of f, in order, if ``last`` is x * f(x) and f has a step of one number for each plane."""
+def find_product(
+    last: fx.Node, values: dict[fx.Node, Value], changing: set[fx.Node]
+) -> tuple[fx.Node, list[fx.Node]] | None:
+    """Return x and the nodes of f, in order, if ``last`` is x * f(x) and f has a step of one number for each plane.
+
+    ``changing`` are the nodes that change an operand in place.
+    """
     value, operands = values.get(last), last.all_input_nodes
     if value is None or value.op not in PRODUCTS or len(operands) != 2 or len(value.shape) < 3:
         return None
     for source, factor in (operands, operands[::-1]):
         x = values.get(source)
-        if x is None or x.shape != value.shape or x.shape[2:].numel() == 1 or factor not in values:
+        if x is None or x.shape != value.shape or factor not in values:
             continue
         body = find_body(source, factor)
-        means = x.shape[:2].numel()
-        if body is None or all(node not in values or values[node].shape.numel() != means for node in body):
+        if body is None or not any(reduces(values[node], x) for node in body if node in values):
             continue
         # A node that changes x in place ties the others to their order.
         others = [node for node in source.users if node is not last]
         outside = any(node not in body for node in others)
-        if not any(changes_in_place(node, values) for node in (*others, *([last] if outside else []))):
+        if changing.isdisjoint([*others, *([last] if outside else [])]):
             return source, body
     return None
+
+
+def reduces(value: Value, x: Value) -> bool:
+    """Return whether the operation that made ``value`` leaves one number of each plane of ``x``."""
+    names = ("mean", "sum", "pool") if x.shape[2:].numel() == 1 else ("",)
+    return value.shape.numel() == x.shape[:2].numel() and any(name in value.op for name in names)
 
 
 def find_body(source: fx.Node, factor: fx.Node) -> list[fx.Node] | None:
@@ -88,9 +97,3 @@ def find_body(source: fx.Node, factor: fx.Node) -> list[fx.Node] | None:
             return None
         queue += node.all_input_nodes
     return [node for node in factor.graph.nodes if node in body]
-
-
-def changes_in_place(node: fx.Node, values: dict[fx.Node, Value]) -> bool:
-    """Return whether the operation of ``node`` is one that changes its operand."""
-    name: Any = values[node].op if node in values else ""
-    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))

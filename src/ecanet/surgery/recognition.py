@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ecanet.surgery.conversion import Kernel, NoKernel, find_kernel
 from ecanet.surgery.example import run_again
@@ -123,6 +123,7 @@ def wrap(watcher: Watcher, module: nn.Module, forward: Callable[..., object]) ->
 def may_be_attention(module: nn.Module) -> bool:
     """Return whether ``module`` is worth watching: no layer of PyTorch's own, no gate of ours, no k x k convolution."""
     leaf = type(module).__module__.startswith("torch.") and not any(True for _ in module.children())
+    leaf = leaf and not isinstance(module, fx.GraphModule)
     return not leaf and not hasattr(module, "attachment") and find_spatial_convolution(module) is None
 
 

@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ecanet.surgery.modules import read_version
+
 CONVOLUTIONS = frozenset(
     ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"]
 )
@@ -94,6 +96,8 @@ class Trace:
     values: list[Value] = field(default_factory=list[Value])
     steps: list[tuple[nn.Module, fx.Node, Value]] = field(default_factory=list[tuple[nn.Module, fx.Node, Value]])
     """The graph, the node and its result, for each node of the graphs in the model that returned a tensor."""
+    changing: set[fx.Node] = field(default_factory=set[fx.Node])
+    """The nodes that changed an operand in place."""
     arguments: tuple[tuple[object, ...], dict[str, object]] = ((), {})
     """The example: positional and keyword arguments of the model."""
     output: object = None
@@ -183,8 +187,9 @@ class Recorder(TorchFunctionMode):
         self.trace.values.append(value)
         self._value_of[tensor] = value
 
-    def note_node(self, graph: nn.Module, node: fx.Node, result: object) -> None:
-        """Record that ``node`` of ``graph`` returned ``result``."""
+    def note_node(self, graph: nn.Module, node: fx.Node, result: object, changes: bool) -> None:
+        """Record that ``node`` of ``graph`` returned ``result``, and whether it changed its operands."""
+        self.trace.changing.update([node] if changes else [])
         if isinstance(result, Tensor) and (value := self._value_of.get(result)) is not None:
             self.trace.steps.append((graph, node, value))
 
@@ -283,11 +288,6 @@ def iterate_tensors(content: object) -> Iterator[Tensor]:
     elif isinstance(content, tuple | list):
         for item in cast("Sequence[object]", content):
             yield from iterate_tensors(item)
-
-
-def read_version(tensor: Tensor) -> int | None:
-    """Return a count that grows with each in-place change of ``tensor``; inference tensors keep none."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def name_operation(func: Callable[..., object]) -> str:
