@@ -56,7 +56,8 @@ def test_gates_change_nothing_and_survive_onnx(name, tmp_path):
     ecanet.attach(graph, "eca", example=image)
     assert len(ecanet.attached(graph)) == branches
     assert torch.equal(run(graph, image), plain)
-    torch.testing.assert_close(run_in_onnxruntime(graph, image, tmp_path / "attached.onnx"), plain, rtol=1e-4, atol=1e-4)
+    given = run_in_onnxruntime(graph, image, tmp_path / "attached.onnx")
+    torch.testing.assert_close(given, plain, rtol=1e-4, atol=1e-4)
     assert torch.equal(run(ecanet.detach(graph), image), plain)
     assert list(graph.state_dict()) == keys
 
@@ -72,6 +73,7 @@ def test_squeeze_excite_gives_way_and_eca_survives_onnx(name, tmp_path):
     assert sum(p.numel() for p in graph.parameters()) < size
     changed = run(graph, image)
     assert not torch.equal(changed, plain)
-    torch.testing.assert_close(run_in_onnxruntime(graph, image, tmp_path / "eca.onnx"), changed, rtol=1e-4, atol=1e-4)
+    given = run_in_onnxruntime(graph, image, tmp_path / "eca.onnx")
+    torch.testing.assert_close(given, changed, rtol=1e-4, atol=1e-4)
     assert torch.equal(run(ecanet.detach(graph), image), plain)
     assert list(graph.state_dict()) == keys

@@ -16,6 +16,7 @@ from ecanet.surgery.branches import (
     find_projection,
     is_constant_product,
     is_layer_scale,
+    is_linear,
     step_back,
 )
 from ecanet.surgery.modules import list_modules
@@ -98,8 +99,10 @@ class Finder(Placer):
                     projection = find_projection(value, frame.start)
                     if projection is not None and projection not in done and projection.shape == value.shape:
                         ends[frame, projection] = value
-        # Squeeze-excite has such convolutions too, of the means and not of the planes.
-        ends = {key: value for key, value in ends.items() if keeps_resolution(*key)}
+        # A block ends without an activation. Squeeze-excite has such convolutions, too, of the means, not the planes.
+        curved = [value for value in self.trace.values if not is_linear(value)]
+        activated = {parent for value in curved for parent in value.parents if parent.shape == value.shape}
+        ends = {key: value for key, value in ends.items() if value not in activated and keeps_resolution(*key)}
         sites = [self.check_site(self.make_node_site(f, value), f, value) for (f, _), value in ends.items()]
         return [site for site in sites if site is not None]
 
