@@ -120,7 +120,8 @@ class Insertion:
             place = one.site.graph if one.site.node else one.site.target
             count = expected[self.model.get_submodule(place)]
             # A block that runs its children in a row may run the gate, too, which is not the gate's act.
-            fine = count == one.runs and (one.site.append or one.site.node != "" or count == one.acts)
+            acts = one.runs if one.site.node or one.site.append else one.acts
+            fine = count == one.runs == acts
             one.fault = "" if fine else f"it ran {count} times, its gate {one.runs} times, behind it {one.acts} times"
         faulty = [one for one in self.gates if one.fault]
         if not faulty and self.lossless and not are_same(output, self.trace.output):
