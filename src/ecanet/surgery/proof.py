@@ -121,7 +121,7 @@ class Insertion:
             count = expected[self.model.get_submodule(place)]
             # A block that runs its children in a row may run the gate, too, which is not the gate's act.
             acts = one.runs if one.site.node or one.site.append else one.acts
-            fine = count == one.runs == acts
+            fine = count == one.runs and one.runs == acts
             one.fault = "" if fine else f"it ran {count} times, its gate {one.runs} times, behind it {one.acts} times"
         faulty = [one for one in self.gates if one.fault]
         if not faulty and self.lossless and not are_same(output, self.trace.output):
