@@ -33,8 +33,10 @@ test: $(READY)  ## the default tests
 test-slow: $(READY)  ## the tests that take minutes, and the random tests with thousands of cases each
 	$(BIN)/python -m pytest -q -m slow --hypothesis-profile=thorough
 
-sweep: $(READY)  ## attach gates to a hundred networks of other libraries (installs them)
+# spikingjelly asks for torchaudio, which fails beside a torch for another CUDA, so its other needs are in the extra.
+sweep: $(READY)  ## attach gates to all networks of tests/sweep_networks (installs their libraries)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[sweep]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps spikingjelly
 	$(BIN)/python -m pytest -q -m sweep
 
 mutants: $(READY)  ## plant each known bug and check that its test fails

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def noise(*shape: int) -> Tensor:
+    """Return numbers between 0 and 1, always the same."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
 def value_and_gradients(function: Callable[..., Tensor], dy: Tensor, *inputs: Tensor) -> list[Tensor]:
     """Return ``function(*inputs)`` and, for each input, the gradient of its product with ``dy``."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]

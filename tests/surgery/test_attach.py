@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torchvision import models
 
-import attach_sweep as sweep
 import ecanet
+import sweep_checks as sweep
 from ecanet.errors import AttachError, ConfigError
+from source_files import ROOT
+from tensors import noise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,7 +27,7 @@ def network(name="resnet18", dtype=torch.float32):
 
 
 def image(dtype=torch.float32, size=64):
-    return sweep.noise(2, 3, size, size).to(dtype)
+    return noise(2, 3, size, size).to(dtype)
 
 
 def trained(model):
@@ -417,7 +419,7 @@ def test_a_gate_trains_only_in_an_optimizer_made_afterwards():
 
 
 def test_the_first_example_of_the_guide_runs():
-    page = (sweep.ROOT / "docs" / "attach.md").read_text() if (sweep.ROOT / "docs").is_dir() else None
+    page = (ROOT / "docs" / "attach.md").read_text() if (ROOT / "docs").is_dir() else None
     if page is None:
         pytest.skip("the guide is not here")
     exec(page.split("```python\n")[1].split("```")[0], {})

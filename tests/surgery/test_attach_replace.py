@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torchvision import models
 
-import attach_sweep as sweep
 import ecanet
 from ecanet.errors import AttachError, ConfigError
+from tensors import noise
 
 
 class eca_layer(nn.Module):  # noqa: N801
@@ -28,7 +28,7 @@ class eca_layer(nn.Module):  # noqa: N801
 
 
 def image():
-    return sweep.noise(2, 3, 64, 64)
+    return noise(2, 3, 64, 64)
 
 
 def pasted(k=5):

@@ -2,13 +2,21 @@
 
 import pytest
 import torch
+from torch import nn
 
 import attach_sweep as sweep
+import ecanet
+import sweep_checks
+from ecanet.errors import AttachError
+from sweep_networks import LIBRARIES
+from sweep_networks.unusual import Complex
+from tensors import noise
 
 SAMPLE = (
     ("torchvision", "mobilenet_v2"),
     ("torchvision", "regnet_x_400mf"),
     ("torchvision", "squeezenet1_1"),
+    ("torchvision", "deeplabv3"),
     ("timm", "convnext_atto"),
     ("timm", "dla34"),
     ("timm", "efficientnet_b0"),
@@ -16,27 +24,17 @@ SAMPLE = (
     ("timm", "res2net50_14w_8s"),
     ("timm", "resnetv2_18"),
     ("timm", "swiftformer_xs"),
-    ("others", "deeplabv3"),
-    ("others", "signals"),
+    *(("written", name) for name in LIBRARIES["written"]),
 )
 
-NEEDS = {"smp": "segmentation_models_pytorch", "hf": "transformers", "yolo": "ultralytics", "monai": "monai"}
-
-EVERYTHING = [
-    *(("torchvision", name) for name in sweep.TORCHVISION),
-    *(("timm", name) for name in sweep.TIMM),
-    *(("others", name) for name in sweep.OTHERS),
-]
+EVERYTHING = [(library, name) for library, networks in LIBRARIES.items() for name in networks]
 
 
 def run(library, name):
-    for prefix, package in NEEDS.items():
-        if library == "others" and name.startswith(prefix):
-            pytest.importorskip(package)
-    if library == "timm":
-        pytest.importorskip("timm")
+    if library != "written":
+        pytest.importorskip(library)
     row = sweep.run_case(library, name)
-    assert row["result"] == "pass", row["cause"]
+    assert row["result"] in ("pass", "refused"), row["cause"]
 
 
 @pytest.mark.parametrize(("library", "name"), SAMPLE)
@@ -52,22 +50,64 @@ def test_all_networks_keep_every_promise(library, name):
 
 def test_a_wrong_gate_is_noticed(monkeypatch):
     # the checks can fail: a gate of 1.001 changes outputs
-    import ecanet
-
     monkeypatch.setattr(ecanet.ECA, "neutralize", lambda self: setattr(self, "gain", 2.002))
-    row = sweep.run_case("others", "signals")
-    assert row["result"] == "fail"
+    row = sweep.run_case("written", "signals")
+    assert row["result"] == "refused"
     assert "the outputs of Sequential would change" in row["cause"]
     monkeypatch.setattr(ecanet.surgery.proof.Insertion, "prove", lambda self: None)
-    row = sweep.run_case("others", "signals")
+    row = sweep.run_case("written", "signals")
     assert row["result"] == "fail"
     assert "outputs differ" in row["cause"]
 
 
+@pytest.mark.parametrize(
+    ("line", "change", "cause"),
+    [
+        ("no\nplace", None, "a refusal of 2 lines"),
+        ("no place", "bias", "tensors after a refusal"),
+        ("no place", "child", "keys after a refusal"),
+    ],
+)
+def test_a_refusal_must_be_one_line_and_leave_the_network_as_it_was(monkeypatch, line, change, cause):
+    def refuse(model, **options):
+        if change == "bias":
+            nn.init.ones_(model[0].bias)
+        elif change == "child":
+            model.add_module("left", nn.Linear(1, 1))
+        raise AttachError(line)
+
+    monkeypatch.setattr(ecanet, "attach", refuse)
+    row = sweep.run_case("written", "signals")
+    assert (row["result"], row["cause"]) == ("fail", cause)
+
+
+def test_complex_outputs_are_compared():
+    x = torch.complex(noise(2, 3), noise(2, 3))
+    assert sweep_checks.equal(x, x.clone())
+    assert not sweep_checks.equal(x, x.conj().resolve_conj())
+
+
+def test_a_network_of_complex_numbers_is_refused_in_one_line():
+    with pytest.raises(sweep_checks.RefusedError, match="complex"):
+        sweep_checks.check(Complex(split=False), (noise(2, 3, 16, 16),))
+
+
 def test_randomised_networks_hide_nothing():
-    model, _ = sweep.signals()
+    model, _ = LIBRARIES["written"]["signals"]()
     norm = model[1].branch[4]
     torch.nn.init.zeros_(norm.weight)
-    sweep.randomize(model)
+    sweep_checks.randomize(model)
     assert norm.weight.abs().min() > 0.1
     assert (norm.running_mean != 0).all()
+
+
+def test_the_page_says_what_was_counted():
+    rows = [
+        {"library": "monai", "name": "a", "family": "f", "result": "pass"},
+        {"library": "monai", "name": "b", "result": "refused", "cause": "x | y"},
+        {"library": "written", "name": "c", "result": "fail", "cause": "outputs differ"},
+    ]
+    page = sweep.make_table({"rows": rows, "command": "c", "machine": "m"})
+    assert "In all 1 of 3 pass, 1 refused, 1 fail." in page
+    assert "## monai: 1 of 2 pass, 1 refused, 1 families" in page
+    assert r"| b |  |  |  |  |  | refused: x \| y |" in page

@@ -11,9 +11,10 @@ from torch import nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
-import attach_sweep as sweep
 import ecanet
+import sweep_checks as sweep
 from ecanet.errors import AttachError
+from tensors import noise
 
 
 def small(attached=True, trained=True):
@@ -29,7 +30,7 @@ def small(attached=True, trained=True):
 
 
 def image():
-    return sweep.noise(2, 3, 64, 64)
+    return noise(2, 3, 64, 64)
 
 
 def test_sync_batchnorm_conversion_keeps_the_gates():

@@ -8,8 +8,8 @@ from torch import nn
 from torchvision import models
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-import attach_sweep as sweep
 import ecanet
+from tensors import noise
 
 
 class Drawing(ecanet.ChannelAttention):
@@ -92,7 +92,7 @@ def test_gates_attached_in_inference_mode_train(network, options, dtype):
     gates = gates_of(model)
     assert gates
     assert not any(tensor.is_inference() for gate in gates for tensor in (*gate.parameters(), *gate.buffers()))
-    model.eval()(sweep.noise(2, 3, 64, 64).to(dtype)).square().sum().backward()
+    model.eval()(noise(2, 3, 64, 64).to(dtype)).square().sum().backward()
     assert all(p.grad is not None and p.dtype == dtype for gate in gates for p in gate.parameters())
 
 
@@ -138,7 +138,7 @@ def gates_of(model):
 
 
 def test_outputs_stay_the_same_in_inference_mode():
-    model, x = models.resnet18().eval(), sweep.noise(2, 3, 64, 64)
+    model, x = models.resnet18().eval(), noise(2, 3, 64, 64)
     with torch.inference_mode():
         before = model(x)
         ecanet.attach(model, example=torch.rand(1, 3, 64, 64))

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torchvision import models
 
-import attach_sweep as sweep
 import ecanet
 from ecanet.attention import ATTENTIONS
+from tensors import noise
 
 ATTACHABLE = [name for name in ATTENTIONS if name != "aa"]
 NETWORKS = {
@@ -51,7 +51,7 @@ def stir(model):
 
 
 def image():
-    return sweep.noise(2, 3, 64, 64)
+    return noise(2, 3, 64, 64)
 
 
 def check_file(model, written):

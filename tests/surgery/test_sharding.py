@@ -12,8 +12,9 @@ from torch.distributed.fsdp import fully_shard
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
-import attach_sweep as sweep
 import ecanet
+import sweep_checks as sweep
+from tensors import noise
 
 WHOLE = StateDictOptions(full_state_dict=True)
 
@@ -54,7 +55,7 @@ def gates_of(model):
 
 
 def image():
-    return sweep.noise(2, 3, 64, 64)
+    return noise(2, 3, 64, 64)
 
 
 @pytest.mark.parametrize("attention", ["eca", "se", "cbam", "se-gc"])

@@ -10,9 +10,10 @@ from torch import nn
 from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 
-import attach_sweep as sweep
 import ecanet
+import sweep_checks as sweep
 from ecanet.errors import AttachError
+from tensors import noise
 
 
 def plain(**options):
@@ -23,7 +24,7 @@ def plain(**options):
 
 
 def image():
-    return sweep.noise(2, 3, 64, 64)
+    return noise(2, 3, 64, 64)
 
 
 def test_22_every_block_gets_a_gate_that_is_called_inside_its_branch():

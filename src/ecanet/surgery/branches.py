@@ -5,6 +5,8 @@ may pass at most one convolution and no activation; the branch passes an activat
 count: RepVGG's (no activation), HRNet's (no common ancestor) and Res2Net's (another slice of the tensor).
 """
 
+import torch
+
 from ecanet.surgery.recording import CONVOLUTIONS, NORMS, PRODUCTS, REORDERS, Call, Value
 
 _LINEAR = (
@@ -24,6 +26,9 @@ MERGES = frozenset(["cat", "concat", "concatenate", "stack", "split", "chunk", "
 
 OPAQUE = ("module", "multi_head_attention_forward", "scaled_dot_product_attention")
 """Operations with weights of their own inside: a gate before them would be at the start of a branch."""
+
+INDICES = (torch.bool, torch.int32, torch.int64)
+"""Types of tensors that select entries of other tensors."""
 
 
 def find_branch(a: Value, b: Value, start: int) -> Value | None:
@@ -59,7 +64,8 @@ def follow_shortcut(value: Value, start: int) -> list[tuple[int, Value]]:
     path, convolutions = [(0, value)], 0
     while value.index >= start and len(value.parents) == 1 and is_linear(value) and value.op not in MERGES:
         convolutions += value.op in CONVOLUTIONS
-        if convolutions > 1:
+        # What an index selects (a detector's best anchors) is no shortcut around what the index was computed from.
+        if convolutions > 1 or value.parents[0].dtype in INDICES:
             break
         value = value.parents[0]
         path.append((convolutions, value))

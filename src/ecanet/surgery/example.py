@@ -67,7 +67,7 @@ def record_evaluation(model: nn.Module, args: tuple[object, ...], kwargs: dict[s
     with run_by_nodes(model, recorder.note_node), preserve_state(model, recorder=recorder):
         for tensor in iterate_tensors((copied, named)):
             recorder.follow(tensor)
-        trace.output = model(*copied, **named)
+        recorder.keep_output(model(*copied, **named))
     return trace
 
 

@@ -11,6 +11,15 @@ from ecanet.surgery.modules import list_modules
 from ecanet.surgery.recording import CONVOLUTIONS, NORMS, Call, Trace, Value
 
 NEVER_TRAINS = "does not run in training mode, so a gate on it would never train"
+FUSED = (
+    "is skipped in evaluation by the fused kernel of its TransformerEncoderLayer, so a gate would act in training alone"
+)
+
+ZERO_MEANS = (
+    "ends with an instance norm without a bias, whose channel means are all zero, so a gate has nothing to weigh"
+)
+
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +67,11 @@ class Placer:
             return f"returns {kind} of {value.dtype}, and a gate takes real numbers of floating point"
         if value.axis == 0 or value.channels == 0:
             return f"returns a tensor of shape {tuple(value.shape)} without the axes (batch, channels, ...)"
+        if any(has_zero_means(made.module) for made in self.makers.get(value, [])):
+            return ZERO_MEANS
+        # The recorded run does not show it: PyTorch takes no fused kernel while operations are recorded.
+        if is_fused(call):
+            return FUSED
         trained = self.trace.trained
         return NEVER_TRAINS if isinstance(trained, set) and call.module not in trained else ""
 
@@ -147,6 +161,19 @@ def describe_value(value: Value) -> Description:
         "shape": tuple(n for i, n in enumerate(value.shape) if i not in (0, value.axis)),
         "device": value.device,
     }
+
+
+def is_fused(call: Call) -> bool:
+    """Return whether ``call`` happened within a layer for which PyTorch has a fused kernel in evaluation."""
+    outer = call.parent
+    while outer is not None and not isinstance(outer.module, nn.TransformerEncoderLayer):
+        outer = outer.parent
+    return outer is not None
+
+
+def has_zero_means(module: nn.Module) -> bool:
+    """Return whether the mean of each channel of each sample is zero in the output of ``module``."""
+    return isinstance(module, INSTANCE_NORMS) and not module.affine and not module.track_running_stats
 
 
 def is_container(module: nn.Module) -> bool:

@@ -102,6 +102,8 @@ class Trace:
     """The example: positional and keyword arguments of the model."""
     output: object = None
     """The model's output."""
+    returned: set[Value] = field(default_factory=set[Value])
+    """The values in the model's output."""
     trained: set[nn.Module] | str | None = None
     """The modules that a run in training mode runs; a failed run's reason; None if both modes run the same modules."""
 
@@ -141,6 +143,11 @@ class Recorder(TorchFunctionMode):
     def follow(self, tensor: Tensor) -> None:
         """Record ``tensor`` as an input of the model."""
         self._record(tensor, Operation("input"))
+
+    def keep_output(self, output: object) -> None:
+        """Record ``output`` as the output of the model."""
+        self.trace.output = output
+        self.trace.returned = {value for t in iterate_tensors(output) if (value := self._value_of.get(t)) is not None}
 
     def __torch_function__(
         self,

@@ -20,7 +20,7 @@ from ecanet.surgery.branches import (
     step_back,
 )
 from ecanet.surgery.modules import list_modules
-from ecanet.surgery.placing import NEVER_TRAINS, Placer, Site, is_container
+from ecanet.surgery.placing import FUSED, NEVER_TRAINS, Placer, Site, is_container
 from ecanet.surgery.recording import CONVOLUTIONS, Addition, Call, Trace, Value
 from ecanet.surgery.selection import Where, is_selected, keep_outermost
 
@@ -52,7 +52,7 @@ class Finder(Placer):
         """Return the ends of all residual branches; in a network without any, the end of each stage."""
         found = self.find_residual()
         sites = self.leave_out_shared(found, found)
-        if sites or any(reason != NEVER_TRAINS for _, reason in self.left_out):
+        if sites or any(reason not in (NEVER_TRAINS, FUSED) for _, reason in self.left_out):
             return sites
         return self.find_stage_ends()
 
@@ -239,6 +239,7 @@ class Finder(Placer):
         """
         ends: dict[tuple[int, ...], list[tuple[int, int, Site, str]]] = {}
         convolved: set[tuple[int, ...]] = set()
+        read = self.trace.returned.union(*(later.parents for later in self.trace.values))
         for value in self.trace.values:
             size = tuple(value.shape[2:])
             number = value.dtype.is_floating_point or value.dtype.is_complex
@@ -249,9 +250,15 @@ class Finder(Placer):
             calls = [c for c in self.makers.get(value, []) if c.module in self.names and c.depth > 0]
             calls = calls or [c for c in self.trace.calls if self.make_node_site(c, value)]
             outermost = min(calls, key=lambda c: c.depth, default=None)
-            if size in convolved and outermost is not None and (site := self.make_site(outermost, value)):
+            unread = value not in read and len(self.trace.returned) > 0  # a pool for another head, say
+            if (
+                size in convolved
+                and not unread
+                and outermost is not None
+                and (site := self.make_site(outermost, value))
+            ):
                 reason = self.find_obstacle(outermost, value)
-                if reason == NEVER_TRAINS:
+                if reason in (NEVER_TRAINS, FUSED):
                     self.leave_out(site.target, reason)
                 else:
                     ends.setdefault(size, []).append((outermost.depth, -value.index, site, reason))
