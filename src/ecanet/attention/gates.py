@@ -113,7 +113,7 @@ class ECA(ChannelAttention):
 
     def gate(self, p: Tensor) -> Tensor:
         """Return ``sigmoid(conv1d_k(p))``."""
-        if any(ops.hook_dictionaries(self.conv)):  # pruning and older weight norm compute the weight in a hook
+        if vars(self.conv)["_forward_pre_hooks"]:  # pruning and older weight norm compute the weight in a hook
             return self.conv(p[:, None].to(self.conv.weight.dtype))[:, 0].to(p.dtype).sigmoid()
         r, weight, bias = self.kernel_size // 2, self.conv.weight.to(p.dtype), self.conv.bias
         bias = None if bias is None else bias.to(p.dtype)
@@ -273,7 +273,7 @@ class SEGC(ChannelAttention):
 
 
 def _linear(layer: nn.Linear, p: Tensor) -> Tensor:
-    if any(ops.hook_dictionaries(layer)):
+    if vars(layer)["_forward_pre_hooks"]:
         return layer(p.to(layer.weight.dtype)).to(p.dtype)
     bias = cast("Tensor | None", layer.bias)
     return F.linear(p, layer.weight.to(p.dtype), None if bias is None else bias.to(p.dtype))
