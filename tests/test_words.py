@@ -34,7 +34,7 @@ VAGUE = re.compile(r"(What|Whether|Those|That which)\b")
 NOT_PARTICIPLES = {"attached", "bed", "embed", "exceed", "feed", "need", "proceed", "red", "seed", "shed", "speed"}
 """Names in "ed" that may begin a function's name; `ecanet.attached` is a promised public name."""
 
-OVERRIDDEN = {"named_buffers"}
+OVERRIDDEN = {"named_buffers", "named_children"}
 """Methods of PyTorch's classes that this library overrides."""
 
 IRREGULAR = {

@@ -17,6 +17,7 @@ __all__ = [
     "EcanetError",
     "check_int",
     "check_positive_int",
+    "summarize",
 ]
 
 
@@ -60,3 +61,9 @@ def check_int(name: str, value: object, *, least: int) -> int:
         expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ConfigError(f"{name} must be {expected}, got {value!r}")
     return int(value)
+
+
+def summarize(error: Exception) -> str:
+    """Return the first line of an error's message in at most 160 printable characters, or the name of its class."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (line if line.isprintable() else ascii(line))[:160]

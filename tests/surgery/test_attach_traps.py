@@ -131,7 +131,7 @@ def test_a_traced_network_has_the_gates_in_its_graph():
 
 def test_removed_target_is_reported():
     model = small()
-    del model.layer1[0].bn2
+    del model.layer1[0]._modules["bn2"]
     with pytest.raises(AttachError, match=r"gate 'layer1\.0\.eca' no longer acts: 'layer1\.0\.bn2' was removed"):
         ecanet.attached(model)
 

@@ -96,9 +96,15 @@ def test_a_new_forward_sees_the_gate():
     model = trained()
     model.block.forward = model.block.forward_twice
     assert torch.equal(model(IMAGES), by_hand(model.block, IMAGES, 2))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(IMAGES), by_hand(model.block, IMAGES, 2))
+        other.block.norm = nn.Identity()  # a copy is a block of its own
+        assert torch.equal(other(IMAGES), by_hand(other.block, IMAGES, 2))
     model.block.forward = types.MethodType(Block.forward, model.block)
     assert torch.equal(model(IMAGES), by_hand(model.block, IMAGES))
+    model.block.forward = model.block.forward_twice
     del model.block.forward
+    assert torch.equal(model(IMAGES), by_hand(model.block, IMAGES))
     before, calls = model.block.forward, []
 
     @functools.wraps(before)
@@ -109,6 +115,71 @@ def test_a_new_forward_sees_the_gate():
     model.block.forward = counted
     assert torch.equal(model(IMAGES), by_hand(model.block, IMAGES))
     assert calls == [1]
+
+
+class Layer(nn.Module):
+    """A layer that is an entry of a Sequential, so that it keeps its own gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).relu()
+
+    def forward_fused(self, x):
+        return self.conv(x).relu()
+
+
+def test_a_new_forward_of_a_module_that_keeps_its_own_gate_is_gated():
+    model = trained(nn.Sequential(Layer(), Layer()))
+    (site,) = ecanet.attached(model)
+    layer = model.get_submodule(site.after)
+    layer.forward = layer.forward_fused
+    del layer.norm
+    assert torch.equal(layer(IMAGES), layer.eca(layer.conv(IMAGES).relu()))
+    with pytest.warns(UserWarning, match="not neutral"):
+        ecanet.detach(model)
+    assert type(layer) is Layer
+    assert torch.equal(layer(IMAGES), layer.conv(IMAGES).relu()), "the new forward stays"
+
+
+def test_a_forward_that_was_set_before_is_gated_and_comes_back():
+    model = Network().eval()
+    own = model.block.forward = types.MethodType(Block.forward_twice, model.block)
+    trained(model)
+    assert ecanet.attached(model)[0].name == "block.eca"
+    assert torch.equal(model(IMAGES), by_hand(model.block, IMAGES, 2))
+    with pytest.warns(UserWarning, match="not neutral"):
+        ecanet.detach(model)
+    assert vars(model.block)["forward"] == own
+    assert torch.equal(model(IMAGES), model.block.forward_twice(IMAGES))
+
+
+def test_a_module_with_a_gate_behind_it_is_not_deleted():
+    model = trained()
+    with pytest.raises(AttachError, match=r"'norm' of Block has a gate behind it; ecanet\.detach"):
+        del model.block.norm
+    assert len(ecanet.attached(model)) == 1
+
+
+def test_a_conversion_that_would_lose_a_norms_own_gate_is_refused():
+    model = trained(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)))
+    assert ecanet.attached(model)[0].name == "1.eca"
+    with pytest.raises(AttachError, match="convert_sync_batchnorm would lose the gate that BatchNorm2d keeps"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert dict(model[1].named_children()).keys() == {"eca"}
+
+
+def test_a_module_that_keeps_its_own_gate_may_be_parametrized():
+    model = trained(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)))
+    expected = model(IMAGES)
+    (site,) = ecanet.attached(model)
+    parametrizations.weight_norm(model.get_submodule(site.after))
+    torch.testing.assert_close(model(IMAGES), expected)
+    torch.testing.assert_close(copy.deepcopy(model)(IMAGES), expected)
+    with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        pickle.dumps(model)
 
 
 def test_a_new_forward_that_would_lose_the_gate_is_refused():

@@ -14,7 +14,7 @@ from torch import nn
 from ecanet.attention.gates import ECA, ECANS, SE, SEGC, SEVar1, SEVar2, SEVar3
 from ecanet.attention.long_range import AugmentedConv2d, DoubleAttention, NonLocal
 from ecanet.attention.others import CBAM, GlobalContext, GSoP
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, summarize
 
 AttentionLike = str | Callable[..., nn.Module]
 """A name, a dotted path of a class, a class, or any callable from a channel count to a module."""
@@ -190,9 +190,8 @@ def _import_class(path: str) -> type[nn.Module]:
     try:
         found: object = getattr(import_module(module_name), name, None)
     except (ImportError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"cannot import attention {path!r} ({reason}); its folder must be on Python's path (PYTHONPATH)"
+            f"cannot import attention {path!r} ({summarize(error)}); its folder must be on Python's path (PYTHONPATH)"
         ) from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ConfigError(f"attention {path!r} is not a class of torch.nn.Module; give package.module.Class")

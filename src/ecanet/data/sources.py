@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ecanet.errors import DataError
+from ecanet.errors import DataError, summarize
 
 __all__ = ["SMALL_SETS", "DataSpec", "MemoryDataset", "SmallSet", "check_classes", "get_cache_folder"]
 
@@ -217,8 +217,7 @@ def _download(name: str, root: str | None, train: bool, remedy: str) -> _Cifar:
         with FileLock(folder / f".{name}.lock"):
             return getattr(torchvision.datasets, name)(folder, train=train, download=True)
     except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{name} is not in {folder} and cannot be downloaded ({reason}); {remedy}") from None
+        raise DataError(f"{name} is not in {folder} and cannot be downloaded ({summarize(error)}); {remedy}") from None
 
 
 def _make_spec(names: str, channels: int, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> DataSpec:

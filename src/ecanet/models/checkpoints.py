@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ecanet.attention import ECA, ECANS, Attention
-from ecanet.errors import AttachError, CheckpointError
+from ecanet.errors import AttachError, CheckpointError, summarize
 from ecanet.models import matching
-from ecanet.models.files import read_file, summarize
+from ecanet.models.files import read_file
 from ecanet.models.matching import Match, find_problem, match, shorten
 
 

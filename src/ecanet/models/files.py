@@ -19,7 +19,7 @@ from typing import cast
 
 import torch
 
-from ecanet.errors import CheckpointError
+from ecanet.errors import CheckpointError, summarize
 
 LARGEST_PICKLE = 2**25
 """Bytes of a file's names and plain values, without the tensors: enough for 250,000 tensors.
@@ -259,9 +259,3 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror or summarize(error)}"
     return f"is truncated or not a checkpoint ({summarize(error)})"
-
-
-def summarize(error: Exception) -> str:
-    """Return the first line of an error's message, at most 120 characters, or the name of its class."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return (line if line.isprintable() else ascii(line))[:120]

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecanet.attention import ECANS, SEGC, Attention, ChannelAttention, SEVar2
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, summarize
 from ecanet.networks import find, image_size, is_ours
 
 PEERS = {
@@ -108,8 +108,9 @@ def count(model: nn.Module, size: Sequence[int] = (3, 224, 224)) -> Cost:
         with torch.no_grad(), FlopCounterMode(display=False) as flops, pools:
             on_meta(image)
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"the network cannot be counted on an image of size {tuple(size)}: {reason}") from error
+        raise ConfigError(
+            f"the network cannot be counted on an image of size {tuple(size)}: {summarize(error)}"
+        ) from error
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     attention = {id(p): p.numel() for module in find_attention_modules(model) for p in module.parameters()}
     return Cost(

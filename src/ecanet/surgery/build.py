@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ecanet.attention import Attention, AttentionKind
-from ecanet.errors import AttachError, ConfigError
+from ecanet.errors import AttachError, ConfigError, summarize
 from ecanet.models import KernelSizes, check_no_kernel_sizes, find_release, resolve_kernel_sizes
 from ecanet.surgery.placing import Site
 
@@ -91,7 +91,7 @@ def try_gate(gate: nn.Module, kind: AttentionKind, site: Site, *, lossless: bool
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
             y: object = gate.eval()(x)
     except Exception as error:  # a user's forward may raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        reason = summarize(error)
         raise AttachError(f"attention {kind.name!r} does not run on shape {tuple(x.shape)}: {reason}") from error
     finally:
         for module, training in modes:

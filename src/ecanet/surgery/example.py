@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ecanet.errors import AttachError
+from ecanet.errors import AttachError, summarize
 from ecanet.surgery.graphs import run_by_nodes
 from ecanet.surgery.recording import Recorder, Trace, iterate_tensors
 from ecanet.surgery.state import preserve_state
@@ -254,8 +254,3 @@ def find_names(code: CodeType) -> set[str]:
 def is_from_torch(module: str | None) -> bool:
     """Return whether a Python module of this name is a part of PyTorch."""
     return module is not None and f"{module}.".startswith("torch.")
-
-
-def summarize(error: Exception) -> str:
-    """Return the first line of the message of ``error``, or its kind."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -8,16 +8,17 @@ without hooks. So a gate acts on whatever module stands at its place, whoever pu
 compilers see an ordinary call of the gate.
 """
 
+import sys
 from collections.abc import Iterator
 from functools import cache, wraps
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from ecanet.attention import Attention
 from ecanet.errors import AttachError
+from ecanet.surgery.layout import apply_gate
 from ecanet.surgery.modules import children_of
 from ecanet.surgery.records import Record
 
@@ -25,6 +26,8 @@ RECORDS = "_attached_gates"
 """Attribute of a block: the records of its gates, by the names of the gates."""
 VIEW = "_inside_view"
 """Attribute of a block: its inside view, in a tuple, so that nothing takes it for a submodule."""
+FORWARD = "_own_forward"
+"""Attribute of a block: the function that somebody set as its forward, in the place of its class's; absent mostly."""
 
 
 class Gated(nn.Module):
@@ -36,7 +39,41 @@ class Gated(nn.Module):
         Raises:
             AttachError: the new forward does not lead to a method of this block, so that gates would be lost.
         """
-        super().__setattr__(name, bind_inside(self, value) if name == "forward" else value)  # pyright: ignore
+        function = find_function(self, value) if name == "forward" else None
+        if function is None:
+            super().__setattr__(name, value)  # pyright: ignore[reportArgumentType]
+        else:
+            vars(self)[FORWARD] = function
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute; without its ``forward`` the block has its class's again.
+
+        Raises:
+            AttachError: a gate stands behind that child.
+        """
+        if any(record.target == name for record in list_records(self).values()):
+            raise AttachError(f"{name!r} of {type(self).__name__} has a gate behind it; ecanet.detach(model) first")
+        if name == "forward" and FORWARD in vars(self):
+            del vars(self)[FORWARD]
+        else:
+            super().__delattr__(name)  # pyright: ignore[reportUnknownMemberType]
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield names and children, as every module does.
+
+        Raises:
+            AttachError: `convert_sync_batchnorm` asks a norm that keeps its own gate. It would move the gate into the
+                norm's successor, where nothing calls it.
+        """
+        keeps_own = any(not record.target for record in list_records(self).values())
+        norm = isinstance(self, nn.modules.batchnorm._BatchNorm)  # pyright: ignore[reportPrivateUsage]
+        caller = sys._getframe(1).f_code.co_name  # pyright: ignore[reportPrivateUsage]
+        if keeps_own and norm and caller == "convert_sync_batchnorm":
+            raise AttachError(
+                f"convert_sync_batchnorm would lose the gate that {type(self).__name__} keeps; convert the network "
+                f"first, then attach"
+            )
+        return super().named_children()
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Fill a copy or an unpickled block."""
@@ -45,8 +82,10 @@ class Gated(nn.Module):
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         """Describe the block by its original class, which pickle finds by name, and its attributes."""
-        attributes = {name: value for name, value in vars(self).items() if name != VIEW}
-        return make_empty, (find_original_class(self),), attributes
+        original = find_original_class(self)
+        if type(self) is not make_gated_class(original):  # a parametrization changed the class again
+            return super().__reduce_ex__(protocol)  # pyright: ignore
+        return make_empty, (original,), {name: value for name, value in vars(self).items() if name != VIEW}
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Refuse `torch.jit.script`, which calls this method first.
@@ -64,8 +103,9 @@ class Inside(nn.Module):
     """Mixed into the block's class to make the class of its inside view, which shares the block's ``__dict__``."""
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
-        """Run the original forward of the block."""
-        return super(Gated, cast(Gated, self)).forward(*args, **kwargs)
+        """Run the original forward of the block, or the function that was set in its place."""
+        own = vars(self).get(FORWARD)
+        return super(Gated, cast(Gated, self)).forward(*args, **kwargs) if own is None else own(self, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:  # nn.Module's own annotation says what its children are
         """Return a child, with its gates. Python calls this for children only: they are not in the ``__dict__``."""
@@ -128,52 +168,6 @@ def pass_gates(block: nn.Module, name: str, x: Tensor) -> Tensor:
             if record.acts is not None:
                 record.acts += 1
     return x
-
-
-def apply_gate(gate: nn.Module, x: Tensor, axis: int) -> Tensor:
-    """Return ``gate(x)``, with the channels of ``x`` on ``axis``, in the memory layout of ``x``.
-
-    A gate whose weights fit any width follows a network that was pruned.
-    """
-    traced = isinstance(x, fx.Proxy)
-    if isinstance(gate, Attention) and gate.fits_any_width and not traced and gate.channels != x.shape[axis]:
-        gate.channels = x.shape[axis]
-    y: Tensor = gate(x if axis == 1 else x.movedim(axis, 1))
-    # A view makes a later in-place addition slower, so there is none for channels on axis 1.
-    if axis != 1:
-        y = y.movedim(1, axis)
-    if torch.compiler.is_compiling() or traced:
-        return y
-    if y.stride() != x.stride():
-        y = torch.empty_like(x).copy_(y)
-    if y.requires_grad and x.requires_grad:
-        keep_layout(x, y)
-        # An in-place addition to a view hands on its gradient in the layout of the tensor behind the view.
-        if x._is_view() and not y._is_view():
-            y = y.view_as(y)
-    return y
-
-
-def keep_layout(x: Tensor, y: Tensor) -> None:
-    """Give the gradient of ``x`` the memory layout of the gradient of ``y``, as if there were no gate between them.
-
-    Layers before may sum the gradient in memory order. With the same layout, their parameters' gradients are equal to
-    the plain network's in the last bit.
-    """
-    strides: list[tuple[int, ...]] = []
-
-    def note(gradient: Tensor) -> None:
-        strides.append(gradient.stride())
-
-    def restore(gradient: Tensor) -> Tensor | None:
-        if not strides or gradient.stride() == strides[-1] or 0 in strides[-1]:
-            return None
-        return torch.empty_strided(gradient.shape, strides[-1], dtype=gradient.dtype, device=gradient.device).copy_(
-            gradient
-        )
-
-    for tensor, hook in ((y, note), (x, restore)):
-        tensor.register_hook(hook)  # pyright: ignore[reportUnknownMemberType]
 
 
 def find_gate(block: nn.Module, key: str) -> nn.Module:
@@ -241,22 +235,22 @@ def view_inside(block: nn.Module) -> Inside:
     return view
 
 
-def bind_inside(block: nn.Module, forward: object) -> object:
-    """Return ``forward``, a new forward for ``block``, as one that sees the gates.
+def find_function(block: nn.Module, forward: object) -> FunctionType | None:
+    """Return the function behind ``forward``, a new forward of ``block`` that is a method of it.
 
-    A bound method (`types.MethodType(function, block)`, ``block.forward_fused``) gets the inside view for its self. A
-    wrapper of the present forward, made by `functools.wraps`, stays as it is.
+    Such are ``types.MethodType(function, block)`` and ``block.forward_fused``. Return None for a wrapper of the present
+    forward, made by `functools.wraps`, and for the present forward itself: these lead to the gates.
 
     Raises:
-        AttachError: it is neither.
+        AttachError: it is none of these.
     """
-    if isinstance(forward, MethodType) and forward.__self__ is block:
-        own = getattr(forward.__func__, "__wrapped__", None) is not None and forward.__func__ is type(block).forward
-        return forward if own else MethodType(forward.__func__, view_inside(block))
+    if isinstance(forward, MethodType) and forward.__self__ in (block, view_inside(block)):
+        own = forward.__func__ is type(block).forward
+        return None if own else cast(FunctionType, forward.__func__)
     inner = forward
     while (wrapped := getattr(inner, "__wrapped__", None)) is not None:
         if isinstance(wrapped, MethodType) and wrapped.__self__ is block:
-            return forward
+            return None
         inner = wrapped
     raise AttachError(
         f"a new forward for {type(block).__name__} would leave out its attached gates; ecanet.detach(model) first, or "
@@ -270,10 +264,14 @@ def bind_inside(block: nn.Module, forward: object) -> object:
 def install(block: nn.Module, key: str, gate: nn.Module, record: Record) -> None:
     """Make ``gate`` the child ``key`` of ``block`` and apply it where ``record`` says."""
     block.add_module(key, gate)
+    attributes = vars(block)
     if isinstance(block, Gated):
-        vars(block)[RECORDS][key] = record
+        attributes[RECORDS][key] = record
     else:
-        vars(block)[RECORDS] = {key: record}
+        attributes[RECORDS] = {key: record}
+        own = attributes.get("forward")
+        if isinstance(own, MethodType) and own.__self__ is block:  # it was set before
+            attributes[FORWARD] = attributes.pop("forward").__func__
         block.__class__ = make_gated_class(type(block))
     view_inside(block)
 
@@ -302,4 +300,6 @@ def take_apart(block: nn.Module) -> dict[str, str]:
         attributes = vars(block)
         cast(nn.Module, block).__class__ = find_original_class(block)
         del attributes[RECORDS], attributes[VIEW]
+        if FORWARD in attributes:
+            attributes["forward"] = MethodType(attributes.pop(FORWARD), block)
     return targets

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ecanet.errors import summarize
 from ecanet.ops import hook_dictionaries
 from ecanet.surgery.forms import Form, agree, split
 from ecanet.surgery.recording import CONVOLUTIONS, iterate_tensors
@@ -145,7 +146,7 @@ class Probe:
                 found = split(x, y)
                 self.form = found[0] if found else None
                 return None
-        return f"does not run by itself ({(str(error).strip() or type(error).__name__).splitlines()[0][:120]})"
+        return f"does not run by itself ({summarize(cast(Exception, error))})"
 
     def compare(self, seed: int) -> Verdict | None:
         """Compare factors for equal means and for other means; return None if they do not depend on the means."""

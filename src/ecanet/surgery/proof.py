@@ -9,17 +9,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from ecanet.attention import AttentionKind
-from ecanet.errors import AttachError
-from ecanet.surgery.example import run_again, summarize
+from ecanet.errors import AttachError, summarize
+from ecanet.surgery.example import run_again
 from ecanet.surgery.insertion import find_target, insert, remove
 from ecanet.surgery.modules import forward_hooks
 from ecanet.surgery.placing import Site, is_container
 from ecanet.surgery.recording import Trace, iterate_tensors
 from ecanet.surgery.records import read_record
+from ecanet.surgery.state import are_equal
 
 
 @dataclass(eq=False)
@@ -192,6 +192,4 @@ def are_same_tensors(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors are the same bit for bit; not-a-number equals itself."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    if a.is_meta or torch.equal(a, b):
-        return True
-    return bool(((a == b) | ((a != a) & (b != b))).all())
+    return a.is_meta or are_equal(a, b)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
+from ecanet.errors import summarize
 from ecanet.surgery.conversion import Kernel, NoKernel, find_kernel
 from ecanet.surgery.example import run_again
 from ecanet.surgery.forms import split
@@ -167,7 +168,7 @@ def examine(name: str, run: Run) -> Candidate:
     try:
         probe = Probe(run)
     except Exception as error:  # copying runs code of the user's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        reason = summarize(error)
         return Candidate(name, run, None, Verdict("other", f"cannot be copied to be examined ({reason})"), nothing)
     verdict = probe.examine()
     return Candidate(name, run, probe, verdict, find_kernel(probe) if verdict.kind == "attention" else nothing)

@@ -8,13 +8,13 @@ from typing import cast
 from torch import nn
 
 from ecanet.attention import ECA, AttentionKind
-from ecanet.errors import AttachError, ConfigError
+from ecanet.errors import AttachError, ConfigError, summarize
 from ecanet.models import KernelSizes
 from ecanet.ops import hook_dictionaries
 from ecanet.surgery.build import build_gates, isolate_building
 from ecanet.surgery.choice import Choice, LeftOut, Replace, check_replace, choose, describe_kind, shorten
 from ecanet.surgery.conversion import Kernel, convert, find_error, return_factor
-from ecanet.surgery.example import run_again, summarize
+from ecanet.surgery.example import run_again
 from ecanet.surgery.modules import exchange_everywhere, list_modules
 from ecanet.surgery.placing import Site
 from ecanet.surgery.probing import computes_weights
