@@ -79,8 +79,9 @@ def start(suite: str, checkout: Path, only: str, rows: Path, *, attach: bool) ->
     if suite == "torchvision" and not attach and not has_outputs(checkout):
         (checkout / "test" / "expect").mkdir(exist_ok=True)
         environment["EXPECTTEST_ACCEPT"] = "1"
-    # Nothing of the checkout's own settings but its root: warnings and caches are not what is looked at here.
-    options = ["-q", "--tb=no", "--no-header", "-p", "attaching", "-p", "no:cacheprovider", "-W", "ignore"]
+    # Warnings, caches and time limits (of pytest-timeout, on a busy machine) are not what is looked at here.
+    options = ["-q", "--tb=no", "--no-header", "-p", "attaching", "-W", "ignore"]
+    options += ["-p", "no:cacheprovider", "-p", "no:timeout"]
     files = [str(checkout / name) for name in FILES[suite] if (checkout / name).exists()]
     command = [sys.executable, "-m", "pytest", *options, "--rootdir", str(checkout), *files]
     with rows.with_suffix(".log").open("wb") as log:
@@ -96,7 +97,7 @@ def run(suite: str, checkout: Path, only: str) -> dict[str, list[Row]]:
     """Return the rows of the tests over plain and over attached networks.
 
     Raises:
-        SystemExit: a run ended without any test.
+        SystemExit: a run did not come to its end, or ran no test.
     """
     rows = {}
     # Attached networks are compared with outputs that the plain run has stored, which takes one run after the other.
@@ -109,9 +110,9 @@ def run(suite: str, checkout: Path, only: str) -> dict[str, list[Row]]:
             if not together:
                 started[name][1].wait()
         for name, (path, process) in started.items():
-            process.wait()
-            if not path.exists():
-                sys.exit(f"{suite}: no test ran over {name} networks\n{path.with_suffix('.log').read_text()[-2000:]}")
+            if process.wait() not in (0, 1) or not path.exists():  # 1: some tests failed
+                log = path.with_suffix(".log").read_text()[-2000:]
+                sys.exit(f"{suite}: the tests over {name} networks ended with {process.returncode}\n{log}")
             rows[name] = [json.loads(line) for line in path.read_text().splitlines()]
     return rows
 

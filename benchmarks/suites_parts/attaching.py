@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import ecanet
@@ -24,6 +25,10 @@ ORDERS = json.loads(Path(os.environ["SUITE_ORDERS"]).read_text())
 
 NEED_DOWNLOADS = {"test_model_inference", "test_model_load_pretrained", "test_model_features_pretrained"}
 """timm's tests that load weights from the internet."""
+
+
+EXAMPLES = {"s3d": (1, 3, 16, 224, 224)}
+"""Shapes of examples, for networks that take none of those which `attach` tries."""
 
 
 class RefusedByAttachError(Exception):
@@ -37,7 +42,8 @@ def attach_to_result(build: Callable[..., nn.Module]) -> Callable[..., nn.Module
     def build_attached(*args: object, **kwargs: object) -> nn.Module:
         model = build(*args, **kwargs)
         try:
-            return ecanet.attach(model)
+            shape = EXAMPLES.get(build.__name__)
+            return ecanet.attach(model, example=torch.zeros(shape) if shape else None)
         except EcanetError as error:
             raise RefusedByAttachError(str(error)) from error
 
