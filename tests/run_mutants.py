@@ -45,7 +45,7 @@ def dies(mutant: dict[str, str]) -> bool:
             )
         path.write_text(source.replace(mutant["find"], mutant["replace"]))
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutant["test"]],
+            [sys.executable, "-m", "pytest", "-q", "-x", "-m", "", "-p", "no:cacheprovider", mutant["test"]],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": f"{folder}/src"},
             capture_output=True,

@@ -42,7 +42,7 @@ def exported(model, path, dynamo):
 
 
 @pytest.mark.parametrize("dynamo", [True, False])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["attached", "built", pytest.param("folded", marks=pytest.mark.slow)])
 def test_onnx_runtime_gives_the_same_at_other_sizes(tmp_path, name, dynamo):
     torch.manual_seed(0)
     model = lively(MODELS[name]())

@@ -24,9 +24,9 @@ from ecanet.ops import dispatch
 STEPS, RATE = 20, 0.01
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 CASES = [
-    ("auto", 28, 128, "contiguous"),
+    pytest.param("auto", 28, 128, "contiguous", marks=pytest.mark.slow),
     ("auto", 28, 128, "channels_last"),
-    ("fused", 7, 4, "contiguous"),  # in Triton's interpreter
+    pytest.param("fused", 7, 4, "contiguous", marks=pytest.mark.slow),  # in Triton's interpreter
     ("fused", 7, 4, "channels_last"),
 ]
 

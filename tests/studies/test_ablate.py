@@ -147,6 +147,7 @@ def kill_when(done: object, folder: Path) -> None:
         process.send_signal(signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_killed_ablation_is_resumed(tmp_path):
     """One ablation is killed twice, between cells and within a cell; another one is not disturbed."""
     folder, whole = tmp_path / "killed", tmp_path / "whole"

@@ -126,6 +126,7 @@ def test_both_columns_and_the_causes(script, tmp_path, capsys):
     assert "| test_skips | 0 | 0 | 2 | 0 | 0 | 2 | 0 | 0 |" in printed
 
 
+@pytest.mark.slow
 def test_torchvisions_builders_are_wrapped_and_outputs_are_stored_first(script, tmp_path, capsys):
     checkout = write(tmp_path / "vision" / "test", TORCHVISION_SUITE)
     assert script.main(["--torchvision", str(checkout)]) == 0

@@ -176,7 +176,7 @@ def test_channels_are_axis_1_where_nothing_else_is_known():
     assert ecanet.attached(first)[0].channels == 3
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow), "mobilenet_v2"])
 @pytest.mark.parametrize("preserve", [True, False])
 @pytest.mark.parametrize("sizes", [{}, {"kernel_sizes": "official"}])
 def test_attached_and_created_networks_load_into_each_other(name, preserve, sizes):
