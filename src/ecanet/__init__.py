@@ -15,7 +15,7 @@ from ecanet.attention import (
 )
 from ecanet.inference import fuse, optimize
 from ecanet.models import create_model, list_models, load_checkpoint
-from ecanet.surgery import attach, attached, detach, fold
+from ecanet.surgery import attach, attached, detach, fold, parameter_groups
 
 __version__ = "0.1.0"
 
@@ -40,4 +40,5 @@ __all__ = [
     "load_checkpoint",
     "make_attention",
     "optimize",
+    "parameter_groups",
 ]
