@@ -45,6 +45,10 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.", show_default=False)] = None,
     data_dir: DataDir = None,
+    val_share: Annotated[
+        float | None,
+        typer.Option(help="Share to hold out of a folder without val/ (default 0.2).", show_default=False),
+    ] = None,
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/NAME-DATE")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.", show_default=False)] = None,
@@ -61,6 +65,7 @@ def train(
             "optimizer.learning_rate": learning_rate,
             "seed": seed,
             "data.root": data_dir,
+            "data.val_share": val_share,
         },
         settings,
     )

@@ -3,7 +3,8 @@
 `builder` finds the loader of a data set by its name. The files, in reading order: `builder`, `boxes` (detection),
 `images` (classification), `module` (what both have in common), `samplers` (which images form a batch), `scenes`
 (generated detection data), `annotations` (a COCO data set), `coco` (COCO's file format), `folders` (one folder per
-class), `sources` (small data sets in memory), `pictures` (reads one image file).
+class), `sources` (small data sets in memory), `split` (which images of a flat folder are held out), `listing` (the
+files below class folders), `pictures` (reads one image file).
 """
 
 from ecanet.data.annotations import Annotations
@@ -14,6 +15,7 @@ from ecanet.data.images import ClassificationData, build_eval_transform
 from ecanet.data.pictures import IMAGE_SUFFIXES, read_image
 from ecanet.data.samplers import derive_seed
 from ecanet.data.sources import DataSpec, check_classes
+from ecanet.data.split import Split, read_split
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -22,6 +24,7 @@ __all__ = [
     "DataSpec",
     "DetectionData",
     "RunLengths",
+    "Split",
     "Target",
     "build",
     "build_eval_transform",
@@ -31,4 +34,5 @@ __all__ = [
     "find_size_problem",
     "has_boxes",
     "read_image",
+    "read_split",
 ]

@@ -3,6 +3,7 @@
 from ecanet.data.boxes import DetectionData, has_boxes, load_boxes
 from ecanet.data.images import ClassificationData, has_labels, load_images
 from ecanet.data.sources import SMALL_SETS
+from ecanet.data.split import Split
 from ecanet.errors import ConfigError
 from ecanet.recipes import DataConfig, suggestion
 
@@ -10,11 +11,17 @@ __all__ = ["build"]
 
 
 def build(
-    config: DataConfig, *, seed: int = 0, train: bool = True, masks: bool = False
+    config: DataConfig,
+    *,
+    seed: int = 0,
+    train: bool = True,
+    masks: bool = False,
+    split: Split | None = None,
 ) -> ClassificationData | DetectionData:
     """Return the Lightning data module for ``config``; with ``train=False`` it holds only the held-out images.
 
-    ``seed`` decides the order of the images. With ``masks`` the targets of detection data have masks beside boxes.
+    ``seed`` decides the order of the images, and which of a flat folder's are held out, unless ``split`` says so: a run
+    keeps its split. With ``masks`` the targets of detection data have masks beside boxes.
 
     >>> from ecanet.recipes import DataConfig
     >>> digits = build(DataConfig(name="digits"))
@@ -26,7 +33,7 @@ def build(
         DataError: files are missing or broken.
     """
     if has_labels(config.name):
-        return load_images(config, seed=seed, train=train)
+        return load_images(config, seed=seed, train=train, split=split)
     if has_boxes(config.name):
         return load_boxes(config, seed=seed, train=train, masks=masks)
     names = [*SMALL_SETS, "folder:PATH", "coco:PATH", "scenes"]

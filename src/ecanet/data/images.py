@@ -5,7 +5,6 @@ Small data sets stay in memory, and a whole batch is augmented at once. Worker p
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -14,11 +13,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2  # pyright: ignore[reportMissingTypeStubs]
 
-from ecanet.data.folders import FolderDataset, Transform, list_classes
+from ecanet.data.folders import FolderDataset, Transform, find_images
 from ecanet.data.module import IMAGENET_MEAN, IMAGENET_STD, DataModule
 from ecanet.data.pictures import Unreadable
-from ecanet.data.samplers import EpochSampler
+from ecanet.data.samplers import BalancedSampler, EpochSampler
 from ecanet.data.sources import SMALL_SETS, DataSpec, MemoryDataset
+from ecanet.data.split import Split
 from ecanet.errors import DataError
 from ecanet.recipes import DataConfig
 
@@ -34,14 +34,18 @@ def has_labels(name: str) -> bool:
     return name in SMALL_SETS or name.startswith("folder:")
 
 
-def load_images(config: DataConfig, *, seed: int = 0, train: bool = True) -> "ClassificationData":
+def load_images(
+    config: DataConfig, *, seed: int = 0, train: bool = True, split: Split | None = None
+) -> "ClassificationData":
     """Return the images that ``config`` describes; with ``train=False`` only the held-out ones.
+
+    ``split`` is the one that the run of a flat folder began with.
 
     Raises:
         DataError: files are missing or broken, or a setting does not fit this data set.
     """
     if config.name.startswith("folder:"):
-        return _load_folder(config, seed, train)
+        return _load_folder(config, seed, train, split)
     return _load_small_set(config, seed, train)
 
 
@@ -66,7 +70,11 @@ class ClassificationData(DataModule):
         assert self.train is not None
         rank, world = self.get_rank()
         generator = torch.Generator()
-        sampler = EpochSampler(self.train, seed=self.seed, rank=rank, world=world, generator=generator)
+        shares = {"seed": self.seed, "rank": rank, "world": world}
+        if self.config.sampler == "balanced":
+            sampler = BalancedSampler(self.train, self.train.get_labels(), generator=generator, **shares)
+        else:
+            sampler = EpochSampler(self.train, generator=generator, **shares)
         # Lightning sets the later epochs, but in the first one the workers begin before it does.
         sampler.set_epoch(self.first_epoch)
         drop_last = len(sampler) > self.config.batch_size
@@ -143,6 +151,10 @@ def _load_small_set(config: DataConfig, seed: int, train: bool) -> Classificatio
     small = SMALL_SETS[config.name]
     if config.eval_crop != DataConfig().eval_crop:
         raise DataError("data.eval_crop is for photographs; small images are evaluated whole: leave it out")
+    if config.val_share is not None:
+        raise DataError(
+            f"data.val_share is for folder:PATH; {config.name} has held-out images of its own: leave it out"
+        )
     size = config.image_size or small.spec.size
 
     def load(train: bool) -> MemoryDataset:
@@ -162,22 +174,18 @@ def _load_small_set(config: DataConfig, seed: int, train: bool) -> Classificatio
     return ClassificationData(config, spec, load(True) if train else None, load(False), augment=augment, seed=seed)
 
 
-def _load_folder(config: DataConfig, seed: int, train: bool) -> ClassificationData:
-    folder = Path(config.name.removeprefix("folder:")).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; folder:PATH needs PATH/train/CLASS/… and PATH/val/CLASS/…")
-    names = list_classes(folder / ("train" if train else "val"))
-    if len(names) == 1:
-        raise DataError(f"{folder}: only one class ({names[0]}); classification needs two class folders or more")
-    if config.root:
-        raise DataError(f"--data-dir {config.root} has no meaning for {config.name}, which is a path; leave it out")
+def _load_folder(config: DataConfig, seed: int, train: bool, split: Split | None) -> ClassificationData:
+    found = find_images(config, seed=seed, train=train, split=split)
     if config.crop_padding:
         raise DataError("data.crop_padding is for small images; photographs are cropped at random: leave it out")
-    if train and (unknown := sorted(set(list_classes(folder / "val")) - set(names))):
-        raise DataError(f"{folder / 'val' / unknown[0]}: train/ has no such class; add it there or remove it here")
     size = config.image_size or 224
     spec = DataSpec(
-        class_names=names, channels=3, size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD, crop=config.eval_crop
+        class_names=found.class_names,
+        channels=3,
+        size=size,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        crop=config.eval_crop,
     )
     transforms: list[v2.Transform] = [v2.RandomResizedCrop(size, antialias=True)]
     if config.flip is not False:
@@ -185,9 +193,11 @@ def _load_folder(config: DataConfig, seed: int, train: bool) -> ClassificationDa
     if config.random_augment:
         transforms.append(v2.RandAugment(magnitude=config.random_augment))
     augment = cast(Transform, v2.Compose(transforms))
-    training = FolderDataset(folder / "train", names, spec.channels, augment) if train else None
-    held_out = FolderDataset(folder / "val", names, spec.channels, build_eval_transform(spec))
-    return ClassificationData(config, spec, training, held_out, seed=seed)
+    training = FolderDataset(*found.train, spec.channels, augment) if found.train else None
+    held_out = FolderDataset(*found.held_out, spec.channels, build_eval_transform(spec))
+    module = ClassificationData(config, spec, training, held_out, seed=seed)
+    module.split, module.notices = found.split, found.notices
+    return module
 
 
 def build_eval_transform(spec: DataSpec) -> Transform:

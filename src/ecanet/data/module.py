@@ -1,5 +1,7 @@
 """The data module: what the data of classification and of detection have in common."""
 
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -9,6 +11,7 @@ import lightning as L
 
 from ecanet.data.pictures import HOW_TO_SKIP, Unreadable
 from ecanet.data.sources import DataSpec
+from ecanet.data.split import Split
 from ecanet.errors import DataError
 from ecanet.recipes import DataConfig
 
@@ -27,7 +30,8 @@ class DataModule(L.LightningDataModule):
     """Training and held-out images of a run; ``spec`` describes them as a network sees them.
 
     ``skipped`` holds the message of each unreadable image that was skipped. ``first_epoch`` is the epoch, counted from
-    0, with which the run begins.
+    0, with which the run begins. ``split`` has the images of a flat folder. ``notices`` are lines about the files, and
+    are printed once.
     """
 
     def __init__(self, config: DataConfig, spec: DataSpec, *, seed: int):
@@ -35,6 +39,27 @@ class DataModule(L.LightningDataModule):
         self.config, self.spec, self.seed = config, spec, seed
         self.skipped: set[str] = set()
         self.first_epoch = 0
+        self.split: Split | None = None
+        self.notices: list[str] = []
+
+    def setup(self, stage: str) -> None:
+        """Print the notices, and check that all processes have the same split.
+
+        Raises:
+            DataError: this process found other images than the first one.
+        """
+        assert self.trainer is not None
+        if self.trainer.is_global_zero:
+            for line in self.notices:
+                print(line, file=sys.stderr, flush=True)
+        self.notices = []
+        if self.split is not None:
+            mine = hashlib.blake2b(json.dumps(self.split.to_dict()).encode()).hexdigest()
+            if self.trainer.strategy.broadcast(mine) != mine:
+                raise DataError(
+                    f"{self.config.name}: process {self.trainer.global_rank} found other images than process 0; every "
+                    "machine needs the same files"
+                )
 
     def state_dict(self) -> Progress:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the epoch after the current one: checkpoints are written at the end of an epoch."""

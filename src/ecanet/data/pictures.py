@@ -12,10 +12,16 @@ from ecanet.errors import DataError
 
 __all__ = ["HOW_TO_SKIP", "IMAGE_SUFFIXES", "Unreadable", "read_image"]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".heic", ".heif", ".avif"
+)  # fmt: skip
 
 HOW_TO_SKIP = "to skip such files, set data.on_corrupt=skip (train: --set; eval, predict, detect: --on-corrupt skip)"
 """The remedy in the error message for a file or annotation that cannot be used."""
+
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+AVIF_BRANDS = (b"avif", b"avis")
+"""The file types in bytes 8 to 12 of an ISO media file (ISO/IEC 14496-12, 4.3; the HEIF and AV1 image formats)."""
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {
@@ -45,13 +51,14 @@ def read_image(path: str | Path, channels: int, *, upright: bool = True) -> Tens
     """Return the image file at ``path`` as a uint8 tensor (``channels``, H, W): 1 channel is grey, 3 are RGB.
 
     The image is turned upright by its EXIF orientation. With ``upright=False`` it stays as it is stored, except a TIFF
-    file, which Pillow turns in any case.
+    file, which Pillow turns in any case, and a HEIC file, which its decoder turns.
 
     Raises:
-        DataError: the file does not exist, is not an image, is truncated, or holds floating-point values.
+        DataError: the file does not exist, is not an image, is truncated, holds floating-point values, or needs a
+            package that is not installed.
     """
     try:
-        with Image.open(path) as stored:
+        with open_image(path) as stored:
             image = convert_to_8_bits(turn_upright(stored) if upright else stored)
             return pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
     except DataError as error:
@@ -62,6 +69,30 @@ def read_image(path: str | Path, channels: int, *, upright: bool = True) -> Tens
         raise DataError(f"{path}: cannot be read as an image (not an image)") from None
     except Exception as error:  # Pillow's decoders raise exceptions of almost any type for a broken file
         raise DataError(f"{path}: cannot be read as an image ({str(error) or type(error).__name__})") from None
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Return the image file at ``path``, opened by Pillow; pillow-heif adds HEIC where it is installed.
+
+    Raises:
+        DataError: the file is HEIC or AVIF, and nothing is installed that reads it.
+    """
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        # The content decides: telephones and converters also write HEIC into files called .jpg.
+        with Path(path).open("rb") as file:
+            head = file.read(12)
+        if head[4:8] != b"ftyp" or head[8:12] not in (*HEIC_BRANDS, *AVIF_BRANDS):
+            raise
+    if head[8:12] in AVIF_BRANDS:
+        raise DataError("AVIF needs Pillow 11.3 or newer; pip install --upgrade 'pillow>=11.3'")
+    try:
+        import pillow_heif  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise DataError("HEIC needs pillow-heif; pip install 'ecanet[heic]'") from None
+    pillow_heif.register_heif_opener()  # pyright: ignore[reportUnknownMemberType]
+    return Image.open(path)
 
 
 def turn_upright(image: Image.Image) -> Image.Image:

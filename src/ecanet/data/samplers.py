@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
-__all__ = ["EpochSampler", "GroupedBatchSampler", "derive_seed"]
+__all__ = ["BalancedSampler", "EpochSampler", "GroupedBatchSampler", "derive_seed"]
 
 
 def derive_seed(*numbers: int) -> int:
@@ -32,6 +32,44 @@ class EpochSampler(DistributedSampler[int]):
         # PyTorch would add the epoch to the seed, so that epoch 1 of seed 0 had the order of epoch 0 of seed 1.
         self.seed = derive_seed(self.run_seed, epoch)
         self.generator.manual_seed(derive_seed(self.run_seed, epoch, self.rank))
+
+
+class BalancedSampler(EpochSampler):
+    """As many images of every class in each epoch, in a random order; an epoch has as many images as before.
+
+    ``labels`` has the class of each image. Of K classes and N images, each class is drawn N / K times, rounded up for
+    some classes, which change with the epoch. Within a class, no image is drawn once more before all were drawn.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[object],
+        labels: Sequence[int],
+        *,
+        seed: int,
+        rank: int,
+        world: int,
+        generator: torch.Generator,
+    ):
+        super().__init__(dataset, seed=seed, rank=rank, world=world, generator=generator)
+        values = np.asarray(labels, dtype=np.int64)
+        self.classes = [np.flatnonzero(values == label) for label in np.unique(values)]
+        self.images = len(values)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield this process's share of the epoch's images, as `DistributedSampler` shares them."""
+        random = np.random.default_rng(self.seed)
+        share, rest = divmod(self.images, len(self.classes))
+        with_one_more = random.permutation(len(self.classes)) < rest
+        drawn: list[int] = []
+        for members, one_more in zip(self.classes, with_one_more, strict=True):
+            count = share + int(one_more)
+            rounds = -(-count // len(members))
+            drawn += [int(at) for _ in range(rounds) for at in random.permutation(members)][:count]
+        order = [drawn[int(at)] for at in random.permutation(len(drawn))]
+        # Processes take equally many steps: where the images cannot be shared evenly, the first are repeated.
+        padded = order * -(-self.total_size // len(order))
+        return iter(padded[: self.total_size][self.rank :: self.num_replicas])
 
 
 class GroupedBatchSampler(Sampler[list[tuple[int, bool]]]):

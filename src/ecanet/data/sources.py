@@ -88,6 +88,10 @@ class MemoryDataset(Dataset[Arrays]):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def get_labels(self) -> list[int]:
+        """Return the label of each image."""
+        return cast(list[int], self.labels.tolist())  # pyright: ignore[reportUnknownMemberType]
+
     def __getitem__(self, index: int) -> Arrays:
         return self.images[index], self.labels[index]
 

@@ -33,6 +33,8 @@ class DataConfig(Config):
         flip: whether images are mirrored at random. None mirrors photographs only.
         random_augment: magnitude of RandAugment, 0 for none.
         eval_crop: side of the evaluation crop, as a share of the image's short side.
+        val_share: share of a flat folder's images (``folder:PATH`` with PATH/CLASS/…) that is held out; None is 0.2.
+        sampler: "shuffle" draws each training image once in an epoch, "balanced" as many of every class.
         on_corrupt: "error" ends the run at an unreadable image, "skip" names the image and continues.
     """
 
@@ -45,6 +47,8 @@ class DataConfig(Config):
     flip: bool | None = None
     random_augment: int = 0
     eval_crop: float = 0.875
+    val_share: float | None = None
+    sampler: Literal["shuffle", "balanced"] = "shuffle"
     on_corrupt: Literal["error", "skip"] = "error"
 
     LIMITS: ClassVar[Limits] = {
@@ -55,6 +59,11 @@ class DataConfig(Config):
         "random_augment": (0, 30),
         "eval_crop": (0.1, 1),
     }
+
+    def check(self) -> None:
+        """Raise ConfigError if no image would be held out, or all of them."""
+        if self.val_share is not None and not 0 < self.val_share < 1:
+            raise ConfigError(f"val_share must be between 0 and 1, such as 0.2, got {self.val_share:g}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -131,7 +131,8 @@ class Display(L.Callback):
         recipe, images = pl_module.recipe, get_data(trainer)
         assert images.train is not None
         parameters = sum(p.numel() for p in pl_module.model.parameters())
-        start = f", resumed after epoch {trainer.current_epoch}" if trainer.current_epoch else ""
+        start = " (split.json)" if images.split else ""
+        start += f", resumed after epoch {trainer.current_epoch}" if trainer.current_epoch else ""
         self.console.print(
             f"{recipe.model.name} with {recipe.model.attention}, {parameters:,} parameters, {recipe.epochs} epochs of "
             f"{recipe.data.name}: {len(images.train):,} training and {len(images.held_out):,} held-out images{start}"

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ecanet import data, recipes
-from ecanet.data import IMAGE_SUFFIXES, DataSpec, build_eval_transform, check_classes, read_image
+from ecanet.data import IMAGE_SUFFIXES, DataSpec, Split, build_eval_transform, check_classes, read_image
 from ecanet.errors import CheckpointError, ConfigError, DataError
 from ecanet.models import load_checkpoint, read_file
 from ecanet.networks import find_device
@@ -54,11 +54,11 @@ def evaluate(
         DataError: the data are missing or broken, or have other classes than the network.
     """
     torch_device = find_device(device)
-    path, recipe, spec = _read_checkpoint(checkpoint, model, data_name, data_dir)
+    path, recipe, spec, split = _read_checkpoint(checkpoint, model, data_name, data_dir)
     if on_corrupt is not None:
         recipe = with_settings(recipe, {"data.on_corrupt": on_corrupt})
     with quiet_lightning():
-        images = data.build(recipe.data, seed=recipe.seed, train=False, masks=recipe.learns_masks)
+        images = data.build(recipe.data, seed=recipe.seed, train=False, masks=recipe.learns_masks, split=split)
         if spec is not None:
             check_classes(recipe.data.name, images.spec, spec)
         task = _restore_task(path, recipe, images.spec)
@@ -91,10 +91,12 @@ def restore(
 
     The arguments and errors are those of `evaluate`.
     """
-    path, recipe, spec = _read_checkpoint(checkpoint, model, data_name, data_dir)
+    path, recipe, spec, split = _read_checkpoint(checkpoint, model, data_name, data_dir)
     if spec is None:
         spec = data.build(recipe.data, train=False).spec
-    return _restore_task(path, recipe, spec).eval()
+    task = _restore_task(path, recipe, spec).eval()
+    task.split = split
+    return task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,16 +157,24 @@ def image_files(path: str | Path) -> list[Path]:
 
 def _read_checkpoint(
     checkpoint: str | Path, model: ModelConfig | None, data_name: str | None, data_dir: str | None
-) -> tuple[Path, Recipe, DataSpec | None]:
-    """Return a checkpoint's file, the recipe to build its task, and its run's data, or None if no run wrote it."""
+) -> tuple[Path, Recipe, DataSpec | None, Split | None]:
+    """Return a checkpoint's file, the recipe to build its task, and its run's data and split, or None without a run.
+
+    The split is the run's, if it has split a flat folder. For other data it holds out nothing, so that all images are
+    evaluated except those with the path of a training image: they may be the run's folder in another place.
+    """
     path = Path(checkpoint)
     if path.is_dir():
         path = path / "checkpoints" / "best.ckpt"
     content = read_file(path)
     own = cast(dict[str, object], content).get("ecanet") if isinstance(content, dict) else None
+    split = None
     if own:
         values = cast(dict[str, dict[str, object]], own)
         recipe, spec = from_dict(Recipe, values["recipe"]), tasks.read_spec(values["spec"])
+        if values.get("split"):
+            split = Split.from_dict(cast(dict[str, list[str]], values["split"]))
+            split = split if data_name in (None, recipe.data.name) else replace(split, held_out=())
     elif model is None or data_name is None:
         raise ConfigError(f"{path} does not say what network it is for; say so with --model and --data")
     else:
@@ -173,7 +183,8 @@ def _read_checkpoint(
     root = recipe.data.root if data_name in (None, recipe.data.name) else None
     chosen = recipe.data.but(name=data_name or recipe.data.name, root=data_dir or root)
     # The checkpoint holds the weights, so the recipe's own weights are not loaded.
-    return path, recipe.but(model=(model or recipe.model).but(weights=None), data=chosen, compile=False), spec
+    recipe = recipe.but(model=(model or recipe.model).but(weights=None), data=chosen, compile=False)
+    return path, recipe, spec, split
 
 
 def _restore_task(path: Path, recipe: Recipe, spec: DataSpec) -> tasks.Task:

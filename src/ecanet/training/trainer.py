@@ -1,7 +1,8 @@
 """``run(recipe)`` trains what the recipe describes, writes the results into a folder, and returns the report.
 
 The folder is ``runs/NAME-DATE`` by default. It contains recipe.json, environment.json, metrics.csv, metrics.json,
-report.html, checkpoints/best.ckpt and last.ckpt, TensorBoard's logs, and a few held-out images as examples.
+report.html, checkpoints/best.ckpt and last.ckpt, TensorBoard's logs, a few held-out images as examples, and split.json
+if the run has split a flat folder.
 """
 
 import json
@@ -31,6 +32,8 @@ from ecanet.training.checkpoints import AtomicCheckpointIO, RunCheckpoint
 from ecanet.training.progress import Display, History, quiet_lightning
 
 __all__ = ["read_recipe", "run"]
+
+SPLIT_FILE = "split.json"
 
 
 def run(
@@ -64,7 +67,9 @@ def run(
     torch_device = find_device(device)
     run_dir = _choose_run_dir(recipe, folder, resume)
     with quiet_lightning():
-        images = data.build(recipe.data, seed=recipe.seed, masks=recipe.learns_masks)
+        # A run keeps the split of a flat folder that it began with, whatever has become of the folder.
+        split = data.read_split(run_dir / SPLIT_FILE) if resume else None
+        images = data.build(recipe.data, seed=recipe.seed, masks=recipe.learns_masks, split=split)
         torch.manual_seed(recipe.seed)  # pyright: ignore[reportUnknownMemberType]
         task = tasks.build(recipe, images.spec)
         history = History(run_dir / "metrics.csv")
@@ -74,7 +79,7 @@ def run(
             # Lightning would compute in bfloat16 instead, with no more than a warning.
             raise ConfigError("precision 16-mixed needs a GPU; on a CPU set precision=bf16-mixed or precision=32")
         if trainer.is_global_zero:
-            _write_settings(recipe, run_dir)
+            _write_settings(recipe, run_dir, images.split)
         last = run_dir / "checkpoints" / "last.ckpt"
         _fit(trainer, task, images, last if resume and last.is_file() else None, run_dir)
         if not history.evaluated:
@@ -158,12 +163,14 @@ def _describe_difference(old: Mapping[str, object], new: Mapping[str, object], a
     return f"{at}{key} is {before!r} there and {after!r} here"
 
 
-def _write_settings(recipe: Recipe, run_dir: Path) -> None:
+def _write_settings(recipe: Recipe, run_dir: Path, split: data.Split | None) -> None:
     try:
         write_file(run_dir / "recipe.json", json.dumps(to_dict(recipe), indent=2))
     except OSError as error:
         raise ConfigError(f"{run_dir}: cannot write a run there ({error.strerror})") from None
     write_file(run_dir / "environment.json", json.dumps(environment(), indent=2))
+    if split is not None:
+        write_file(run_dir / SPLIT_FILE, json.dumps(split.to_dict(), indent=1))
 
 
 def _make_trainer(

@@ -80,7 +80,7 @@ def run(
     find_gates(task.model)  # raises if there is none, before the data are read
     names = task.spec.class_names
     drawn = [_find_class(name, names) for name in classes or [n for n in POSTER if n in names] or names[:4]]
-    images = data.build(task.recipe.data, seed=task.recipe.seed, train=False)
+    images = data.build(task.recipe.data, seed=task.recipe.seed, train=False, split=task.split)
     check_classes(task.recipe.data.name, images.spec, task.spec)
     records = record(task.model, _iterate_batches(images), len(names))
     effects, answer = ([], "") if image is None else explain(task, records, image)

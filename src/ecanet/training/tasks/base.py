@@ -8,8 +8,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from ecanet.data import ClassificationData, DataSpec, DetectionData, check_classes, derive_seed
-from ecanet.errors import ConfigError
+from ecanet.data import ClassificationData, DataSpec, DetectionData, Split, check_classes, derive_seed
+from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import Recipe, to_dict
 from ecanet.report import Artifacts
 from ecanet.training.tasks.schedule import learning_rate_factor
@@ -58,6 +58,8 @@ class Task(L.LightningModule):
     """The base of all tasks: a network, its optimizer and schedule, and a random state that survives a resume."""
 
     monitor: ClassVar[str]
+    split: Split | None = None
+    """The images that the restored network was trained on, if its run has split a flat folder."""
 
     def __init__(self, recipe: Recipe, spec: DataSpec, model: nn.Module):
         super().__init__()
@@ -91,13 +93,24 @@ class Task(L.LightningModule):
         torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
-        """Save the recipe and the data's description beside the weights, as plain values."""
-        checkpoint["ecanet"] = {"recipe": to_dict(self.recipe), "spec": asdict(self.spec)}
+        """Save the recipe, the data's description and its split beside the weights, as plain values."""
+        split = get_data(self.trainer).split
+        checkpoint["ecanet"] = {
+            "recipe": to_dict(self.recipe),
+            "spec": asdict(self.spec),
+            "split": split and split.to_dict(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
-        """Raise DataError if the classes of the data have changed since the checkpoint."""
+        """Raise DataError if the classes of the data, or its split, have changed since the checkpoint."""
         content = cast(dict[str, dict[str, object]], checkpoint["ecanet"])
         check_classes(self.recipe.data.name, self.spec, read_spec(content["spec"]))
+        split = get_data(self.trainer).split
+        if (split and split.to_dict()) != content.get("split"):
+            raise DataError(
+                f"{self.recipe.data.name}: the training and held-out images are not those of the checkpoint; restore "
+                "the run's split.json and the folder's layout"
+            )
 
     @property
     def effective_batch(self) -> int:
