@@ -44,7 +44,9 @@ def test_one_graph_takes_every_rank(shape):
     torch.testing.assert_close(fx.symbolic_trace(gate)(x), gate(x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["eca", "cbam", "gc", "gsop"])
+@pytest.mark.parametrize(
+    "name", ["eca", "cbam", "gc", "gsop", "ese", "gct", "srm", "fca", "simam", "coord", "ela", "ema"]
+)
 def test_a_traced_gate_takes_a_mask(name):
     gate = randomize(make_attention(name, 32))
     x = torch.randn(2, 32, 4, 5, dtype=torch.float64)

@@ -293,7 +293,7 @@ def test_default_initialisation_is_torchs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", sorted({"eca", "eca-ns", "se", "se-var2", "se-var3", "se-gc"}))
+@pytest.mark.parametrize("name", sorted({"eca", "eca-ns", "se", "se-var2", "se-var3", "se-gc", "ese"}))
 def test_neutral_gate_is_the_identity_bit_for_bit_and_learns(name, dtype):
     module = build(name, 8).to(dtype)
     module.neutralize()

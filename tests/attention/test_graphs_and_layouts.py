@@ -13,6 +13,8 @@ from ecanet.errors import ConfigError
 
 GATES = ["eca", "eca-ns", "se", "se-var1", "se-var2", "se-var3", "se-gc"]
 OTHERS = ["cbam", "gc", "gsop", "a2", "non-local", "aa"]
+LATER = ["ese", "gct", "srm", "fca", "simam", "coord", "ela", "ema"]
+FIT_ANY_WIDTH = ["eca", "se-var1", "simam"]
 CHANNELS = 32
 
 
@@ -34,7 +36,7 @@ def images(*, last=False):
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
-@pytest.mark.parametrize("name", [*GATES, *OTHERS])
+@pytest.mark.parametrize("name", [*GATES, *OTHERS, *LATER])
 def test_a_graph_by_make_fx_has_values_and_gradients(name, tracing_mode, last):
     gate = make(name)
     parameters = {key: value.detach().clone().requires_grad_() for key, value in gate.named_parameters()}
@@ -60,7 +62,7 @@ def test_a_graph_by_make_fx_of_a_whole_network():
     torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*GATES, *OTHERS])
+@pytest.mark.parametrize("name", [*GATES, *OTHERS, *LATER])
 def test_traces_hold_no_operation_that_openvino_lacks(name):
     graph = torch.jit.trace(make(name), images()).inlined_graph
     kinds = {node.kind() for node in graph.nodes()}
@@ -84,7 +86,7 @@ def test_the_augmented_convolution_keeps_the_layout(last, size, stride):
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("name", [*GATES, "cbam", "gc", "a2", "non-local", "aa"])
+@pytest.mark.parametrize("name", [*GATES, *LATER, "cbam", "gc", "a2", "non-local", "aa"])
 def test_an_empty_batch_gives_every_parameter_a_gradient_of_zero(name, train):
     module = make(name).train(train)
     x = torch.empty(0, CHANNELS, 6, 6, requires_grad=True)
@@ -101,7 +103,7 @@ def test_an_empty_batch_gives_every_parameter_a_gradient_of_zero(name, train):
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch announces the end of eager quantization
 @pytest.mark.parametrize("dtype", [torch.quint8, torch.qint8])
-@pytest.mark.parametrize("name", [*GATES, *OTHERS])
+@pytest.mark.parametrize("name", [*GATES, *OTHERS, *LATER])
 def test_quantized_tensors_are_refused_with_the_remedy(name, dtype):
     gate = make(name)
     x = torch.quantize_per_tensor(images(), 0.1, 0, dtype)
@@ -117,7 +119,7 @@ def test_quantized_tensors_are_refused_with_the_remedy(name, dtype):
 # widths
 
 
-@pytest.mark.parametrize("name", ["eca", "se-var1"])
+@pytest.mark.parametrize("name", FIT_ANY_WIDTH)
 @pytest.mark.parametrize("width", [12, 48])
 def test_gates_without_weights_of_channels_go_on_at_another_width(name, width):
     gate = make(name)
@@ -131,13 +133,13 @@ def test_gates_without_weights_of_channels_go_on_at_another_width(name, width):
     assert torch.equal(gate(x), fresh(x))
 
 
-@pytest.mark.parametrize("name", [*GATES, *OTHERS[:-1]])
+@pytest.mark.parametrize("name", [*GATES, *OTHERS[:-1], *LATER])
 def test_other_gates_say_what_to_do_at_another_width(name):
     gate = make(name)
     x = images()[:, : CHANNELS - 8]
     with pytest.raises(ConfigError, match=r"channels are axis 1; if the network was pruned, .*or detach and attach"):
         gate(x)
-    assert type(gate).fits_any_width == (name in ("eca", "se-var1"))
+    assert type(gate).fits_any_width == (name in FIT_ANY_WIDTH)
     if not type(gate).fits_any_width:
         gate.channels = CHANNELS - 8
         with pytest.raises((RuntimeError, ValueError)):  # its weights belong to channels

@@ -1,13 +1,15 @@
 """Cost: the paper's own cells, the counts that torchvision publishes, and a network small enough to count by hand."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import ecanet
 from ecanet import create_model
-from ecanet.errors import ConfigError
+from ecanet.errors import AttachError, ConfigError
 from ecanet.networks import find, image_size
 from ecanet.studies.cost import WHY, count, find_attention_modules, make_table
 
@@ -111,6 +113,77 @@ def test_the_cost_of_one_gate(attention, parameters):
     assert cost.attention_parameters == cost.parameters == parameters
     assert cost.macs == macs
     assert cost.operations == pool + layers
+
+
+@pytest.mark.parametrize(
+    ("attention", "parameters", "macs", "layers"),
+    [
+        ("ese", 32 * 33, 32 * 32, (2 * 32 - 1) * 32),
+        ("gct", 96, 64, None),
+        ("srm", 128, 64, 4 * 32),  # a norm of one number for each channel
+        ("fca", 128, 128 + 32 * (16 + 4), (2 * 32 - 1) * 2 + (2 * 2 - 1) * 32),
+        ("simam", 0, 0, 32 * (16 + 1)),  # the mean of the squares is a second pool
+        ("ela", 32 * 7 + 64, 2 * 4 * 32 * 7, 4 * 32 * 7),
+        (
+            "coord",
+            32 * 8 + 8 + 16 + 2 * 9 * 32,
+            8 * 32 * 8 + 2 * 4 * 8 * 32,
+            2 * (32 * 8 * 8 + 2 * 8 * 32 * 4) + 4 * 8 * 8,
+        ),
+        ("ema", 4 + 10, 32 * (8 + 16 * 9 + 2 * 16), 32 * (4 * 2 + 16 * 10)),
+    ],
+)
+def test_the_cost_of_a_later_module(attention, parameters, macs, layers):
+    """On 32 channels of 4 x 4 positions. By the rules of 2019, a layer that is called twice counts once."""
+    from ecanet import make_attention
+
+    cost = count(make_attention(attention, 32), (32, 4, 4))
+    assert cost.attention_parameters == cost.parameters == parameters
+    assert cost.macs == macs
+    pool = 32 * (16 + 1) if attention in ("ese", "srm", "simam") else {"ema": 2 * 32 * (16 + 1)}.get(attention, 0)
+    assert cost.operations == pool + (layers or 0)
+
+
+@pytest.fixture(scope="module")
+def guide():
+    """Parameters, MACs and losslessness in the guide's table, by name."""
+    text = (Path(__file__).parents[2] / "docs" / "attentions.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines()]
+    return {row[0].strip("`"): tuple(row[3:6]) for row in rows if row[0].startswith("`") and len(row) == 7}
+
+
+BLOCKS = {(256, 56): 3, (512, 28): 4, (1024, 14): 6, (2048, 7): 3}
+"""Width and side of the maps at the end of the branches of a ResNet-50, and how many there are."""
+
+
+def test_the_table_of_the_guide_is_the_sum_over_the_blocks(guide):
+    assert list(guide) == list(ecanet.list_attentions()[1:])
+    for name in guide.keys() - {"gsop", "a2", "non-local", "aa"}:
+        with torch.device("meta"):
+            costs = [(n, count(ecanet.make_attention(name, c), (c, h, h))) for (c, h), n in BLOCKS.items()]
+        parameters, macs = (sum(n * getattr(cost, what) for n, cost in costs) for what in ("parameters", "macs"))
+        assert guide[name] == (f"{parameters:,}", f"{macs:,}", describe_losslessness(name)), name
+
+
+@pytest.mark.slow
+def test_the_table_of_the_guide_is_what_whole_networks_cost(guide):
+    with torch.device("meta"):
+        plain = count(create_model("resnet50", attention="none"))
+        for name, (parameters, macs, _) in guide.items():
+            cost = count(create_model("resnet50", attention=name))
+            found = (f"{cost.parameters - plain.parameters:,}", f"{cost.macs - plain.macs:,}")
+            assert found == (parameters, macs), name
+
+
+def describe_losslessness(name):
+    gate, x = ecanet.make_attention(name, 32).eval(), torch.randn(2, 32, 4, 4)
+    new = torch.equal(gate(x), x)
+    try:
+        gate.neutralize()
+    except AttachError:
+        return "no"
+    assert torch.equal(gate(x), x)
+    return "by nature" if new else "yes"
 
 
 def test_counting_leaves_the_model_alone():

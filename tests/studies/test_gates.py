@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import ecanet
-from ecanet.attention import CBAM, ECA, SEVar2
+from ecanet.attention import CBAM, ECA, ESE, GCT, SRM, Fca, GlobalContext, SEVar2, SimAM
 from ecanet.errors import ConfigError
 from ecanet.studies.gates import pages, records
 
@@ -59,6 +59,17 @@ def test_alarms_name_dead_saturated_and_constant_gates():
     assert not wide_open.dead.any()
 
 
+def test_a_gct_has_twice_the_range():
+    """Its weights are 1 + tanh: 1 is the middle of its range, and 1.99 an end."""
+    model = nn.Sequential(GCT(4))
+    model[0].beta.data = torch.tensor([0.0, 0.0, 9.0, -9.0])
+    (found,) = records.record(model, [(images(5), torch.zeros(5, dtype=torch.long))], 1)
+    assert (found.gain, found.ceiling) == (1, 2)
+    torch.testing.assert_close(found.mean, torch.tensor([1.0, 1.0, 2.0, 0.0]))
+    assert found.saturated == 0.5
+    assert found.dead.tolist() == [False, False, False, True]
+
+
 def test_a_gain_of_two_doubles_the_range():
     model = gate_with([0, 0, 0, 0])
     model[0].gain = 2.0
@@ -67,7 +78,18 @@ def test_a_gain_of_two_doubles_the_range():
     assert found.saturated == 0  # 1 is the middle of the range, not an end
 
 
-@pytest.mark.parametrize("gate", [ECA(8), CBAM(8, reduction=2)], ids=["eca", "cbam"])
+def stirred(gate: nn.Module) -> nn.Module:
+    """Return ``gate`` in evaluation, with random parameters."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in gate.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    return gate.eval()
+
+
+STATISTICS = [stirred(make(8)) for make in (ESE, GCT, SRM, Fca)]
+
+
+@pytest.mark.parametrize("gate", [ECA(8), CBAM(8, reduction=2), *STATISTICS], ids=lambda gate: type(gate).__name__)
 def test_weights_are_what_the_gate_multiplies_by(gate):
     x = images(3, 8)
     weights = records.compute_image_weights(nn.Sequential(gate), x)["0"]
@@ -78,9 +100,12 @@ def test_weights_are_what_the_gate_multiplies_by(gate):
     torch.testing.assert_close(y, x * weights[:, :, None, None])
 
 
-def test_a_gate_can_be_held_at_its_mean():
+@pytest.mark.parametrize("make", [ECA, ESE, GCT, SRM, Fca])
+@pytest.mark.parametrize("gain", [1.0, 2.0])
+def test_a_gate_can_be_held_at_its_mean(make, gain):
     """A held gate gives every image the same weights; afterwards the module is as it was before."""
-    model, x = nn.Sequential(ECA(4)), images(6)
+    model, x = nn.Sequential(stirred(make(4))), images(6)
+    model[0].gain = gain
     labels = torch.zeros(6, dtype=torch.long)
     before = model(x)
     found = records.record(model, [(x, labels)], 1)
@@ -93,6 +118,10 @@ def test_a_gate_can_be_held_at_its_mean():
 def test_a_network_without_gates_is_refused():
     with pytest.raises(ConfigError, match="no channel gates"):
         records.record(ecanet.create_model("resnet8", attention="none"), [], 10)
+    with pytest.raises(ConfigError, match="no channel gates to inspect: CoordinateAttention does not give"):
+        records.record(ecanet.create_model("resnet8", attention="coord"), [], 10)
+    with pytest.raises(ConfigError, match="no channel gates to inspect: GlobalContext, SimAM does not"):
+        records.record(nn.Sequential(SimAM(4), GlobalContext(8, 2)), [], 10)
     with pytest.raises(ConfigError, match="no images"):
         records.record(nn.Sequential(ECA(4)), [], 10)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ecanet
+from ecanet.attention import ATTENTIONS
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import ModelConfig
 from ecanet.studies.paper import costs, figures, pages, speed, tables
@@ -69,7 +70,7 @@ They are copied from the paper a second time, apart from the rows.
 @pytest.fixture(scope="module")
 def counted() -> dict[str, tables.Measured]:
     # Counting Table 5 takes a while: test_paper_detection does it.
-    return {name: tables.run(name, measure=["params", "flops"])[0] for name in TABLES if name != "5"}
+    return {name: tables.run(name, measure=["params", "flops"])[0] for name in TABLES if name not in ("5", "later")}
 
 
 def cells(measured: tables.Measured, column: str, *, own: bool) -> list[Cell]:
@@ -146,7 +147,23 @@ def test_a_module_with_wrong_parameters_disagrees():
     assert f"{2 * 1024**2 // 8:,} at C = 1024" in str(cell)
 
 
-@pytest.mark.parametrize("name", ["2", "3", "poster", "figure4"])
+def test_the_later_modules_are_counted_in_their_papers_units():
+    """SimAM's authors print 10^6 parameters; where nothing is printed stands what is found here."""
+    rows = {(row.model.attention, row.model.name): row for row in TABLES["later"].rows}
+    assert {attention for attention, _ in rows} == {"none", *list(ATTENTIONS)[-8:]}
+    found = {key: costs.count_row(rows[key], ["params", "flops"]) for key in
+             [("simam", "mobilenet_v2"), ("simam", "resnet50"), ("srm", "resnet50"), ("ese", "resnet50")]}  # fmt: skip
+    assert [str(one["#Param"]) for one in found.values()] == [
+        "3.50M ✓",
+        "25.56M ✓",
+        "N/A (here 25.62M)",
+        "N/A (here 45.69M)",
+    ]
+    assert str(found["simam", "resnet50"]["MACs"]) == "4.11G (here 4.09G; convolutions and linear layers)"
+    assert str(found["ese", "resnet50"]["MACs"]) == "N/A (here 4.11G)"
+
+
+@pytest.mark.parametrize("name", ["2", "3", "poster", "figure4", "later"])
 def test_every_command_describes_its_rows_network(name, monkeypatch):
     """Each command, parsed by the command line itself, gives a recipe with exactly the row's network."""
     from ecanet import cli, training

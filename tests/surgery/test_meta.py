@@ -21,7 +21,7 @@ NETWORKS = {
 def make(network, attention="eca", **options):
     """The plain network and the attached one, in evaluation mode; SE-Var1 cannot be neutral."""
     model = network().eval()
-    return ecanet.attach(model, attention, preserve=False if attention == "se-var1" else None, **options)
+    return ecanet.attach(model, attention, preserve=False if attention in ("se-var1", "simam") else None, **options)
 
 
 def make_on_meta(network, attention="eca", **options):
@@ -95,7 +95,9 @@ def test_created_networks_take_their_tensors_from_a_file(network, attention):
     check_file(model, written)
 
 
-@pytest.mark.parametrize("attention", ["eca", "se", "se-gc", "cbam", "gsop", "gc", "a2", "non-local"])
+@pytest.mark.parametrize(
+    "attention", ["eca", "se", "se-gc", "cbam", "gsop", "gc", "a2", "non-local", "gct", "srm", "fca", "ema"]
+)
 def test_a_file_without_gates_and_neutral_gates_give_the_plain_outputs(attention):
     """The recipe of the guide."""
     plain = models.resnet18().eval()

@@ -1,11 +1,13 @@
 """Attention modules, and the one table of their names.
 
 Read downward: `names` (the table that ``attention=`` looks names up in), `long_range` (non-local, A2,
-attention-augmented convolution), `others` (CBAM, GC, GSoP), `gates` (squeeze, gate, scale: ECA, SE and their variants),
+attention-augmented convolution), `positions` (SimAM, coordinate attention, ELA, EMA), `frequencies` (FcaNet's gate),
+`statistics` (eSE, GCT, SRM), `others` (CBAM, GC, GSoP), `gates` (squeeze, gate, scale: ECA, SE and their variants),
 `base` (what every attention module is). To understand ECA, begin with `gates`.
 """
 
 from ecanet.attention.base import Attention
+from ecanet.attention.frequencies import Fca
 from ecanet.attention.gates import (
     ECA,
     ECANS,
@@ -28,26 +30,37 @@ from ecanet.attention.names import (
     options_of,
 )
 from ecanet.attention.others import CBAM, GlobalContext, GSoP, compute_maxima
+from ecanet.attention.positions import ELA, EMA, CoordinateAttention, SimAM
+from ecanet.attention.statistics import ESE, GCT, SRM, StatisticsAttention
 
 __all__ = [
     "ATTENTIONS",
     "CBAM",
     "ECA",
     "ECANS",
+    "ELA",
+    "EMA",
+    "ESE",
+    "GCT",
     "SE",
     "SEGC",
+    "SRM",
     "Attention",
     "AttentionKind",
     "AttentionLike",
     "AugmentedConv2d",
     "ChannelAttention",
+    "CoordinateAttention",
     "DoubleAttention",
+    "Fca",
     "GSoP",
     "GlobalContext",
     "NonLocal",
     "SEVar1",
     "SEVar2",
     "SEVar3",
+    "SimAM",
+    "StatisticsAttention",
     "adaptive_kernel_size",
     "compute_maxima",
     "find_attention",

@@ -175,7 +175,7 @@ class SE(ChannelAttention):
 
     def gate(self, p: Tensor) -> Tensor:
         """Return ``sigmoid(W2 relu(W1 p))``."""
-        return _linear(self.fc2, _linear(self.fc1, p).relu()).sigmoid()
+        return apply_linear(self.fc2, apply_linear(self.fc1, p).relu()).sigmoid()
 
     def last_parameters(self) -> Iterable[Tensor]:
         """Return the parameters of the second layer."""
@@ -231,7 +231,7 @@ class SEVar3(ChannelAttention):
 
     def gate(self, p: Tensor) -> Tensor:
         """Return ``sigmoid(W p)``."""
-        return _linear(self.fc, p).sigmoid()
+        return apply_linear(self.fc, p).sigmoid()
 
     def last_parameters(self) -> Iterable[Tensor]:
         """Return the matrix."""
@@ -272,7 +272,8 @@ class SEGC(ChannelAttention):
         return (self.weight,)
 
 
-def _linear(layer: nn.Linear, p: Tensor) -> Tensor:
+def apply_linear(layer: nn.Linear, p: Tensor) -> Tensor:
+    """Return ``W p + b`` of ``layer`` in the dtype of ``p``; the layer is called only if a hook computes its weight."""
     if vars(layer)["_forward_pre_hooks"]:
         return layer(p.to(layer.weight.dtype)).to(p.dtype)
     bias = cast("Tensor | None", layer.bias)

@@ -11,9 +11,12 @@ from typing import cast
 
 from torch import nn
 
+from ecanet.attention.frequencies import Fca
 from ecanet.attention.gates import ECA, ECANS, SE, SEGC, SEVar1, SEVar2, SEVar3
 from ecanet.attention.long_range import AugmentedConv2d, DoubleAttention, NonLocal
 from ecanet.attention.others import CBAM, GlobalContext, GSoP
+from ecanet.attention.positions import ELA, EMA, CoordinateAttention, SimAM
+from ecanet.attention.statistics import ESE, GCT, SRM
 from ecanet.errors import ConfigError, summarize
 
 AttentionLike = str | Callable[..., nn.Module]
@@ -42,6 +45,14 @@ ATTENTIONS: dict[str, Callable[..., nn.Module]] = {
     "a2": DoubleAttention,
     "non-local": NonLocal,
     "aa": _build_augmented,
+    "ese": ESE,
+    "gct": GCT,
+    "srm": SRM,
+    "fca": Fca,
+    "simam": SimAM,
+    "coord": CoordinateAttention,
+    "ela": ELA,
+    "ema": EMA,
 }
 
 BLOCK_KEYS = frozenset(

@@ -70,7 +70,7 @@ def cost(
 
 
 def paper(
-    table: Annotated[str | None, typer.Argument(help="1 to 6, poster or figure4.", show_default="all")] = None,
+    table: Annotated[str | None, typer.Argument(help="1 to 6, poster, figure4 or later.", show_default="all")] = None,
     measure: Annotated[str, typer.Option(help="Comma-separated: params, flops, speed, accuracy.")] = "params,flops",
     data_dir: Annotated[
         Path | None, typer.Option(help="ImageNet or COCO directory (accuracy).", show_default=False)

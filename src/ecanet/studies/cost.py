@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecanet.attention import ECANS, SEGC, Attention, ChannelAttention, SEVar2
+from ecanet.attention import ECANS, GCT, SEGC, SRM, Attention, ChannelAttention, SEVar2, StatisticsAttention
 from ecanet.errors import ConfigError, summarize
 from ecanet.networks import find, image_size, is_ours
 
@@ -57,7 +57,7 @@ class Cost:
     attention_parameters: int
     """Parameters inside attention modules."""
     macs: int
-    """Multiply-accumulates of convolutions, linear layers and matrix products."""
+    """Multiply-accumulates of convolutions, linear layers and matrix products, and of the weights of gates."""
     bytes: int
     """Bytes of parameters and buffers: the size of a checkpoint."""
     operations: int
@@ -167,7 +167,8 @@ class _ModuleCounter:
         self.operations: dict[nn.Module, int] = {}
         self.elementwise_macs = 0
         for module in model.modules():
-            if isinstance(module, ChannelAttention) or not any(True for _ in module.children()):
+            is_gate = isinstance(module, ChannelAttention | StatisticsAttention)
+            if is_gate or not any(True for _ in module.children()):
                 module.register_forward_hook(self._count)
 
     def total(self, *, relu: bool = True) -> int:
@@ -178,9 +179,7 @@ class _ModuleCounter:
         x = args[0] if args else None
         if not isinstance(x, Tensor) or not isinstance(out, Tensor):
             return
-        # These gates multiply elementwise, once per parameter, so PyTorch's counter sees no matrix product.
-        if isinstance(module, ECANS | SEVar2):
-            self.elementwise_macs += x.shape[0] * sum(p.numel() for p in module.parameters())
+        self.elementwise_macs += x.shape[0] * count_elementwise_macs(module)
         self.operations[module] = count_operations(module, x, out)  # a second call of a module replaces the first
 
 
@@ -193,7 +192,7 @@ def count_operations(module: nn.Module, x: Tensor, out: Tensor) -> int:
     38
     """
     match module:
-        case ChannelAttention():
+        case ChannelAttention() | StatisticsAttention():
             return x.shape[0] * count_gate_operations(module)
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
             taps = prod(module.kernel_size) + (module.bias is not None)
@@ -212,7 +211,23 @@ def count_operations(module: nn.Module, x: Tensor, out: Tensor) -> int:
             return 0
 
 
-def count_gate_operations(module: ChannelAttention) -> int:
+def count_elementwise_macs(module: nn.Module) -> int:
+    """Return the multiply-accumulates of a gate's own products for one image, where there is no matrix product.
+
+    PyTorch's counter does not see them: one for each weight.
+    """
+    match module:
+        case ECANS() | SEVar2():
+            return sum(p.numel() for p in module.parameters())
+        case SRM():
+            return module.weight.numel()
+        case GCT():
+            return module.alpha.numel() + module.gamma.numel()
+        case _:
+            return 0
+
+
+def count_gate_operations(module: ChannelAttention | StatisticsAttention) -> int:
     """Return the operations of a gate on the channel means of one image, by the rules of 2019 for its layers."""
     total = module.weight.numel() if isinstance(module, SEGC) else 0
     for layer in module.children():

@@ -44,6 +44,14 @@ VARIANTS: dict[str, tuple[str, dict[str, int | str]]] = {
     "se-gc": ("se-gc", {"groups": 16}),
     "cbam": ("cbam", {"reduction": 16}),
     "gc": ("gc", {"reduction": 16}),
+    "ese": ("ese", {}),
+    "gct": ("gct", {}),
+    "srm": ("srm", {}),
+    "fca": ("fca", {"reduction": 16}),
+    "simam": ("simam", {}),
+    "coord": ("coord", {}),
+    "ela": ("ela", {}),
+    "ema": ("ema", {}),
     "larger": ("none", {}),
 }
 """The attention of each variant and its options."""

@@ -32,7 +32,7 @@ def draw_classes(records: Sequence[GateRecord], classes: Mapping[int, str]) -> "
         for label, name in classes.items():
             axes.plot(one.class_means[label], linewidth=0.8, label=name)
         axes.plot(one.mean, color="black", linewidth=0.8, linestyle=":", label="all classes")
-        axes.set_ylim(-0.02 * one.gain, 1.02 * one.gain)
+        axes.set_ylim(-0.02 * one.ceiling, 1.02 * one.ceiling)
         axes.set_title(f"{one.name}, {one.channels} channels", fontsize=8)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     return figure

@@ -163,6 +163,7 @@ def to_json(found: Inspection) -> str:
             "gate": one.name,
             "channels": one.channels,
             "gain": one.gain,
+            "highest_possible_weight": one.ceiling,
             "mean": to_list(one.mean),
             "deviation": to_list(one.deviation),
             "class_means": {names[label]: to_list(one.class_means[label]) for label in found.classes},

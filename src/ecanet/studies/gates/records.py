@@ -12,11 +12,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ecanet.attention import CBAM, ECA, ChannelAttention, compute_maxima
+from ecanet.attention import CBAM, ECA, Attention, ChannelAttention, StatisticsAttention, compute_maxima
 from ecanet.errors import ConfigError
 from ecanet.ops import reference
 
-Gate = ChannelAttention | CBAM
+Gate = ChannelAttention | StatisticsAttention | CBAM
 
 NEAR = 0.01
 """A weight is saturated if it is within this share of the gate's range of 0 or of the highest value.
@@ -27,10 +27,12 @@ Its gradient is then almost zero.
 
 @dataclass(frozen=True, kw_only=True)
 class GateRecord:
-    """The behaviour of one gate over many images. Weights are in the gate's own range, 0 to ``gain``."""
+    """The behaviour of one gate over many images. Weights are in the gate's own range, 0 to ``ceiling``."""
 
     name: str
     gain: float
+    ceiling: float
+    """The highest weight that the gate can give: its gain, and 2 for a GCT."""
     counts: Tensor
     """Images of each class (K)."""
     class_means: Tensor
@@ -62,7 +64,7 @@ class GateRecord:
     @property
     def dead(self) -> Tensor:
         """Boolean mask of the channels that the gate shuts on every image (C)."""
-        return self.highest < NEAR * self.gain
+        return self.highest < NEAR * self.ceiling
 
     def find_alarms(self) -> list[str]:
         """Return one sentence for each thing that looks wrong with this gate."""
@@ -71,7 +73,7 @@ class GateRecord:
             found.append(f"{self.saturated:.0%} of the weights are at an end of their range, where gradients vanish")
         if int(self.dead.sum()):
             found.append(f"{int(self.dead.sum())} of {self.channels} channels are shut on every image")
-        if float(self.deviation.max()) < 1e-3 * self.gain:
+        if float(self.deviation.max()) < 1e-3 * self.ceiling:
             found.append("the weights are the same for every image: a constant could replace this gate")
         return found
 
@@ -82,20 +84,28 @@ def to_list(x: Tensor) -> list[float]:
 
 
 def find_gates(model: nn.Module) -> dict[str, Gate]:
-    """Return the channel gates of ``model`` by name: the modules of the paper's Table 2, and CBAM (its channel gate).
+    """Return the channel gates of ``model`` by name: gates on channel statistics, and CBAM (its channel gate).
 
     Raises:
         ConfigError: there is none.
     """
-    modules = cast(Iterable[tuple[str, nn.Module]], model.named_modules())
-    found = {name: module for name, module in modules if isinstance(module, ChannelAttention | CBAM)}
+    modules = dict(cast(Iterable[tuple[str, nn.Module]], model.named_modules()))
+    found = {name: module for name, module in modules.items() if isinstance(module, Gate)}
     if not found:
+        others = sorted({type(module).__name__ for module in modules.values() if isinstance(module, Attention)})
+        if others:
+            raise ConfigError(
+                f"there are no channel gates to inspect: {', '.join(others)} does not give each channel one weight; "
+                f"inspect shows eca, se and their variants, cbam, ese, gct, srm and fca"
+            )
         raise ConfigError("this network has no channel gates to inspect; ecanet.attach adds them")
     return found
 
 
 def compute_weights(gate: Gate, x: Tensor) -> Tensor:
     """Return the channel weights (N, C) of ``gate`` for ``x`` (N, C, ...), in float32 or wider."""
+    if isinstance(gate, StatisticsAttention):
+        return gate.weigh(x)
     means = reference.squeeze(x)
     if isinstance(gate, CBAM):
         return gate.gain * gate.channel_gate(means.to(x.dtype), compute_maxima(x, None)).to(means.dtype)
@@ -154,7 +164,7 @@ def run_with_held_gates(model: nn.Module, images: Tensor, records: Sequence[Gate
     for one in records:
         gate = modules[one.name]
         method = "channel_gate" if isinstance(gate, CBAM) else "gate"
-        setattr(gate, method, _make_constant_gate((one.mean / one.gain).to(images.device)))
+        setattr(gate, method, _make_constant_gate((one.mean / gate.gain).to(images.device)))
         try:
             found[one.name] = model(images)
         finally:
@@ -163,8 +173,8 @@ def run_with_held_gates(model: nn.Module, images: Tensor, records: Sequence[Gate
 
 
 def _make_constant_gate(weights: Tensor) -> Callable[..., Tensor]:
-    def gate(means: Tensor, *maxima: Tensor) -> Tensor:
-        return weights.to(means.dtype).expand(means.shape)
+    def gate(statistics: Tensor, *maxima: Tensor) -> Tensor:  # SRM's statistics have a third axis
+        return weights.to(statistics.dtype).expand(len(statistics), -1)
 
     return gate
 
@@ -188,7 +198,8 @@ class _Sums:
     """Running sums of one gate's weights, in float64."""
 
     def __init__(self, gate: Gate, classes: int) -> None:
-        self.gate, self.gain, c = gate, gate.gain, gate.channels
+        self.gate, c = gate, gate.channels
+        self.ceiling = gate.gain * (gate.highest if isinstance(gate, StatisticsAttention) else 1)
         self.labels = torch.empty(0, dtype=torch.long)
         self.counts = torch.zeros(classes)
         self.totals = torch.zeros(classes, c, dtype=torch.float64)
@@ -206,7 +217,7 @@ class _Sums:
         if len(weights):
             self.lowest = torch.minimum(self.lowest, weights.amin(0).float())
             self.highest = torch.maximum(self.highest, weights.amax(0).float())
-        self.saturated += int(((weights < NEAR * self.gain) | (weights > (1 - NEAR) * self.gain)).sum())
+        self.saturated += int(((weights < NEAR * self.ceiling) | (weights > (1 - NEAR) * self.ceiling)).sum())
 
     def make_record(self, name: str) -> GateRecord:
         """Return the means, deviations and shares that follow from the sums."""
@@ -217,7 +228,8 @@ class _Sums:
         variance = (self.squares / n - mean.square()).clamp(min=0)
         return GateRecord(
             name=name,
-            gain=self.gain,
+            gain=self.gate.gain,
+            ceiling=self.ceiling,
             counts=self.counts.long(),
             class_means=(self.totals / self.counts[:, None]).float(),
             mean=mean.float(),

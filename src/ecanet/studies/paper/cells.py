@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["BINARY", "DECIMAL", "Cell", "compare_with_printed"]
+__all__ = ["BINARY", "DECIMAL", "MODERN", "Cell", "compare_with_printed"]
 
 BINARY = {"M": 2**20, "G": 2**30}
 """Units of the ImageNet tables, by the suffix of the printed number."""
 DECIMAL = {"M": 10**6, "": 10**9}
 """Units of the detection tables, which print GFLOPs without a suffix."""
+MODERN = {"M": 10**6, "G": 10**9}
+"""Units of the later papers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

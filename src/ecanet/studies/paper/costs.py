@@ -9,13 +9,13 @@ from ecanet.attention import Attention
 from ecanet.networks import find, image_size, is_ours
 from ecanet.recipes import ModelConfig
 from ecanet.studies.cost import Cost, count
-from ecanet.studies.paper.cells import DECIMAL, Cell, compare_with_printed
+from ecanet.studies.paper.cells import DECIMAL, MODERN, Cell, compare_with_printed
 from ecanet.studies.paper.detection import count_detector
 from ecanet.studies.paper.rows import Row
 
 __all__ = ["check_module_parameters", "count_network", "count_row", "create_network"]
 
-MEASURE_OF = {"#Param": "params", "FLOPs": "flops", "GFLOPs": "flops"}
+MEASURE_OF = {"#Param": "params", "FLOPs": "flops", "GFLOPs": "flops", "MACs": "flops"}
 """Columns that are counted, and the measure that each belongs to."""
 
 COUNTED_IN_2020 = ("resnet18", "resnet34")
@@ -54,6 +54,8 @@ def count_row(row: Row, measures: Sequence[str]) -> dict[str, Cell]:
             c: compare_with_printed(row.printed[c], found[c], details[c], own=row.own, units=DECIMAL) for c in columns
         }
     cost = count_network(row.model)
+    if "MACs" in row.printed:
+        return {c: _compare_modern(c, row.printed[c], cost) for c in columns}
     operations = cost.operations_2020 if row.model.name in COUNTED_IN_2020 else cost.operations
     found = {"#Param": cost.parameters, "FLOPs": operations}
     details = {
@@ -61,6 +63,15 @@ def count_row(row: Row, measures: Sequence[str]) -> dict[str, Cell]:
         "FLOPs": f"{cost.macs / 1e9:.2f} x 10^9 multiply-accumulates",
     }
     return {c: compare_with_printed(row.printed[c], found[c], details[c], own=row.own) for c in columns}
+
+
+def _compare_modern(column: str, printed: str, cost: Cost) -> Cell:
+    """Return the cell of the parameters or multiply-accumulates of a network in a later paper's units."""
+    found, suffix = (cost.parameters, "M") if column == "#Param" else (cost.macs, "G")
+    if printed == "N/A":
+        return Cell(printed=printed, here=f"{found / MODERN[suffix]:.2f}{suffix}")
+    detail = f"{cost.attention_parameters:,} in the gates" if column == "#Param" else "convolutions and linear layers"
+    return compare_with_printed(printed, found, detail, own=False, units=MODERN)
 
 
 def check_module_parameters(printed: str, model: ModelConfig) -> Cell:

@@ -64,7 +64,7 @@ def _count_agreements(measured: Measured) -> list[str]:
 
 
 def _heading(table: Table) -> str:
-    title = {"poster": "Poster", "figure4": "Figure 4"}.get(table.name, f"Table {table.name}")
+    title = {"poster": "Poster", "figure4": "Figure 4", "later": "Later"}.get(table.name, f"Table {table.name}")
     return f"{title}: {table.title}"
 
 

@@ -1,5 +1,6 @@
 """One row of a table: the printed cells, and the network that they describe, as a recipe describes it."""
 
+import json
 from dataclasses import dataclass
 
 from ecanet.attention import options_of
@@ -120,7 +121,9 @@ def _parse_network(text: str) -> tuple[ModelConfig, DetectorConfig | None]:
     sizes = options.pop("k", None)
     detector_name, _, name = first.rpartition("/")
     model = ModelConfig(
-        name=detector_name or name, attention=attention, options={key: int(value) for key, value in options.items()}
+        name=detector_name or name,
+        attention=attention,
+        options={key: json.loads(value) for key, value in options.items()},
     )
     if sizes is not None:
         model = model.but(kernel_sizes=sizes if sizes.isalpha() else tuple(int(k) for k in sizes.split(",")))

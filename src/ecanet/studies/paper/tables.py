@@ -42,7 +42,7 @@ def run(
     weights: str | Path | None = None,
     device: str = "cpu",
 ) -> list[Measured]:
-    """Measure the table called ``name`` (1 to 6, poster, figure4), or all of them.
+    """Measure the table called ``name`` (1 to 6, poster, figure4, later), or all of them.
 
     Args:
         name: the table; None measures every table.
