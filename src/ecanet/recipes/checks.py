@@ -90,7 +90,7 @@ def _is_instance(value: object, option: object) -> bool:
         return not isinstance(value, bool) and isinstance(value, Integral)
     if kind is tuple:
         return isinstance(value, tuple | list) and all(
-            _is_instance(item, int) for item in cast(Sequence[object], value)
+            _is_instance(item, get_args(option)[0]) for item in cast(Sequence[object], value)
         )
     return isinstance(kind, type) and isinstance(value, kind)
 
@@ -110,7 +110,7 @@ def _convert(name: str, value: object, option: object) -> object:
     if kind is int:
         return int(cast(int, value))
     if kind is tuple:
-        return tuple(int(item) for item in cast(Sequence[int], value))
+        return tuple(_convert(name, item, get_args(option)[0]) for item in cast(Sequence[object], value))
     return _convert_numbers(name, value) if kind is dict else value
 
 
@@ -139,6 +139,8 @@ def _describe(option: object) -> str:
     }  # fmt: skip
     if get_origin(option) is Literal:
         return " or ".join(repr(choice) for choice in get_args(option))
+    if option == tuple[float, ...]:
+        return "a list of finite numbers"
     kind = get_origin(option) or option
     return words.get(kind, f"a {getattr(kind, '__name__', kind)}")
 

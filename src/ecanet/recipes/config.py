@@ -147,8 +147,11 @@ class Recipe(Config):
     Attributes:
         task: "classification" or "detection".
         detector: settings of the detection task. That task has its own losses: it takes no ``loss``,
-            ``label_smoothing``, ``mixup`` or ``cutmix``.
+            ``label_smoothing``, ``class_weights``, ``mixup`` or ``cutmix``.
         loss: "bce" is binary cross-entropy, one independent decision per class.
+        class_weights: how much an image counts in the loss, by its class: "balanced" is N / (K N_k) for N training
+            images, N_k of them in this one of K classes, so that the mean is 1. Numbers are in the order of the class
+            names. None is 1 for all.
         mixup, cutmix: parameter of the Beta distribution, 0 for none. With both, each batch gets one of them.
         ema_decay: decay of an exponential moving average of the weights, which is then evaluated. None for no average.
         accumulate: number of batches per optimizer step.
@@ -167,6 +170,7 @@ class Recipe(Config):
     epochs: int = 1
     loss: Literal["cross-entropy", "bce"] = "cross-entropy"
     label_smoothing: float = 0.0
+    class_weights: Literal["balanced"] | tuple[float, ...] | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
     ema_decay: float | None = None
@@ -215,7 +219,13 @@ class Recipe(Config):
         return warmup
 
     def check(self) -> None:
-        """Raise ConfigError if the warm-up takes the whole run."""
+        """Raise ConfigError if the warm-up takes the whole run, or if class weights are none or balance twice."""
+        weights = self.class_weights
+        if isinstance(weights, tuple) and not (min(weights, default=-1) >= 0 and sum(weights) > 0):
+            expected = "'balanced' or a number of at least 0 for each class, not all 0"
+            raise ConfigError(f"class_weights must be {expected}, got {list(weights)}")
+        if weights == "balanced" and self.data.sampler == "balanced":
+            raise ConfigError("class_weights=balanced and data.sampler=balanced would balance twice; leave one out")
         if self.schedule.warmup_epochs >= self.epochs and self.schedule.warmup_epochs:
             raise ConfigError(
                 f"schedule.warmup_epochs ({self.schedule.warmup_epochs:g}) must be less than epochs ({self.epochs}); "

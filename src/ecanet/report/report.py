@@ -16,7 +16,13 @@ from ecanet.report.machine import Environment
 
 __all__ = ["Report"]
 
-UNITS = {"top1": "top-1, %", "top5": "top-5, %", "best_top1": "best top-1, %", "val_loss": "held-out loss"}
+UNITS = {
+    "top1": "top-1, %",
+    "top5": "top-5, %",
+    "macro": "mean of the classes' accuracies, %",
+    "best_top1": "best top-1, %",
+    "val_loss": "held-out loss",
+}
 
 
 def _no_artifacts() -> Artifacts:

@@ -122,7 +122,7 @@ def _check_recipe(recipe: object) -> Recipe:
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"run needs a recipe or the name of one, such as run('quickstart'), got {recipe!r}")
     if recipe.task == "detection":
-        for name in ("loss", "label_smoothing", "mixup", "cutmix"):
+        for name in ("loss", "label_smoothing", "class_weights", "mixup", "cutmix"):
             if getattr(recipe, name) != getattr(Recipe(), name):
                 raise ConfigError(f"{name} is for classification, and detectors have their own losses; leave it out")
     return recipe

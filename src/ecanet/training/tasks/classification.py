@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassStatScores
 from torchvision.transforms import v2  # pyright: ignore[reportMissingTypeStubs]
 
 from ecanet import models
-from ecanet.data import DataSpec, has_boxes
+from ecanet.data import ClassificationData, DataSpec, has_boxes
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import Recipe
 from ecanet.report import Artifacts, Example
-from ecanet.training.tasks.base import NO_READABLE_IMAGE, Task
+from ecanet.training.tasks.base import NO_READABLE_IMAGE, Task, get_data
+from ecanet.training.tasks.losses import balance_classes, compute_loss
 
 __all__ = ["Classification"]
 
@@ -28,7 +29,11 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Classification(Task):
-    """One class per image: cross-entropy or BCE; top-1 and top-5 accuracy in percent on the held-out images."""
+    """One class per image: cross-entropy or BCE; accuracies in percent on the held-out images.
+
+    ``top1`` always; ``top5`` of more than five classes; ``macro``, the mean of the classes' accuracies, where some
+    classes have more held-out images than others.
+    """
 
     monitor = "top1"
 
@@ -36,6 +41,11 @@ class Classification(Task):
         if has_boxes(recipe.data.name):
             raise ConfigError(f"{recipe.data.name} has boxes and no classes of images: set task=detection")
         classes, config = len(spec.class_names), recipe.model
+        if isinstance(recipe.class_weights, tuple) and len(recipe.class_weights) != classes:
+            raise ConfigError(
+                f"class_weights has {len(recipe.class_weights)} numbers and {recipe.data.name} {classes} classes; "
+                "give one number for each, in the order of the class names"
+            )
         model = models.create_model(
             config.name,
             attention=config.attention,
@@ -50,7 +60,10 @@ class Classification(Task):
         mixes += [v2.CutMix(alpha=recipe.cutmix, num_classes=classes)] if recipe.cutmix else []
         self.mix = v2.RandomChoice(mixes) if mixes else None
         self.top1 = MulticlassAccuracy(classes, average="micro")
-        self.top5 = MulticlassAccuracy(classes, average="micro", top_k=min(5, classes))
+        # Of five classes or fewer, every image is among the first five.
+        self.top5 = MulticlassAccuracy(classes, average="micro", top_k=5) if classes > 5 else None
+        self.class_counts = MulticlassStatScores(classes, average=None)
+        self.class_weights: Tensor | None = None
         self.held_out_loss = MeanMetric()
         self.confusion = MulticlassConfusionMatrix(classes) if classes <= MOST_CLASSES_COMPARED else None
         self.confusion_counts: list[list[int]] = []
@@ -63,13 +76,20 @@ class Classification(Task):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss of ``logits`` (N, K); ``labels`` are class indices (N,) or probabilities (N, K)."""
-        smoothing = self.recipe.label_smoothing
-        if self.recipe.loss == "cross-entropy":
-            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        classes = logits.shape[1]
-        targets = F.one_hot(labels, classes).to(logits.dtype) if labels.ndim == 1 else labels.to(logits.dtype)
-        targets = targets * (1 - smoothing) + smoothing / classes
-        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
+        recipe = self.recipe
+        return compute_loss(
+            logits, labels, name=recipe.loss, smoothing=recipe.label_smoothing, weights=self.class_weights
+        )
+
+    def on_fit_start(self) -> None:
+        """Compute the class weights, which may depend on the training images."""
+        if self.recipe.class_weights == "balanced":
+            data = get_data(self.trainer)
+            assert isinstance(data, ClassificationData)
+            assert data.train is not None
+            self.class_weights = balance_classes(data.train.get_labels(), len(self.spec.class_names)).to(self.device)
+        elif self.recipe.class_weights is not None:
+            self.class_weights = torch.tensor(self.recipe.class_weights, device=self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """Return the loss of a batch after mixup or cutmix, if the recipe has them."""
@@ -93,7 +113,9 @@ class Classification(Task):
         self.images_evaluated += len(images)
         logits = cast(Tensor, self(images)).float()
         self.top1.update(logits, labels)
-        self.top5.update(logits, labels)
+        if self.top5 is not None:
+            self.top5.update(logits, labels)
+        self.class_counts.update(logits, labels)
         if self.confusion is not None:
             self.confusion.update(logits, labels)
         self.held_out_loss.update(F.cross_entropy(logits, labels), len(images))
@@ -110,13 +132,24 @@ class Classification(Task):
             raise DataError(NO_READABLE_IMAGE)
         self.log("val_loss", self.held_out_loss.compute())
         self.held_out_loss.reset()
-        for name, metric in (("top1", self.top1), ("top5", self.top5)):
-            self.log(name, 100 * metric.compute())
-            metric.reset()
+        self.log("top1", 100 * self.top1.compute())
+        self.top1.reset()
+        if self.top5 is not None:
+            self.log("top5", 100 * self.top5.compute())
+            self.top5.reset()
+        self._log_macro()
         if self.confusion is not None:
             counts = self.confusion.compute()
             self.confusion_counts = cast(list[list[int]], counts.tolist())  # pyright: ignore[reportUnknownMemberType]
             self.confusion.reset()
+
+    def _log_macro(self) -> None:
+        """Log the mean of the classes' accuracies, where it differs from top-1: some classes have more images."""
+        counts = self.class_counts.compute()  # (K, 5): the first is the number of true positives, the last of images
+        self.class_counts.reset()
+        correct, images = (counts[counts[:, 4] > 0, column].float() for column in (0, 4))
+        if images.min() < images.max():
+            self.log("macro", 100 * (correct / images).mean())
 
     def artifacts(self) -> Artifacts:
         """Return class names, the confusion matrix (a row per true class), and correct and wrong examples."""
