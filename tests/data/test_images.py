@@ -77,7 +77,8 @@ def test_denormalize_inverts_normalize():
 
 def test_class_names_are_unique():
     assert {name: len(set(s.spec.class_names)) for name, s in SMALL_SETS.items()} == {
-        "digits": 10, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100
+        "digits": 10, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100,
+        "glyphs": 45, "glyphs:hard": 45, "garments": 10,
     }  # fmt: skip
 
 

@@ -3,8 +3,9 @@
 `builder` finds the loader of a data set by its name. The files, in reading order: `builder`, `boxes` (detection),
 `images` (classification), `module` (what both have in common), `samplers` (which images form a batch), `scenes`
 (generated detection data), `annotations` (a COCO data set), `coco` (COCO's file format), `folders` (one folder per
-class), `sources` (small data sets in memory), `split` (which images of a flat folder are held out), `listing` (the
-files below class folders), `pictures` (reads one image file).
+class), `sources` (small data sets in memory), `glyphs` and `garments` (generated ones), `typefaces` and `photographs`
+(what they are made from), `cache` (keeps generated data), `split` (which images of a flat folder are held out),
+`listing` (the files below class folders), `pictures` (reads one image file).
 """
 
 from ecanet.data.annotations import Annotations

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ecanet.data.cache import get_cache_folder
 from ecanet.data.coco import CocoImage, CocoObject, encode_mask
-from ecanet.data.sources import SMALL_SETS, get_cache_folder
+from ecanet.data.sources import SMALL_SETS
 from ecanet.errors import ConfigError, DataError
 
 __all__ = ["SPRITES", "SceneConfig", "make_scenes", "write_scenes"]

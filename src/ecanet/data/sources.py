@@ -1,7 +1,6 @@
 """What a data set looks like (`DataSpec`), and the small data sets that are held in memory."""
 
 import gzip
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -14,9 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ecanet.data import garments, glyphs
+from ecanet.data.cache import get_cache_folder
 from ecanet.errors import DataError, summarize
 
-__all__ = ["SMALL_SETS", "DataSpec", "MemoryDataset", "SmallSet", "check_classes", "get_cache_folder"]
+__all__ = ["SMALL_SETS", "DataSpec", "MemoryDataset", "SmallSet", "check_classes"]
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package ``dataset-fashion-mnist`` installs the four files."""
@@ -185,11 +186,6 @@ def read_idx(path: Path) -> Tensor:
         raise DataError(f"{path}: cannot be read ({error}); download the file again") from None
 
 
-def get_cache_folder(*parts: str) -> Path:
-    """Return the folder that keeps downloaded and generated data between runs, or the folder ``parts`` below it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ecanet", *parts)
-
-
 def _find_idx(folder: Path, name: str) -> Path | None:
     return next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
 
@@ -239,6 +235,7 @@ CIFAR100 = (
     "snail,snake,spider,squirrel,streetcar,sunflower,sweet_pepper,table,tank,telephone,television,tiger,tractor,train,"
     "trout,tulip,turtle,wardrobe,whale,willow_tree,wolf,woman,worm"
 )
+GLYPHS = _make_spec(",".join(glyphs.CLASSES), 3, 32, (0.3639, 0.3308, 0.2951), (0.2448, 0.2234, 0.2046))
 SMALL_SETS: dict[str, SmallSet] = {
     "digits": SmallSet(load=load_digits, spec=_make_spec("0,1,2,3,4,5,6,7,8,9", 1, 8, (0.3053,), (0.3760,))),
     "fashion-mnist": SmallSet(load=load_fashion_mnist, spec=_make_spec(FASHION, 1, 28, (0.2860,), (0.3530,))),
@@ -248,5 +245,11 @@ SMALL_SETS: dict[str, SmallSet] = {
     "cifar100": SmallSet(
         load=make_cifar_loader(100),
         spec=_make_spec(CIFAR100, 3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    ),
+    "glyphs": SmallSet(load=glyphs.make_loader(hard=False), spec=GLYPHS),
+    "glyphs:hard": SmallSet(load=glyphs.make_loader(hard=True), spec=GLYPHS),
+    "garments": SmallSet(
+        load=garments.make_loader(load_fashion_mnist),
+        spec=_make_spec(FASHION, 3, 32, (0.3600, 0.3300, 0.2900), (0.2400, 0.2200, 0.2000)),
     ),
 }

@@ -43,6 +43,27 @@ def fashion() -> Recipe:
     )
 
 
+def glyphs() -> Recipe:
+    """Return three epochs of glyphs: 15,000 letters and digits on photographs, minutes on one core.
+
+    ``pip install 'ecanet[glyphs]'`` brings the typefaces and photographs.
+    """
+    return Recipe(
+        name="glyphs",
+        data=DataConfig(name="glyphs", batch_size=64),
+        model=ModelConfig(name="resnet20"),
+        optimizer=OptimizerConfig(learning_rate=0.05, base_batch=64, nesterov=True, weight_decay=5e-4),
+        schedule=ScheduleConfig(name="cosine", warmup_epochs=0.5),
+        epochs=3,
+    )
+
+
+def garments() -> Recipe:
+    """Return three epochs of garments: Fashion-MNIST in colour on photographs, `fashion`'s settings."""
+    recipe = fashion()
+    return recipe.but(name="garments", data=recipe.data.but(name="garments"))
+
+
 def cifar() -> Recipe:
     """Return 200 epochs of CIFAR-10 with ECA-ResNet-20: about 15 minutes on a GPU.
 
@@ -170,6 +191,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     for recipe in (
         quickstart,
         fashion,
+        glyphs,
+        garments,
         cifar,
         imagenet,
         imagenet_mobilenet,
@@ -180,7 +203,15 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     )
 }
 
-RECIPE_FOR_DATA = {"digits": quickstart, "fashion-mnist": fashion, "cifar10": cifar, "cifar100": cifar}
+RECIPE_FOR_DATA = {
+    "digits": quickstart,
+    "fashion-mnist": fashion,
+    "glyphs": glyphs,
+    "glyphs:hard": glyphs,
+    "garments": garments,
+    "cifar10": cifar,
+    "cifar100": cifar,
+}
 
 RECIPE_FOR_KIND = {"folder": imagenet, "coco": coco_1x, "scenes": scenes}
 
