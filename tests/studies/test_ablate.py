@@ -11,14 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ecanet import recipes
 from ecanet.attention import ECA, ECANS, SE, SEGC, SEVar1, SEVar2, SEVar3
 from ecanet.errors import ConfigError
+from ecanet.models import create_model
 from ecanet.studies import ablate
 from ecanet.studies.ablate import comparison, grid, pages
 from ecanet.studies.ablate.figures import spread_labels
-from ecanet.studies.ablate.variants import VARIANTS, Variant, describe_form, plan
+from ecanet.studies.ablate.variants import VARIANTS, NeutralECA, Variant, describe_form, plan
 from ecanet.studies.cost import count
 
 RECIPE = recipes.find("quickstart")
@@ -55,9 +57,25 @@ def test_the_whole_list_on_a_large_network():
     assert rows["larger"].model.name == "resnet101"
 
 
+def test_a_neutral_eca_begins_as_the_plain_network_and_trains():
+    (plain, neutral) = plan(RECIPE, ["eca-neutral"], lambda line: None)
+    assert neutral.cost.parameters == plain.cost.parameters + 3 * 3
+    networks = [create_model(row.model.name, attention=row.model.attention, num_classes=3) for row in (plain, neutral)]
+    networks[1].load_state_dict(networks[0].state_dict(), strict=False)
+    images = torch.randn(2, 3, 16, 16)
+    expected, found = (network(images) for network in networks)
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    gates = [module for module in networks[1].modules() if isinstance(module, ECA)]
+    assert len(gates) == 3
+    assert all(gate.conv.weight.grad.abs().max() > 0 for gate in gates)
+
+
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [
+        (NeutralECA(16, 1), ECA(16, 1), False),
+        (NeutralECA(16, 1), NeutralECA(16, 1), True),
         (SEGC(16, groups=16), SEVar2(16), True),
         (SEGC(16, groups=1), SEVar3(16), True),
         (ECANS(16, 1), SEVar2(16), True),

@@ -250,6 +250,6 @@ SMALL_SETS: dict[str, SmallSet] = {
     "glyphs:hard": SmallSet(load=glyphs.make_loader(hard=True), spec=GLYPHS),
     "garments": SmallSet(
         load=garments.make_loader(load_fashion_mnist),
-        spec=_make_spec(FASHION, 3, 32, (0.3600, 0.3300, 0.2900), (0.2400, 0.2200, 0.2000)),
+        spec=_make_spec(FASHION, 3, 32, (0.369, 0.331, 0.315), (0.228, 0.201, 0.201)),
     ),
 }

@@ -5,6 +5,7 @@ the Apache Licence 2.0 (Roboto Slab, Satisfy, Yellowtail). A family that the net
 the held-out ones.
 """
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,7 @@ def _list_files(folder: Path) -> list[Path]:
     return sorted((folder / "files").glob("*.ttf"), key=lambda path: path.name)
 
 
+@functools.cache
 def _digest_fonts(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in _list_files(folder):

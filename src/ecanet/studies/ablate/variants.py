@@ -14,7 +14,7 @@ from ecanet.models import LAYERS, create_model
 from ecanet.recipes import ModelConfig, Recipe, suggestion
 from ecanet.studies.cost import Cost, count
 
-__all__ = ["VARIANTS", "Variant", "describe_form", "plan"]
+__all__ = ["VARIANTS", "NeutralECA", "Variant", "describe_form", "plan"]
 
 LARGER = {
     "resnet8": "resnet14",
@@ -27,6 +27,19 @@ LARGER = {
 }
 """The larger plain network that serves as a control: it shows the gain of more layers instead of attention."""
 
+
+class NeutralECA(ECA):
+    """ECA whose gates begin as the identity, in the form that `ecanet.attach` inserts: 2 · sigmoid(0 · p) = 1.
+
+    The paper's gates begin near sigmoid(0) = 1/2, which halves each branch. The two show whether that costs accuracy
+    in short runs.
+    """
+
+    def __init__(self, channels: int, kernel_size: int | None = None):
+        super().__init__(channels, kernel_size)
+        self.neutralize()
+
+
 VARIANTS: dict[str, tuple[str, dict[str, int | str]]] = {
     "none": ("none", {}),
     "eca-k1": ("eca", {"kernel_size": 1}),
@@ -36,6 +49,7 @@ VARIANTS: dict[str, tuple[str, dict[str, int | str]]] = {
     "eca-k9": ("eca", {"kernel_size": 9}),
     "eca-adaptive": ("eca", {}),
     "eca-circular": ("eca", {"padding_mode": "circular"}),
+    "eca-neutral": (f"{__name__}.NeutralECA", {}),
     "eca-ns": ("eca-ns", {}),
     "se": ("se", {"reduction": 16}),
     "se-var1": ("se-var1", {}),
@@ -154,7 +168,7 @@ def _describe_gate(gate: Attention) -> str:
     """Return the form of a gate; gates of different classes have the same form where their formulas coincide."""
     channels = gate.channels
     match gate:
-        case ECA() if gate.kernel_size == 1:
+        case ECA(gain=1) if gate.kernel_size == 1:
             return f"one weight for {channels} channels"
         case SEVar2() | ECANS(kernel_size=1):
             return f"a weight for each of {channels} channels"
