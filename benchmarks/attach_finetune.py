@@ -1,16 +1,18 @@
 """Measure what lossless attach is worth: plain ResNet-20s, pretrained on real images, are fine-tuned in four ways.
 
 Fashion-MNIST's 60,000 training images are split in two halves by a fixed random order. Three plain networks (one for
-each seed) are pretrained for three epochs on the first half. From each checkpoint four arms are fine-tuned for one
-epoch on the second half, with the same budget, schedule and order of images:
+each seed) are pretrained for three epochs on the first half. From each checkpoint five arms are fine-tuned for one
+epoch on the second half, at three learning rates, with the same budget, schedule and order of images:
 
     plain         no attention
     eca           ECA attached losslessly
     eca-random    ECA attached with its usual random gates (preserve=False)
+    eca-random-recalibrated    the same; then batch-norm statistics are measured again, without labels or training
     se            SE (reduction 4) attached losslessly
 
 Accuracy is measured on all 10,000 test images: before fine-tuning, at three steps during it, and at the end. A run
-takes about half an hour on one core. An interrupted run continues where it stopped.
+takes about an hour and a half on one core. An interrupted run continues where it stopped; tables and pictures say how
+many seeds they have.
 
     python benchmarks/attach_finetune.py            # run the missing cells and write the JSON file
     python benchmarks/attach_finetune.py --plot     # make picture and table from the JSON file
@@ -20,6 +22,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -27,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 
 import ecanet
 from ecanet.data.sources import SMALL_SETS, load_fashion_mnist
@@ -43,7 +47,8 @@ SETTINGS: dict[str, Any] = {
     "seeds": [0, 1, 2],
     "batch_size": 128,
     "pretrain": {"images": 30_000, "epochs": 3, "learning_rate": 0.1},
-    "finetune": {"images": 30_000, "epochs": 1, "learning_rate": 0.02},
+    "finetune": {"images": 30_000, "epochs": 1, "learning_rates": [0.005, 0.02, 0.08]},
+    "recalibrate": {"images": 2_560},
     "optimizer": "SGD, Nesterov momentum 0.9, weight decay 5e-4 on everything, cosine to 0, no augmentation",
     "evaluated_at": [0.0, 0.1, 0.25, 0.5, 1.0],
 }
@@ -52,6 +57,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "eca": {"attention": "eca"},
     "eca-random": {"attention": "eca", "preserve": False},
+    "eca-random-recalibrated": {"attention": "eca", "preserve": False},
     "se": {"attention": "se", "reduction": 4},
 }
 
@@ -67,13 +73,13 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"settings": SETTINGS, "cells": []}
     if results["settings"] != SETTINGS:
         raise SystemExit(f"{RESULTS} was made with other settings; move it away to begin again")
-    done = {(cell["seed"], cell["arm"]) for cell in results["cells"]}
+    done = {(cell["seed"], cell["rate"], cell["arm"]) for cell in results["cells"]}
     data = Data()
     for seed in SETTINGS["seeds"]:
         start = load_or_pretrain(seed, data)
-        for arm in ARMS:
-            if (seed, arm) not in done:
-                results["cells"].append(fine_tune(seed, arm, start, data))
+        for rate, arm in product(SETTINGS["finetune"]["learning_rates"], ARMS):
+            if (seed, rate, arm) not in done:
+                results["cells"].append(fine_tune(seed, rate, arm, start, data))
                 command = "OMP_NUM_THREADS=1 python benchmarks/attach_finetune.py"
                 results["environment"] = {**environment(), "threads": torch.get_num_threads(), "command": command}
                 write_file(RESULTS, json.dumps(results, indent=1) + "\n")
@@ -97,7 +103,7 @@ def load_or_pretrain(seed: int, data: Data) -> dict[str, Tensor]:
     if not path.exists():
         torch.manual_seed(seed)
         model = make_plain_network()
-        train(model, data.halves[0], SETTINGS["pretrain"], seed)
+        train(model, data.halves[0], SETTINGS["pretrain"], SETTINGS["pretrain"]["learning_rate"], seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), path)
         accuracy = compute_accuracy(compute_logits(model, data.test[0]), data.test[1])
@@ -105,8 +111,8 @@ def load_or_pretrain(seed: int, data: Data) -> dict[str, Tensor]:
     return torch.load(path, weights_only=True)
 
 
-def fine_tune(seed: int, arm: str, start: dict[str, Tensor], data: Data) -> dict[str, Any]:
-    """Return one cell: the accuracy of ``arm`` before, during and after fine-tuning."""
+def fine_tune(seed: int, rate: float, arm: str, start: dict[str, Tensor], data: Data) -> dict[str, Any]:
+    """Return one cell: the accuracy of ``arm`` before, during and after fine-tuning at the learning rate ``rate``."""
     images, labels = data.test
     model = make_plain_network()
     model.load_state_dict(start)
@@ -115,6 +121,8 @@ def fine_tune(seed: int, arm: str, start: dict[str, Tensor], data: Data) -> dict
     torch.manual_seed(seed)
     if ARMS[arm] is not None:
         ecanet.attach(model, **ARMS[arm], example=images[:2])
+    if arm.endswith("-recalibrated"):
+        update_bn(data.halves[1][0][: SETTINGS["recalibrate"]["images"]].split(SETTINGS["batch_size"]), model)
     attached = compute_logits(model, images)
     steps = SETTINGS["finetune"]["images"] // SETTINGS["batch_size"]
     points = [{"step": 0, "accuracy": compute_accuracy(attached, labels)}]
@@ -125,17 +133,19 @@ def fine_tune(seed: int, arm: str, start: dict[str, Tensor], data: Data) -> dict
             points.append({"step": step, "accuracy": compute_accuracy(compute_logits(model, images), labels)})
 
     started = time.perf_counter()
-    loss = train(model, data.halves[1], SETTINGS["finetune"], seed + 1000, evaluate)
+    loss = train(model, data.halves[1], SETTINGS["finetune"], rate, seed + 1000, evaluate)
     cell = {
         "seed": seed,
+        "rate": rate,
         "arm": arm,
         "added_parameters": sum(p.numel() for p in model.parameters()) - plain_parameters,
         "outputs_unchanged_by_attach": torch.equal(before, attached),
         "points": points,
         "last_losses": loss,
         "seconds": time.perf_counter() - started,
+        "date": environment()["date"],
     }
-    print(f"seed {seed} {arm}: " + " ".join(f"{100 * p['accuracy']:.2f}" for p in points), flush=True)
+    print(f"seed {seed} rate {rate} {arm}: " + " ".join(f"{100 * p['accuracy']:.2f}" for p in points), flush=True)
     return cell
 
 
@@ -148,6 +158,7 @@ def train(
     model: nn.Module,
     data: tuple[Tensor, Tensor],
     budget: dict[str, Any],
+    rate: float,
     seed: int,
     after_step: Callable[[int], None] | None = None,
 ) -> float:
@@ -159,9 +170,7 @@ def train(
     batch = SETTINGS["batch_size"]
     steps = budget["epochs"] * (budget["images"] // batch)
     model.to(memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
-    optimizer = torch.optim.SGD(
-        model.parameters(), budget["learning_rate"], momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
@@ -193,57 +202,74 @@ def compute_accuracy(outputs: Tensor, labels: Tensor) -> float:
     return (outputs.argmax(1) == labels).double().mean().item()
 
 
-def compute_difference(cells: list[dict[str, Any]], arm: str, point: int) -> tuple[float, float]:
-    """Return the mean difference of ``arm`` to plain in points of accuracy, and half of its 95 % interval.
+def select(cells: list[dict[str, Any]], rate: float, arm: str) -> list[dict[str, Any]]:
+    """Return the cells of ``arm`` at the learning rate ``rate``, one for each seed."""
+    return [cell for cell in cells if (cell["rate"], cell["arm"]) == (rate, arm)]
 
-    The interval is that of a paired t-test: differences are taken within each seed.
+
+def compute_difference(cells: list[dict[str, Any]], rate: float, arm: str) -> str:
+    """Return the mean difference of ``arm`` to plain at the end, in points of accuracy.
+
+    Where there are several seeds, half of the 95 % interval follows. It is that of a paired t-test: differences are
+    taken within each seed.
     """
     from scipy.stats import t
 
-    curves = {(c["seed"], c["arm"]): c["points"][point]["accuracy"] for c in cells}
-    differences = [100 * (curves[seed, arm] - curves[seed, "plain"]) for seed in SETTINGS["seeds"]]
+    plain = {cell["seed"]: cell["points"][-1]["accuracy"] for cell in select(cells, rate, "plain")}
+    mine = [cell for cell in select(cells, rate, arm) if cell["seed"] in plain]
+    differences = [100 * (cell["points"][-1]["accuracy"] - plain[cell["seed"]]) for cell in mine]
     n = len(differences)
-    return mean(differences), float(t.ppf(0.975, n - 1)) * stdev(differences) / n**0.5
+    if n < 2:
+        return "".join(f"{difference:+.2f}" for difference in differences)
+    return f"{mean(differences):+.2f} ± {float(t.ppf(0.975, n - 1)) * stdev(differences) / n**0.5:.2f}"
 
 
 def make_table(cells: list[dict[str, Any]]) -> str:
-    """Return a Markdown table of accuracy in percent, as means over the seeds."""
+    """Return a Markdown table of accuracy in percent, as means over the seeds that were run."""
     steps = [p["step"] for p in cells[0]["points"]]
-    head = ["arm", "parameters added", "before", *(f"step {s}" for s in steps[1:-1]), "end", "end − plain (95 %)"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for arm in ARMS:
-        mine = [c for c in cells if c["arm"] == arm]
-        means = [f"{100 * mean(c['points'][i]['accuracy'] for c in mine):.2f}" for i in range(len(steps))]
-        difference = "" if arm == "plain" else "{:+.2f} ± {:.2f}".format(*compute_difference(cells, arm, -1))
-        lines.append("| " + " | ".join([arm, str(mine[0]["added_parameters"]), *means, difference]) + " |")
+    head = ["rate", "arm", "parameters added", "seeds", "before", *(f"step {s}" for s in steps[1:-1]), "end"]
+    lines = ["| " + " | ".join([*head, "end − plain (95 %)"]) + " |", "|" + "---|" * (len(head) + 1)]
+    for rate, arm in product(SETTINGS["finetune"]["learning_rates"], ARMS):
+        mine = select(cells, rate, arm)
+        if mine:
+            means = [f"{100 * mean(c['points'][i]['accuracy'] for c in mine):.2f}" for i in range(len(steps))]
+            difference = "" if arm == "plain" else compute_difference(cells, rate, arm)
+            row = [f"{rate:g}", arm, str(mine[0]["added_parameters"]), str(len(mine)), *means, difference]
+            lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
 
 def draw(cells: list[dict[str, Any]]) -> None:
-    """Draw accuracy against steps: thin lines are seeds, thick lines their means."""
+    """Draw accuracy against steps, a column for each rate: thin lines are seeds, thick lines their means."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    styles = zip(ARMS, ("0.3", "tab:blue", "tab:red", "tab:green"), ("-", "-", "--", ":"), strict=True)
-    for arm, colour, style in styles:
-        curves = [[100 * p["accuracy"] for p in c["points"]] for c in cells if c["arm"] == arm]
-        steps = [p["step"] for p in cells[0]["points"]]
-        for axes in panels:
-            for curve in curves:
-                axes.plot(steps, curve, color=colour, linewidth=0.6, alpha=0.5)
-            axes.plot(steps, [mean(c) for c in zip(*curves, strict=True)], style, color=colour, linewidth=2, label=arm)
-    for axes in panels:
-        axes.set(xlabel="fine-tuning step (batch 128)", ylabel="test accuracy, %")
-    panels[0].legend()
-    panels[0].set_title("from before fine-tuning", fontsize=10)
-    panels[1].set(ylim=(85, 92))
-    panels[1].set_title("the same, enlarged", fontsize=10)
-    figure.suptitle("ResNet-20 on Fashion-MNIST: attention attached to a pretrained network, three seeds", fontsize=11)
+    rates = [rate for rate in SETTINGS["finetune"]["learning_rates"] if select(cells, rate, "plain")]
+    figure, grid = plt.subplots(
+        2, len(rates), figsize=(5 * len(rates), 7), sharey="row", squeeze=False, constrained_layout=True
+    )
+    colours, styles = ("0.3", "tab:blue", "tab:red", "tab:orange", "tab:green"), ("-", "-", "--", "-.", ":")
+    for column, rate in zip(grid.T, rates, strict=True):
+        for arm, colour, style in zip(ARMS, colours, styles, strict=True):
+            mine = select(cells, rate, arm)
+            curves = [[100 * p["accuracy"] for p in cell["points"]] for cell in mine]
+            steps = [p["step"] for p in mine[0]["points"]] if mine else []
+            means = [mean(values) for values in zip(*curves, strict=True)]
+            for axes in column:
+                for curve in curves:
+                    axes.plot(steps, curve, color=colour, linewidth=0.6, alpha=0.5)
+                if mine:
+                    axes.plot(steps, means, style, color=colour, linewidth=2, label=f"{arm} ({len(mine)})")
+        column[0].set_title(f"learning rate {rate:g}")
+        column[0].legend(title="arm (seeds)", fontsize=9)
+        column[1].set(ylim=(85, 92), xlabel="fine-tuning step (batch 128)")
+    grid[0][0].set_ylabel("test accuracy, %")
+    grid[1][0].set_ylabel("the same, enlarged")
+    figure.suptitle("ResNet-20 on Fashion-MNIST:\nattention put into a pretrained network")
     PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, dpi=130)
+    figure.savefig(PICTURE, dpi=100)
 
 
 if __name__ == "__main__":

@@ -36,19 +36,31 @@ def test_fine_tuning_after_attach_runs_in_a_small_form(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "load_fashion_mnist", lambda root, train: (images, torch.arange(64) % 10))
     for name in ("RESULTS", "PICTURE", "TABLE", "CHECKPOINTS"):
         monkeypatch.setattr(script, name, tmp_path / name.lower())
-    small = {"images": 32, "epochs": 1, "learning_rate": 0.01}
+    small = {"images": 32, "epochs": 1, "learning_rate": 0.01, "learning_rates": [0.01]}
     settings = script.SETTINGS | {"network": "resnet8", "seeds": [0], "batch_size": 8}
-    monkeypatch.setattr(script, "SETTINGS", settings | {"pretrain": small, "finetune": small})
+    monkeypatch.setattr(
+        script, "SETTINGS", settings | {"pretrain": small, "finetune": small, "recalibrate": {"images": 16}}
+    )
     monkeypatch.setattr(sys, "argv", ["attach_finetune.py"])
     script.main()
     cells = json.loads((tmp_path / "results").read_text())["cells"]
-    assert [cell["arm"] for cell in cells] == ["plain", "eca", "eca-random", "se"]
+    assert [cell["arm"] for cell in cells] == ["plain", "eca", "eca-random", "eca-random-recalibrated", "se"]
+    inserted, recalibrated = cells[2:4]
+    assert inserted["points"][0] != recalibrated["points"][0]
+    assert inserted["last_losses"] == recalibrated["last_losses"]  # training does not use the statistics
     unchanged = {cell["arm"]: cell["outputs_unchanged_by_attach"] for cell in cells}
-    assert unchanged == {"plain": True, "eca": True, "eca-random": False, "se": True}
+    assert unchanged == {"plain": True, "eca": True, "eca-random": False, "eca-random-recalibrated": False, "se": True}
     assert [point["step"] for point in cells[0]["points"]] == [0, 1, 2, 4]
     before = (tmp_path / "results").read_bytes()
     script.main()  # every cell is done
     assert (tmp_path / "results").read_bytes() == before
+    monkeypatch.setattr(sys, "argv", ["attach_finetune.py", "--plot"])
+    script.main()
+    rows = (tmp_path / "table").read_text().splitlines()
+    assert [row.split(" | ")[:4] for row in rows[2:]] == [
+        ["| 0.01", cell["arm"], str(cell["added_parameters"]), "1"] for cell in cells
+    ]
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_scenes_lists_finished_runs_without_training(monkeypatch, tmp_path):

@@ -70,6 +70,34 @@ def test_a_gct_has_twice_the_range():
     assert found.dead.tolist() == [False, False, False, True]
 
 
+@pytest.mark.parametrize(
+    ("attention", "options"), [("eca", {}), ("se", {"reduction": 2}), ("se-var3", {}), ("cbam", {"reduction": 2})]
+)
+def test_lossless_gates_that_have_not_moved_are_named(attention, options):
+    """A lossless gate is named until one weight on one image has left 1; a gate of the paper's form never is."""
+    gate = ecanet.make_attention(attention, 32, **options)
+    gate.neutralize()
+    x, labels = images(6, 32), torch.zeros(6, dtype=torch.long)
+    (found,) = records.record(nn.Sequential(gate), [(x, labels)], 1)
+    (alarm,) = found.find_alarms()
+    assert alarm.startswith("every weight is still within 0.02 of 1")
+    assert "ecanet.parameter_groups" in alarm
+    for parameter in gate.last_parameters():
+        parameter.data.fill_(1)
+    (moved,) = records.record(nn.Sequential(gate), [(x, labels)], 1)
+    assert not any("has not moved" in alarm for alarm in moved.find_alarms())
+    (paper,) = records.record(gate_with([0, 0, 0, 0]), [(images(6), labels)], 1)
+    assert paper.find_alarms() == ["the weights are the same for every image: a constant could replace this gate"]
+
+
+@pytest.mark.parametrize(("logits", "unmoved"), [((0.03, -0.03), True), ((0.05, 0), False), ((0, -0.05), False)])
+def test_one_weight_away_from_one_is_a_move(logits, unmoved):
+    model = gate_with([0, *logits, 0])
+    model[0].gain = 2.0
+    (found,) = records.record(model, [(torch.ones(3, 4, 2, 2), torch.zeros(3, dtype=torch.long))], 1)
+    assert found.is_unmoved == unmoved
+
+
 def test_a_gain_of_two_doubles_the_range():
     model = gate_with([0, 0, 0, 0])
     model[0].gain = 2.0

@@ -66,6 +66,12 @@ class GateRecord:
         """Boolean mask of the channels that the gate shuts on every image (C)."""
         return self.highest < NEAR * self.ceiling
 
+    @property
+    def is_unmoved(self) -> bool:
+        """True for a lossless gate that is still the identity: on every image, each weight is practically 1."""
+        farthest = max(float(self.highest.max()) - 1, 1 - float(self.lowest.min()))
+        return self.ceiling == 2 and farthest < NEAR * self.ceiling
+
     def find_alarms(self) -> list[str]:
         """Return one sentence for each thing that looks wrong with this gate."""
         found: list[str] = []
@@ -73,7 +79,12 @@ class GateRecord:
             found.append(f"{self.saturated:.0%} of the weights are at an end of their range, where gradients vanish")
         if int(self.dead.sum()):
             found.append(f"{int(self.dead.sum())} of {self.channels} channels are shut on every image")
-        if float(self.deviation.max()) < 1e-3 * self.ceiling:
+        if self.is_unmoved:
+            found.append(
+                f"every weight is still within {NEAR * self.ceiling:g} of 1: the gate began as the identity and has "
+                f"not moved; ecanet.parameter_groups gives the gates a higher learning rate"
+            )
+        elif float(self.deviation.max()) < 1e-3 * self.ceiling:
             found.append("the weights are the same for every image: a constant could replace this gate")
         return found
 
