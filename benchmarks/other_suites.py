@@ -3,12 +3,15 @@
     python benchmarks/other_suites.py --timm pytorch-image-models --torchvision vision
 
 Each folder is a checkout of that library's sources, at a tag that fits the installed library, which is the one that is
-tested. The tests run unchanged, in processes of their own; a plugin (suites_parts/attaching.py) wraps the functions
-from which the tests take their networks. It prints how the tests of each kind ended, and writes
-results/other-suites.json; `--only PATTERN` runs a part of the tests and writes nothing. Two cores need about an hour.
+tested. Give one of them or both. The tests run unchanged, in processes of their own; a plugin
+(suites_parts/attaching.py) wraps the functions from which the tests take their networks. The command prints how the
+tests of each kind ended, and writes results/other-suites.json, where a suite that did not run keeps its rows;
+`--only PATTERN` runs a part of the tests and writes nothing. Two cores need about an hour for each suite.
 
-torchvision compares outputs with stored ones. Where a checkout has no folder test/expect, the plain networks' outputs
-are stored there first, so that attached ones are compared with them.
+torchvision compares outputs with stored ones. Plain networks store them first, in a temporary folder, and all others
+are compared with these. Most of its tests of whole networks also script the network, which attached networks refuse at
+once. So these tests run a second time, over plain and over attached networks, without that check: this shows the rest
+of them. test_extended_models.py (names, weights) and test_onnx.py are left out.
 """
 
 import argparse
@@ -28,8 +31,21 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "src"), str(HERE / "suites_parts")]
 RESULTS = HERE / "results" / "other-suites.json"
 
-FILES = {"timm": ["tests/test_models.py"], "torchvision": ["test/test_models.py", "test/test_backbone_utils.py"]}
+FILES = {
+    "timm": ["tests/test_models.py"],
+    "torchvision": [
+        "test/test_models.py",
+        "test/test_backbone_utils.py",
+        "test/test_models_detection_negative_samples.py",
+    ],
+}
 """For each suite, the files of tests in its checkout."""
+
+VERSIONS = ["version.txt", "timm/version.py"]
+"""Files that hold the version of a checkout's sources."""
+
+UNSCRIPTED = " without its check of TorchScript"
+"""End of the names of the runs in which torchvision's tests do not script."""
 
 OUTCOMES = ["passed", "failed", "skipped", "not scripted", "refused"]
 """How tests end; the last two are one line of this library: for TorchScript, and for a network without a place."""
@@ -69,56 +85,69 @@ def list_networks(suite: str) -> list[str]:
     return sorted({name.removeprefix("quantized_") for name in list_models() if is_small(name)})
 
 
-def start(suite: str, checkout: Path, only: str, rows: Path, *, attach: bool) -> subprocess.Popen[bytes]:
-    """Start the tests of ``suite`` over attached or plain networks; each adds a line to the file ``rows``."""
-    orders = rows.with_suffix(".orders.json")
-    content = {"suite": suite, "attach": attach, "networks": list_networks(suite), "only": only, "rows": str(rows)}
+def start(suite: str, checkout: Path, only: str, folder: Path, name: str) -> subprocess.Popen[bytes]:
+    """Start the run ``name`` of ``suite``; each of its tests adds a line to the file ``name``.jsonl in ``folder``."""
+    orders = folder / f"{name}.orders.json"
+    content = {
+        "suite": suite,
+        "attach": name.startswith("attached"),
+        "script": not name.endswith(UNSCRIPTED),
+        "networks": list_networks(suite),
+        "only": only,
+        "outputs": str(folder),
+        "rows": str(folder / f"{name}.jsonl"),
+    }
     orders.write_text(json.dumps(content))
     paths = [str(HERE / "suites_parts"), str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "SUITE_ORDERS": str(orders), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    if suite == "torchvision" and not attach and not has_outputs(checkout):
-        (checkout / "test" / "expect").mkdir(exist_ok=True)
-        environment["EXPECTTEST_ACCEPT"] = "1"
+    if name == "plain" + UNSCRIPTED:
+        environment["EXPECTTEST_ACCEPT"] = "1"  # torchvision's tests then store outputs, and compare nothing
     # Warnings, caches and time limits (of pytest-timeout, on a busy machine) are not what is looked at here.
     options = ["-q", "--tb=no", "--no-header", "-p", "attaching", "-W", "ignore"]
     options += ["-p", "no:cacheprovider", "-p", "no:timeout"]
     files = [str(checkout / name) for name in FILES[suite] if (checkout / name).exists()]
     command = [sys.executable, "-m", "pytest", *options, "--rootdir", str(checkout), *files]
-    with rows.with_suffix(".log").open("wb") as log:
-        return subprocess.Popen(command, cwd=rows.parent, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
-def has_outputs(checkout: Path) -> bool:
-    """Return whether torchvision's stored outputs are there."""
-    return any((checkout / "test" / "expect").glob("*.pkl"))
+    with (folder / f"{name}.log").open("wb") as log:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def run(suite: str, checkout: Path, only: str) -> dict[str, list[Row]]:
-    """Return the rows of the tests over plain and over attached networks.
+    """Return the rows of the tests over plain and over attached networks, and of the runs without TorchScript.
 
     Raises:
         SystemExit: a run did not come to its end, or ran no test.
     """
-    rows = {}
-    # Attached networks are compared with outputs that the plain run has stored, which takes one run after the other.
-    together = suite != "torchvision" or has_outputs(checkout)
+    rows: dict[str, list[Row]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        started = {}
-        for name in ("plain", "attached"):
-            path = Path(folder) / f"{name}.jsonl"
-            started[name] = path, start(suite, checkout, only, path, attach=name == "attached")
-            if not together:
-                started[name][1].wait()
-        for name, (path, process) in started.items():
-            if process.wait() not in (0, 1) or not path.exists():  # 1: some tests failed
-                log = path.with_suffix(".log").read_text()[-2000:]
-                sys.exit(f"{suite}: the tests over {name} networks ended with {process.returncode}\n{log}")
-            rows[name] = [json.loads(line) for line in path.read_text().splitlines()]
+
+        def run_together(*names: str) -> None:
+            started = {name: start(suite, checkout, only, Path(folder), name) for name in names}
+            for name, process in started.items():
+                path = Path(folder) / f"{name}.jsonl"
+                # 1: some tests failed. 5: there is no test, as where none of the chosen ones scripts a network.
+                if process.wait() not in (0, 1, 5) or not (path.exists() or name.endswith(UNSCRIPTED)):
+                    log = path.with_suffix(".log").read_text()[-2000:]
+                    sys.exit(f"{suite}: the tests over {name} networks ended with {process.returncode}\n{log}")
+                rows[name] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+        if suite == "torchvision":
+            run_together("plain" + UNSCRIPTED)  # alone, because it stores the outputs with which others are compared
+            run_together("attached" + UNSCRIPTED)
+        run_together("plain", "attached")
     return rows
 
 
-def tally(rows: dict[str, list[Row]]) -> Row:
-    """Return what a suite's rows come to: counts for each kind of test, and what became of those that pass plain."""
+def sum_up(rows: dict[str, list[Row]]) -> Row:
+    """Return what the runs of a suite come to."""
+    result = tally(rows["plain"], rows["attached"])
+    if rows.get("plain" + UNSCRIPTED):
+        result[UNSCRIPTED.strip()] = tally(rows["plain" + UNSCRIPTED], rows["attached" + UNSCRIPTED])
+    return result
+
+
+def tally(plain: list[Row], attached: list[Row]) -> Row:
+    """Return what two runs come to: counts for each kind of test, and what became of the tests that pass plain."""
+    rows = {"plain": plain, "attached": attached}
     pass_plain = {row["test"] for row in rows["plain"] if row["outcome"] == "passed"}
     kinds = {
         kind: {name: dict(Counter(row["outcome"] for row in rows[name] if row["kind"] == kind)) for name in rows}
@@ -130,7 +159,7 @@ def tally(rows: dict[str, list[Row]]) -> Row:
         "kinds": kinds,
         "pass plain": len(pass_plain),
         "of these attached": dict(Counter(row["outcome"] for row in passed)),
-        "refused": {row["network"]: row["cause"] for row in passed if row["outcome"] == "refused"},
+        "refused": group(row for row in passed if row["outcome"] == "refused"),
         "causes": group(row for row in passed if row["outcome"] not in ("passed", "refused")),
         "plain causes": group(row for row in rows["plain"] if row["outcome"] == "failed"),
     }
@@ -146,18 +175,20 @@ def group(rows: Iterable[Row]) -> list[Row]:
     return [{"cause": g[0]["cause"], "tests": len(g), "networks": sorted({r["network"] for r in g})} for g in ordered]
 
 
-def draw(suite: str, result: Row) -> str:
-    """Return the table of a suite."""
+def draw(title: str, result: Row) -> str:
+    """Return the table of two runs, and of those within their result."""
     columns = [(run, outcome) for run in ("plain", "attached") for outcome in OUTCOMES]
     columns = [(r, o) for r, o in columns if any(o in counts[r] for counts in result["kinds"].values())]
-    lines = [f"{suite}: {result['networks']} networks, {result['pass plain']} tests pass plain", ""]
+    lines = [f"{title}: {result['networks']} networks, {result['pass plain']} tests pass plain", ""]
     lines.append("| test | " + " | ".join(f"{name}: {outcome}" for name, outcome in columns) + " |")
     lines.append("|---" * (len(columns) + 1) + "|")
     for kind, counts in result["kinds"].items():
         lines.append(f"| {kind} | " + " | ".join(str(counts[r].get(o, 0)) for r, o in columns) + " |")
     lines += ["", "Of those that pass plain, attached: " + str(result["of these attached"])]
-    lines += [f"  refused, {name}: {reason}" for name, reason in result["refused"].items()]
-    lines += [f"  {one['tests']} × {one['cause']} ({', '.join(one['networks'][:8])})" for one in result["causes"]]
+    causes = [*result["refused"], *result["causes"]]
+    lines += [f"  {one['tests']} × {one['cause']} ({', '.join(one['networks'][:8])})" for one in causes]
+    if UNSCRIPTED.strip() in result:
+        lines += ["", draw(title + UNSCRIPTED, result[UNSCRIPTED.strip()])]
     return "\n".join(lines)
 
 
@@ -176,26 +207,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--{suite} {path} has no {FILES[suite][0]}; give a checkout of its repository")
     results = {}
     for suite, path in checkouts.items():
-        results[suite] = {"version": version(suite), **tally(run(suite, path, options.only))}
+        made = describe_run(suite, path)
+        results[suite] = {**made, **sum_up(run(suite, path, options.only))}
         print(draw(suite, results[suite]), "", sep="\n", flush=True)
         if options.only == "*":
             save(results)
-    return int(any("failed" in result["of these attached"] for result in results.values()))
+    parts = [part for result in results.values() for part in (result, result.get(UNSCRIPTED.strip(), {}))]
+    return int(any("failed" in part.get("of these attached", {}) for part in parts))
+
+
+def describe_run(suite: str, checkout: Path) -> Row:
+    """Return how the rows of a suite are made: command, machine, versions of the library and of its sources."""
+    from ecanet.report import environment
+    from ecanet.studies.bench.machine import find_cpu_name
+
+    versions = [path.read_text() for name in VERSIONS if (path := checkout / name).exists()]
+    found = re.search(r"\d[\w.+]*", versions[0]) if versions else None
+    return {
+        "command": f"python benchmarks/other_suites.py --{suite} FOLDER",
+        "machine": find_cpu_name(),
+        **environment(),
+        "version": version(suite),
+        "sources": f"version {found[0]}" if found else "unknown version",
+    }
 
 
 def save(results: dict[str, Row]) -> None:
     """Write the results of the suites that ran; those of another suite stay."""
-    from ecanet.report import environment
-    from ecanet.studies.bench.machine import find_cpu_name
-
     before = json.loads(RESULTS.read_text())["suites"] if RESULTS.exists() else {}
-    content = {
-        "command": "python benchmarks/other_suites.py --timm FOLDER --torchvision FOLDER",
-        "machine": find_cpu_name(),
-        **environment(),
-        "suites": {**before, **results},
-    }
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"suites": {**before, **results}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

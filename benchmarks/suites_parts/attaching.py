@@ -1,17 +1,25 @@
 """A pytest plugin (`-p attaching`): other people's tests meet attached networks, and every outcome is written down.
 
 It reads its orders, a JSON file, whose path is in the environment variable `SUITE_ORDERS`: ``suite`` (a name in
-`BUILDERS`), ``attach`` (whether the networks are attached to), ``networks`` (tests of other networks are left out),
-``only`` (a pattern of test names) and ``rows`` (a file that gets one JSON line for each test).
+`BUILDERS`), ``attach`` (whether the networks are attached to), ``script`` (false leaves torchvision's check of
+TorchScript out, and all tests that do not have it), ``networks`` (tests of other networks are left out), ``only`` (a
+pattern of test names), ``outputs`` (a folder of stored outputs) and ``rows`` (a file that gets one JSON line for each
+test).
+
+torchvision's tests compare outputs with files of their checkout, which another version of PyTorch made: from the same
+seed it initialises some networks with other numbers. So they read ``outputs`` instead, where plain networks have stored
+theirs.
 """
 
 import fnmatch
 import functools
 import importlib
+import inspect
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,6 +34,22 @@ ORDERS = json.loads(Path(os.environ["SUITE_ORDERS"]).read_text())
 NEED_DOWNLOADS = {"test_model_inference", "test_model_load_pretrained", "test_model_features_pretrained"}
 """timm's tests that load weights from the internet."""
 
+NAMED = {
+    "test_resnet_dilation": "resnet50",
+    "test_mobilenet_v2_residual_setting": "mobilenet_v2",
+    "test_fasterrcnn_double": "fasterrcnn_resnet50_fpn",
+    "test_feature_extraction_methods_equivalence": "resnet18",
+    "test_deepcopy": "efficientnet_b3",
+    "test_forward_negative_sample_mrcnn": "maskrcnn_resnet50_fpn",
+    "test_forward_negative_sample_krcnn": "keypointrcnn_resnet50_fpn",
+    "test_forward_negative_sample_retinanet": "retinanet_resnet50_fpn",
+    "test_forward_negative_sample_fcos": "fcos_resnet50_fpn",
+    "test_forward_negative_sample_ssd": "ssd300_vgg16",
+}
+"""The networks of torchvision's tests that name theirs in their code alone."""
+
+SCRIPT_CHECK = "_check_jit_scriptable"
+"""torchvision's function that scripts a network and compares the outputs."""
 
 EXAMPLES = {"s3d": (1, 3, 16, 224, 224)}
 """Shapes of examples, for networks that take none of those which `attach` tries."""
@@ -87,8 +111,8 @@ def pytest_configure() -> None:
 def find_network(item: pytest.Item) -> str:
     """Return the name of the network that a test is about, without the tag of its weights; "" for none."""
     params = getattr(getattr(item, "callspec", None), "params", {})
-    named = params.get("model_name") or getattr(params.get("model_fn"), "__name__", "")
-    return str(named).partition(".")[0]
+    named = params.get("model_name") or params.get("name") or getattr(params.get("model_fn"), "__name__", "")
+    return str(named or NAMED.get(find_kind(item), "")).partition(".")[0]
 
 
 @pytest.hookimpl(trylast=True)
@@ -100,10 +124,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tag = str(getattr(getattr(item, "callspec", None), "params", {}).get("model_name", "")).partition(".")[2]
         name = item.nodeid.replace(f".{tag}", "") if tag else item.nodeid
         wanted = network in ORDERS["networks"] and kind not in NEED_DOWNLOADS and fnmatch.fnmatch(name, ORDERS["only"])
-        if wanted and name not in seen:
+        if wanted and name not in seen and (ORDERS["script"] or checks_script(item)):
             seen.add(name)
             kept.append(item)
     items[:] = kept
+    for module in {item.getparent(pytest.Module).obj for item in items}:
+        adapt(module)
+
+
+def checks_script(item: pytest.Item) -> bool:
+    """Return whether a test calls torchvision's check of TorchScript."""
+    return SCRIPT_CHECK in inspect.unwrap(item.obj).__code__.co_names
+
+
+def adapt(module: ModuleType) -> None:
+    """Exchange the functions of torchvision's tests that find stored outputs and, if so ordered, check TorchScript."""
+    if hasattr(module, "_get_expected_file"):
+        module._get_expected_file = lambda name: str(Path(ORDERS["outputs"]) / f"{name}.pkl")
+    if hasattr(module, SCRIPT_CHECK) and not ORDERS["script"]:
+        setattr(module, SCRIPT_CHECK, lambda *args, **kwargs: None)
 
 
 def find_kind(item: pytest.Item) -> str:

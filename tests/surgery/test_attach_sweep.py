@@ -1,5 +1,12 @@
 """Attach to networks of other libraries: a sample always, everything under the marker ``sweep``."""
 
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -25,6 +32,8 @@ SAMPLE = (
     *(("written", name) for name in LIBRARIES["written"]),
 )
 
+ROOT = Path(__file__).parents[2]
+
 EVERYTHING = [(library, name) for library, networks in LIBRARIES.items() for name in networks]
 
 
@@ -44,6 +53,33 @@ def test_a_sample_of_networks_keeps_every_promise(library, name):
 @pytest.mark.parametrize(("library", "name"), [case for case in EVERYTHING if case not in SAMPLE])
 def test_all_networks_keep_every_promise(library, name):
     run(library, name)
+
+
+def read_recipe():
+    """Return the commands of `make sweep`."""
+    recipe = (ROOT / "Makefile").read_text().partition("\nsweep:")[2].partition("\n\n")[0]
+    return [line.strip() for line in recipe.splitlines()[1:]]
+
+
+def test_make_sweep_installs_every_library():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    *installs, _ = read_recipe()
+    assert any(line.endswith("'.[sweep]'") for line in installs)
+    needed = [*project["dependencies"], *project["optional-dependencies"]["sweep"], *(i.split()[-1] for i in installs)]
+    installed = {re.match(r"[\w-]*", name)[0].replace("-", "_") for name in needed}
+    assert set(LIBRARIES) - {"written"} <= installed
+
+
+@pytest.mark.slow
+def test_make_sweep_runs_the_networks_that_are_left_out_by_default():
+    command = shlex.split(read_recipe()[-1])
+    assert command[:3] == ["$(BIN)/python", "-m", "pytest"]
+    name = "tests/surgery/test_attach_sweep.py::test_all_networks_keep_every_promise[torchvision-shufflenet_v2_x0_5]"
+    for options, end in (([], "1 deselected"), (command[3:], "1 passed")):
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, name], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert end in run.stdout.splitlines()[-1], run.stdout
 
 
 def test_a_wrong_gate_is_noticed(monkeypatch):

@@ -8,13 +8,18 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import quantize_fx
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.quantization import resnet18 as quantizable_resnet18
 
 import ecanet
 import sweep_checks as sweep
 from ecanet.errors import AttachError
 from tensors import noise
+
+TORCHAO = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+"""torch.ao.quantization says in each call that torchao is to take its place."""
 
 
 def small(attached=True, trained=True):
@@ -77,6 +82,37 @@ def test_wrapped_and_compiled_models_are_refused():
         ecanet.attach(torch.jit.trace(small(False), image()))
     with pytest.raises(AttachError, match="lazy"):
         ecanet.attach(nn.Sequential(nn.LazyConv2d(4, 3)))
+
+
+@TORCHAO
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_large"])
+def test_quantized_networks_are_refused_in_one_line(name):
+    model = models.get_model(f"quantized_{name}", quantize=True)
+    for example in (None, image()):
+        with pytest.raises(AttachError, match=r"^Quantizable\w+ is quantized; attach first, then [^\n]*$"):
+            ecanet.attach(model, example=example)
+
+
+@TORCHAO
+@pytest.mark.parametrize("prepare", ["prepare", "prepare_qat", "prepare_fx"])
+def test_prepared_networks_are_refused_because_their_observers_would_hold_the_gates(prepare):
+    model = small(False).train(prepare == "prepare_qat")
+    if prepare == "prepare_fx":
+        mapping = torch.ao.quantization.get_default_qconfig_mapping("x86")
+        prepared = quantize_fx.prepare_fx(model, mapping, (image(),))
+    else:
+        model.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+        prepared = getattr(torch.ao.quantization, prepare)(model)
+    with pytest.raises(AttachError, match=r"^\w+ is prepared for quantization; attach first, then [^\n]*$"):
+        ecanet.attach(prepared)
+
+
+@TORCHAO
+def test_what_is_quantized_in_part_is_not_refused():
+    model = torch.ao.quantization.quantize_dynamic(small(False), {nn.Linear})
+    assert type(model.fc) is torch.ao.nn.quantized.dynamic.Linear
+    assert len(ecanet.attached(ecanet.attach(model))) == 8
+    assert len(ecanet.attached(ecanet.attach(quantizable_resnet18(quantize=False)))) == 8
 
 
 def test_ddp_trains_the_gates(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrizations, parametrize
-from torchvision.models import mobilenet_v2, resnet18, vgg11
+from torchvision.models import mobilenet_v2, resnet18, squeezenet1_1, vgg11
 
 import ecanet
 from ecanet.errors import AttachError, EcanetError
@@ -254,6 +254,12 @@ def test_torchscript_is_refused_at_once():
         torch.jit.script(trained())
     with pytest.raises(EcanetError, match=r"^torch\.jit\.script cannot read ECA; [^\n]*$"):  # a gate in a Sequential
         torch.jit.script(trained(mobilenet_v2()))
+    # The rectifiers keep their own gates, in the graph too, so no graph helps.
+    for model in (trained(squeezenet1_1()), fx.symbolic_trace(trained(squeezenet1_1()))):
+        with pytest.raises(AttachError, match=r"attached to ReLU; use torch\.export\.export or torch\.jit\.trace$"):
+            torch.jit.script(model)
+    with pytest.raises(AttachError, match=r"attached to Block; .* or script the graph of torch\.fx\.symbolic_trace$"):
+        torch.jit.script(trained())
 
 
 @pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support")  # of a GraphModule, any one

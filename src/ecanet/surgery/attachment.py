@@ -29,7 +29,7 @@ from ecanet.surgery.report import (
 )
 from ecanet.surgery.selection import Where
 from ecanet.surgery.sites import Finder
-from ecanet.surgery.wrapped import refuse_wrapped
+from ecanet.surgery.wrapped import refuse_quantized, refuse_wrapped
 
 __all__ = ["AttachedSite", "Report", "attach", "attached", "detach", "fold"]
 
@@ -87,12 +87,13 @@ def attach(
     True
 
     Raises:
-        AttachError: there is nowhere to attach, the model cannot take gates now (compiled, DDP), or ``preserve=True``
-            cannot be kept. The model is then as it was.
+        AttachError: there is nowhere to attach, the model cannot take gates now (compiled, DDP, quantized), or
+            ``preserve=True`` cannot be kept. The model is then as it was.
         ConfigError: the attention or an option does not exist or does not fit.
     """
     kind = check_arguments(model, attention, where, preserve)
     refuse_wrapped(model)
+    refuse_quantized(model)
     kind.check(options, inspect.signature(attach).parameters)
     check_kernel_options(kind, kernel_sizes, options)
     lossless = preserve is not False

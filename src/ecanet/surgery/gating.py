@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ecanet.errors import AttachError
 from ecanet.surgery.layout import apply_gate
-from ecanet.surgery.modules import children_of
+from ecanet.surgery.modules import children_of, derive_class
 from ecanet.surgery.records import Record
 
 RECORDS = "_attached_gates"
@@ -93,9 +93,11 @@ class Gated(nn.Module):
         Raises:
             AttachError: always.
         """
+        # A layer of PyTorch that keeps its own gate is one node of a graph, which cannot be scripted either.
+        entered = all(record.target for record in list_records(self).values())
         raise AttachError(
             f"torch.jit.script cannot read the gates attached to {type(self).__name__}; use torch.export.export or "
-            f"torch.jit.trace, or script the graph of torch.fx.symbolic_trace"
+            f"torch.jit.trace" + (", or script the graph of torch.fx.symbolic_trace" if entered else "")
         )
 
 
@@ -200,7 +202,7 @@ def make_gated_class(original: type[nn.Module]) -> type[Gated]:
         return pass_gates(self, "", type(view).forward(view, *args, **kwargs))
 
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return cast("type[Gated]", type(original.__name__, (Gated, original), {**names, "forward": forward}))
+    return derive_class(Gated, original, {**names, "forward": forward})
 
 
 @cache
@@ -263,16 +265,15 @@ def find_function(block: nn.Module, forward: object) -> FunctionType | None:
 
 def install(block: nn.Module, key: str, gate: nn.Module, record: Record) -> None:
     """Make ``gate`` the child ``key`` of ``block`` and apply it where ``record`` says."""
-    block.add_module(key, gate)
     attributes = vars(block)
-    if isinstance(block, Gated):
-        attributes[RECORDS][key] = record
-    else:
-        attributes[RECORDS] = {key: record}
+    if not isinstance(block, Gated):
+        block.__class__ = make_gated_class(type(block))
+        attributes[RECORDS] = {}
         own = attributes.get("forward")
         if isinstance(own, MethodType) and own.__self__ is block:  # it was set before
             attributes[FORWARD] = attributes.pop("forward").__func__
-        block.__class__ = make_gated_class(type(block))
+    attributes[RECORDS][key] = record
+    block.add_module(key, gate)
     view_inside(block)
 
 

@@ -1,11 +1,13 @@
 """Typed views of what `torch.nn.Module` keeps in its dictionaries, where PyTorch's own annotations say nothing."""
 
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
 Hook = Callable[..., object]
+
+Mixin = TypeVar("Mixin", bound=nn.Module)
 
 
 def list_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -50,3 +52,18 @@ def read_version(tensor: Tensor) -> int | None:
 def is_compiled(module: nn.Module) -> bool:
     """Return whether ``module.compile()`` was called."""
     return vars(module).get("_compiled_call_impl") is not None
+
+
+def derive_class(mixin: type[Mixin], original: type[nn.Module], names: dict[str, object]) -> type[Mixin]:
+    """Return a subclass of ``original`` with the methods of ``mixin`` and ``names``; objects can change to it."""
+    derived = type(original.__name__, (mixin, original), names)
+    try:
+        object.__new__(original).__class__ = derived
+    except TypeError:
+        # Python compares memory layouts along first bases, and `class Block(Generic[T], nn.Module)` has another one
+        # than the mixin. So the original is the only base, and the mixin comes in by the order of methods.
+        def mro(kind: type) -> list[type]:
+            return [kind, mixin, *original.__mro__] if kind.__bases__ == (original,) else type.mro(kind)
+
+        derived = type("Derived", (type(original),), {"mro": mro})(original.__name__, (original,), names)
+    return cast("type[Mixin]", derived)
