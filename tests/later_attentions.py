@@ -1,11 +1,13 @@
 """The attentions of later papers, how to make them for a test, and their equations as loops over single numbers."""
 
 import math
+from collections.abc import Iterable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from ecanet.attention import ELA, EMA, ESE, GCT, SRM, CoordinateAttention, Fca, SimAM
+from ecanet.attention import ATTENTIONS, ELA, EMA, ESE, GCT, SRM, CoordinateAttention, Fca, SimAM
 
 BUILD = {
     "ese": lambda: ESE(5),
@@ -17,6 +19,14 @@ BUILD = {
     "ela": lambda: ELA(8),
     "ema": lambda: EMA(64),
 }
+
+
+def mark_slow(names: Iterable[str]) -> list[object]:
+    """Return ``names`` as parameters of a test, those of later attentions but GCT and SRM with the slow mark."""
+    quick = {"gct", "srm"} | set(ATTENTIONS) - set(BUILD)
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+
+
 PLANES = ("fca", "coord", "ela", "ema")
 """Attentions on (N, C, H, W) only."""
 PAIRS = [(0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0), (5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3)]

@@ -36,7 +36,7 @@ def images(*, last=False):
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
-@pytest.mark.parametrize("name", [*GATES, *OTHERS, *LATER])
+@pytest.mark.parametrize("name", [*GATES, *OTHERS, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])
 def test_a_graph_by_make_fx_has_values_and_gradients(name, tracing_mode, last):
     gate = make(name)
     parameters = {key: value.detach().clone().requires_grad_() for key, value in gate.named_parameters()}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import ecanet
 from ecanet.attention import ATTENTIONS, GCT, Fca, SimAM
 from ecanet.attention.base import GatedAttention
+from ecanet.attention.statistics import compute_styles
 from ecanet.errors import AttachError, ConfigError
 from later_attentions import BUILD, LOOPS, PAIRS, PLANES, cosine, image, made
 from tensors import to_layout
@@ -34,7 +35,8 @@ def check_against_loops(name: str, x: Tensor, train: bool = False) -> None:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
 
 
-CASES = [(name, (1 if name == "ema" else 2, made(name).channels, 3, 4), False) for name in BUILD]
+SHAPES = {name: (2, made(name).channels, 3, 4) for name in BUILD} | {"ema": (1, 64, 2, 3)}
+CASES = [(name, shape, False) for name, shape in SHAPES.items()]
 CASES += [("fca", (1, 20, 15, 2), False), ("fca", (1, 20, 1, 1), False)]  # frequencies as of a 7 x 7 map, and none
 CASES += [("srm", (3, 5, 2, 3), True), ("coord", (2, 5, 2, 3), True), ("simam", (1, 5, 1, 1), False)]
 
@@ -124,8 +126,8 @@ def test_layouts_half_precision_and_copies(name):
     torch.testing.assert_close(last, y, rtol=1e-5, atol=1e-5)
     for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(copied(x), y)
-    exported = torch.export.export(module, (x,)).module()
-    torch.testing.assert_close(exported(x), y, rtol=1e-5, atol=1e-5)
+    if name == "simam":  # test_base exports the attentions that have a gain
+        torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), y, rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (module(x) - y).abs().max() < 0.1 * y.abs().max()
     half = copy.deepcopy(module).half()
@@ -200,3 +202,34 @@ def test_networks_learn_with_it(name):
     assert len(gates) == 3
     still = [key for key, parameter in model.named_parameters() if torch.equal(parameter, before[key])]
     assert [key for key in still if not key.endswith("coord.reduce.bias")] == []  # a norm cancels that bias
+
+
+def test_srm_needs_two_images_in_training():
+    module, x = made("srm", torch.float32), image(1, 5, 3, 3, dtype=torch.float32)
+    assert module(x).shape == x.shape
+    with pytest.raises(ConfigError, match=r"^SRM trains on batches of two or more images, got 1; .*eval\(\)$"):
+        module.train()(x)
+
+
+@pytest.mark.parametrize(("n", "value"), [(64, 300.0), (256, 3.0)])
+def test_styles_of_half_precision_are_summed_in_float(n, value):
+    """The mean and the deviation of n x n values: a tenth is above ``value``, the others are below it."""
+    x = torch.full((1, 1, n, n), value, dtype=torch.float16)
+    x[..., : n // 10 * 2, : n // 2] *= 2
+    found = compute_styles(x, None)[0, 0]
+    assert found.dtype == torch.float32
+    exact = x.double()
+    expected = torch.stack([exact.mean(), exact.std(correction=0)]).float()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_a_folded_ese_computes_the_same():
+    """Its first weights scale with the means, so a doubled norm before it is undone there."""
+    model, x = ecanet.create_model("resnet8", attention="none", num_classes=3).eval(), torch.randn(2, 3, 16, 16)
+    ecanet.attach(model, "ese", example=x)
+    for key, parameter in model.named_parameters():
+        if ".ese." in key:
+            nn.init.normal_(parameter, std=0.1)
+    before = model(x)
+    torch.testing.assert_close(ecanet.fold(model)(x), before)
+    assert not [key for key in model.state_dict() if key.endswith("gain")]

@@ -17,6 +17,7 @@ from ecanet.models.execution import predict_means
 from ecanet.models.resnet import BOTTLENECK, ResNet
 from ecanet.models.slots import Slot
 from ecanet.ops import reference
+from later_attentions import mark_slow
 
 LAST_NORMS = {"BasicBlock": "bn2", "Bottleneck": "bn3"}
 
@@ -42,6 +43,8 @@ def in_place_of_timms(model):
     with pytest.warns(UserWarning, match="outputs change"):
         return attached(model, replace="se")
 
+
+SLOW = {param.values[0] for param in mark_slow(ecanet.list_attentions()) if param.marks}
 
 NETWORKS = {
     **{f"{a} in basic blocks": lambda a=a: ecanet.create_model("resnet14", attention=a, **options_for(a))
@@ -93,7 +96,9 @@ def images(count, size, seed=1):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n.split(" in ")[0] in SLOW else n for n in NETWORKS]
+)
 def test_the_copy_is_the_network_in_float64(name):
     torch.manual_seed(0)
     model = lively(NETWORKS[name]()).double()

@@ -6,6 +6,7 @@ from torch import fx
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import ecanet
+from later_attentions import mark_slow
 
 
 def network(name="resnet14", attention="eca"):
@@ -13,7 +14,7 @@ def network(name="resnet14", attention="eca"):
     return ecanet.create_model(name, attention=attention, num_classes=5).double()
 
 
-@pytest.mark.parametrize("attention", ecanet.list_attentions())
+@pytest.mark.parametrize("attention", mark_slow(ecanet.list_attentions()))
 def test_a_network_is_traced_with_its_gates(attention):
     options = {"reduction": 8} if attention == "gc" else {}
     torch.manual_seed(0)

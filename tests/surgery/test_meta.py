@@ -7,6 +7,7 @@ from torchvision import models
 
 import ecanet
 from ecanet.attention import ATTENTIONS
+from later_attentions import mark_slow
 from tensors import noise
 
 ATTACHABLE = [name for name in ATTENTIONS if name != "aa"]
@@ -75,7 +76,7 @@ def test_the_same_gates_as_on_the_cpu(network):
     check_file(model, written)
 
 
-@pytest.mark.parametrize("attention", ATTACHABLE)
+@pytest.mark.parametrize("attention", mark_slow(ATTACHABLE))
 def test_every_attention_takes_its_tensors_from_a_file(attention):
     written, model = make(models.resnet18, attention), make_on_meta(models.resnet18, attention)
     assert model.state_dict().keys() == written.state_dict().keys()
@@ -83,7 +84,7 @@ def test_every_attention_takes_its_tensors_from_a_file(attention):
     check_file(model, written)
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", mark_slow(ATTENTIONS))
 @pytest.mark.parametrize("network", ["resnet14", "resnet8"])
 def test_created_networks_take_their_tensors_from_a_file(network, attention):
     options = {"name": network, "attention": attention, "num_classes": 3}
@@ -95,9 +96,7 @@ def test_created_networks_take_their_tensors_from_a_file(network, attention):
     check_file(model, written)
 
 
-@pytest.mark.parametrize(
-    "attention", ["eca", "se", "se-gc", "cbam", "gsop", "gc", "a2", "non-local", "gct", "srm", "fca", "ema"]
-)
+@pytest.mark.parametrize("attention", ["eca", "se", "se-gc", "cbam", "gsop", "gc", "a2", "non-local", "gct", "srm"])
 def test_a_file_without_gates_and_neutral_gates_give_the_plain_outputs(attention):
     """The recipe of the guide."""
     plain = models.resnet18().eval()

@@ -6,7 +6,6 @@ float32 or wider.
 
 import math
 from collections.abc import Iterable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -211,6 +210,8 @@ def compute_styles(x: Tensor, mask: Tensor | None) -> Tensor:
     if not axes:
         return torch.stack([mean, torch.zeros_like(mean)], dim=-1)
     centred = clear_padding(x.to(mean.dtype) - mean.reshape(mean.shape + (1,) * len(axes)), mask)
-    # The gradient of a norm at zero is zero, where that of a square root is infinite: channels may be constant.
-    norm = cast(Tensor, torch.linalg.vector_norm(centred, dim=axes))  # pyright: ignore[reportUnknownMemberType]
-    return torch.stack([mean, norm / count_positions(mean, x, mask).sqrt()], dim=-1)
+    variance = centred.square().sum(axes) / count_positions(mean, x, mask)
+    # Channels may be constant, after a ReLU for example, and the square root has no derivative at 0: take none there.
+    varies = variance > 0
+    deviation = torch.where(varies, torch.where(varies, variance, 1).sqrt(), 0)
+    return torch.stack([mean, deviation], dim=-1)
