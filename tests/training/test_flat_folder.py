@@ -30,7 +30,7 @@ def recipe_for(photos: Path, **changes: Any) -> Recipe:
 
 
 def run(recipe: Recipe, folder: Path, **options: Any) -> Report:
-    return trainer.run(recipe, folder=folder, device="cpu", quiet=True, **options)
+    return trainer.run(recipe, folder=folder, device="cpu", **{"quiet": True, **options})
 
 
 def weights(report: Report) -> dict[str, Tensor]:
@@ -86,20 +86,32 @@ def test_a_run_resumes_bit_equal_on_a_folder_that_has_changed(tmp_path, capsys):
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         seen = trained_on(patch)
-        resumed = run(recipe, tmp_path / "cut", resume=True)
+        resumed = run(recipe, tmp_path / "cut", resume=True, quiet=False)
     assert capsys.readouterr().err.startswith(f"not used: 41 images of {photos} that the run's split does not have")
     assert seen == {str(photos / path) for part in split.values() for path in part}
     assert equal(whole, resumed)
     assert [row["top1"] for row in whole.history] == [row["top1"] for row in resumed.history]
 
 
-def test_a_run_stopped_before_its_first_checkpoint_keeps_its_split(tmp_path):
+def test_a_run_stopped_before_its_first_checkpoint_keeps_its_split(tmp_path, capsys):
     photos = make_flat(tmp_path / "photos", COUNTS)
     run_until(0, recipe_for(photos), tmp_path / "run")
     before = (tmp_path / "run" / "split.json").read_text()
     make_flat(photos, {"ant": 60})
+    capsys.readouterr()
     run(recipe_for(photos, epochs=3), tmp_path / "run", resume=True)
+    assert capsys.readouterr().err == ""  # quiet
     assert (tmp_path / "run" / "split.json").read_text() == before
+
+
+def test_an_ablation_names_ignored_files_once(tmp_path):
+    from ecanet.studies.ablate.variants import plan
+
+    photos = make_flat(tmp_path / "photos", COUNTS)
+    (photos / "notes.txt").touch()
+    said: list[str] = []
+    plan(recipe_for(photos), ["se"], said.append)
+    assert said == [f"ignored 1 file that is no image: notes.txt (in {photos})"]
 
 
 def test_evaluation_takes_the_images_that_the_run_held_out(tmp_path, capsys):

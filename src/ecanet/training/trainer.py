@@ -70,6 +70,8 @@ def run(
         # A run keeps the split of a flat folder that it began with, whatever has become of the folder.
         split = data.read_split(run_dir / SPLIT_FILE) if resume else None
         images = data.build(recipe.data, seed=recipe.seed, masks=recipe.learns_masks, split=split)
+        if quiet:
+            images.notices = []
         torch.manual_seed(recipe.seed)  # pyright: ignore[reportUnknownMemberType]
         task = tasks.build(recipe, images.spec)
         history = History(run_dir / "metrics.csv")

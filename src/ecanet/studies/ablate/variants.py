@@ -94,12 +94,16 @@ class Variant:
 def plan(recipe: Recipe, names: Iterable[str], say: Callable[[str], None] = print) -> list[Variant]:
     """Return the plain network ("none", always included) and the variants called ``names``, in `VARIANTS`' order.
 
-    Variants that build the same network are merged, and ``say`` is called with one line for each of them.
+    Variants that build the same network are merged, and ``say`` is called with one line for each of them, and with
+    what there is to say about the data's files.
 
     Raises:
         ConfigError: a name is unknown, or the recipe's network has no such variant.
     """
-    spec = data.build(recipe.data, train=False).spec
+    images = data.build(recipe.data, train=False)
+    for line in images.notices:  # once for all runs
+        say(line)
+    spec = images.spec
     size = (spec.channels, spec.size, spec.size)
     chosen = [name.strip() for name in names]
     for name in chosen:
