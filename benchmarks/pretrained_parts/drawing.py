@@ -100,7 +100,7 @@ def draw_finetuning(cells: list[dict[str, Any]], path: Path) -> None:
         upper.set(xlabel="fine-tuning step (batch 64)", ylabel="test accuracy, %")
         lower.set(xlabel="gate, from image to head", ylabel="mean |weight − 1| after 100 steps", yscale="log")
     grid[0][0].legend(fontsize=10, loc="lower right")
-    grid[1][0].margins(y=0.2)
+    grid[1][0].margins(y=0.45)
     grid[1][0].legend(fontsize=9, loc="lower right")
     figure.savefig(path, dpi=90)
     plt.close(figure)
