@@ -141,7 +141,8 @@ def test_settings_reach_the_recipe(ecanet, tmp_path):
     assert code == 0
     recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
     assert recipe["model"] == {
-        "name": "resnet56", "attention": "se", "kernel_sizes": "adaptive", "weights": None, "options": {"reduction": 4}
+        "name": "resnet56", "attention": "se", "kernel_sizes": "adaptive", "where": None, "replace": None,
+        "preserve": None, "weights": None, "options": {"reduction": 4},
     }  # fmt: skip
     assert (recipe["data"]["batch_size"], recipe["data"]["flip"], recipe["seed"]) == (50, True, 9)
     assert (recipe["optimizer"]["learning_rate"], recipe["epochs"]) == (0.5, 1)
@@ -173,7 +174,7 @@ def test_settings_reach_the_recipe(ecanet, tmp_path):
         ("train --resume nowhere", "nowhere: no run to resume here"),
         ("train digits --resume nowhere", "--resume takes everything from the run"),
         ("eval nowhere.ckpt", "no checkpoint at nowhere.ckpt"),
-        ("eval", "Missing argument 'checkpoint'"),
+        ("eval", "give a checkpoint or a run, or --model and --weights"),
         ("predict nowhere.ckpt nothing.png", "nothing.png: no such file or folder"),
         ("predict", "Missing argument"),
         ("models resnet51", "unknown model 'resnet51'"),
@@ -215,6 +216,7 @@ def test_a_corrupt_image_in_training_is_one_line_or_skipped(ecanet, tmp_path):
     victim.write_bytes(victim.read_bytes()[:700])
     command = ["train", f"folder:{tmp_path / 'photos'}", "--model", "resnet20", "--epochs", 1, "--batch-size", 4]
     command += ["--device", "cpu", "--set", "data.image_size=16", "--set", "data.workers=1"]
+    command += ["--weights", "none"]
     code, _, err = ecanet(*command, "--out", tmp_path / "run")
     assert code == 2
     assert err.startswith(f"ecanet: {victim}: cannot be read as an image")

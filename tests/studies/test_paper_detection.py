@@ -142,7 +142,7 @@ def test_every_command_describes_its_rows_network(name, monkeypatch):
         trains_backbone = row.model.attention in ("se", "eca")
         assert recipe.detector.freeze_attention == trains_backbone
         if not trains_backbone:
-            assert recipe.model.weights == "torchvision"
+            assert recipe.model.weights == "default"
             continue
         backbone, backbone_folder = recipes[-2]
         assert recipe.model.weights == f"{backbone_folder}/checkpoints/best.ckpt"

@@ -490,7 +490,7 @@ def test_evaluate_returns_the_metrics_of_the_run(tmp_path):
 def test_weights_without_a_recipe(tmp_path):
     network = create_model("resnet20", num_classes=3, in_channels=1)
     torch.save(network.state_dict(), tmp_path / "plain.pth")
-    with pytest.raises(ConfigError, match="say so with --model and --data"):
+    with pytest.raises(ConfigError, match="name it with --model"):
         trained.evaluate(tmp_path / "plain.pth")
     model = ModelConfig(name="resnet20")
     with pytest.MonkeyPatch.context() as patch:
@@ -500,7 +500,7 @@ def test_weights_without_a_recipe(tmp_path):
         with torch.inference_mode():
             logits = network.eval()(SMALL_SETS["tiny"].spec.normalize(images))
         assert found["val_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
-        with pytest.raises(CheckpointError, match="not the weights of resnet56 with eca for 3 classes"):
+        with pytest.raises(CheckpointError, match="does not fit ResNet: 72 tensors beside the head are missing"):
             trained.evaluate(tmp_path / "plain.pth", model=ModelConfig(name="resnet56"), data_name="tiny")
 
 

@@ -16,7 +16,18 @@ console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint file or run directory.", show_default=False)]
 Images = Annotated[list[str], typer.Argument(help="Image files or directories.", show_default=False)]
-ModelName = Annotated[str | None, typer.Option("--model", help="Network: see `ecanet models`.", show_default=False)]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="NAME, timm:NAME, torchvision:NAME, FILE.py:NAME.", show_default=False),
+]
+Weights = Annotated[
+    str | None, typer.Option("--weights", help="default, a checkpoint's path, or none.", show_default=False)
+]
+Where = Annotated[
+    str | None, typer.Option("--where", help='Modules that get gates, such as "layer4.*".', show_default=False)
+]
+ReplaceKind = Annotated[str | None, typer.Option("--replace", help="se or eca: exchange these.", show_default=False)]
+NoPreserve = Annotated[bool, typer.Option("--no-preserve", help="Leave gates as initialised.")]
 Attention = Annotated[str | None, typer.Option("--attention", help="none, eca, se, cbam, …", show_default=False)]
 KernelSizes = Annotated[
     str | None, typer.Option("--kernel-sizes", help="adaptive (default), official or 3,5,5,7.", show_default=False)
@@ -33,22 +44,57 @@ OnCorrupt = Annotated[str, typer.Option("--on-corrupt", help="Unreadable files: 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def model_config(name: str | None, attention: str | None, kernel_sizes: str | None) -> ModelConfig | None:
-    """Return the network that ``--model``, ``--attention`` and ``--kernel-sizes`` describe; None without ``--model``.
+def model_config(
+    name: str | None, attention: str | None = None, kernel_sizes: str | None = None, weights: str | None = None
+) -> ModelConfig | None:
+    """Return the network that ``--model`` and the options beside it describe; None without ``--model``.
+
+    Another library's network with its own weights is taken as it is, without gates, unless ``--attention`` asks for
+    them; this library's has the attention that the weights were trained with.
 
     Raises:
-        ConfigError: one of the other two is given without ``--model``.
+        ConfigError: one of the others is given without ``--model``.
     """
     if name is None:
-        if attention or kernel_sizes:
-            raise ConfigError("--attention and --kernel-sizes need --model; a run's checkpoint holds its own")
+        if attention or kernel_sizes or weights:
+            raise ConfigError(
+                "--attention, --kernel-sizes and --weights need --model; a run's checkpoint holds its own"
+            )
         return None
-    config = ModelConfig(name=name)
-    if attention is not None:
-        config = config.but(attention=attention)
-    if kernel_sizes is not None:
-        config = config.but(kernel_sizes=parse_kernel_sizes(kernel_sizes))
-    return config
+    if attention is None and ":" in name:
+        attention = "none"
+    values = {
+        "attention": attention,
+        "kernel_sizes": None if kernel_sizes is None else parse_kernel_sizes(kernel_sizes),
+    }
+    config = ModelConfig(name=name, weights=None if weights == "none" else weights)
+    return config.but(**{key: value for key, value in values.items() if value is not None})
+
+
+def model_changes(
+    *,
+    model: str | None,
+    attention: str | None,
+    kernel_sizes: str | None = None,
+    where: str | None = None,
+    replace: str | None = None,
+    no_preserve: bool = False,
+    weights: str | None = None,
+) -> dict[str, object]:
+    """Return the options of a network as changes of a recipe; ``--weights none`` is a change, too."""
+    given: dict[str, object] = {
+        "model.name": model,
+        "model.attention": attention,
+        "model.kernel_sizes": None if kernel_sizes is None else parse_kernel_sizes(kernel_sizes),
+        "model.where": where,
+        "model.replace": replace,
+        "model.preserve": False if no_preserve else None,
+        "model.weights": weights,
+    }
+    changes = {key: value for key, value in given.items() if value is not None}
+    if weights == "none":
+        changes["model.weights"] = None
+    return changes
 
 
 def collect_changes(options: Mapping[str, object], settings: Sequence[str] | None) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """The commands that train and use a classifier: train, eval, predict."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -10,25 +11,28 @@ from ecanet import recipes
 from ecanet.cli.options import (
     AsJson,
     Attention,
-    Checkpoint,
     DataDir,
     DataName,
     Device,
     Epochs,
-    Images,
     KernelSizes,
     ModelName,
+    NoPreserve,
     OnCorrupt,
+    ReplaceKind,
     Settings,
+    Weights,
+    Where,
     check_on_corrupt,
     collect_changes,
     console,
+    model_changes,
     model_config,
     print_json,
     report_unreadable,
 )
 from ecanet.errors import ConfigError
-from ecanet.recipes import parse_kernel_sizes, with_settings
+from ecanet.recipes import with_settings
 
 RECIPE_HELP = f"Recipe ({', '.join(recipes.RECIPES)}) or data set (digits, folder:PATH, …)."
 
@@ -37,7 +41,11 @@ def train(
     recipe: Annotated[str | None, typer.Argument(help=RECIPE_HELP, show_default=False)] = None,
     model: ModelName = None,
     attention: Attention = None,
+    weights: Weights = None,
     kernel_sizes: KernelSizes = None,
+    where: Where = None,
+    replace: ReplaceKind = None,
+    no_preserve: NoPreserve = False,
     epochs: Epochs = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per device and step.", show_default=False)] = None,
     learning_rate: Annotated[
@@ -54,12 +62,21 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.", show_default=False)] = None,
     device: Device = "auto",
 ) -> None:
-    """Train a network: `ecanet train quickstart`."""
-    changes = collect_changes(
+    """Train a network: `ecanet train quickstart`.
+
+    Any network: `ecanet train folder:photos --model torchvision:resnet50`.
+    Small folders are fine-tuned from ImageNet weights, or --weights none.
+    """
+    changes = model_changes(
+        model=model,
+        attention=attention,
+        kernel_sizes=kernel_sizes,
+        where=where,
+        replace=replace,
+        no_preserve=no_preserve,
+        weights=weights,
+    ) | collect_changes(
         {
-            "model.name": model,
-            "model.attention": attention,
-            "model.kernel_sizes": None if kernel_sizes is None else parse_kernel_sizes(kernel_sizes),
             "epochs": epochs,
             "data.batch_size": batch_size,
             "optimizer.learning_rate": learning_rate,
@@ -69,26 +86,42 @@ def train(
         },
         settings,
     )
-    if resume is not None:
-        if recipe or changes or out:
-            raise ConfigError("--resume takes everything from the run; leave out the recipe, other settings and --out")
-        from ecanet.training import read_recipe
-
-        chosen = read_recipe(resume)
-    else:
-        if recipe is None:
-            raise ConfigError("give a recipe or a data set, such as `ecanet train quickstart`, or --resume RUN")
-        chosen = with_settings(recipes.find(recipe), changes)
+    if resume is not None and (recipe or set(changes) - {"epochs"} or out):
+        raise ConfigError(
+            "--resume takes everything from the run but --epochs; leave out the recipe, other settings and --out"
+        )
+    chosen = choose_recipe(recipe, changes) if resume is None else resume_recipe(resume, changes)
     from ecanet.training import run
 
     run(chosen, folder=resume or out, resume=resume is not None, device=device)
 
 
+def choose_recipe(name: str | None, changes: Mapping[str, object]) -> recipes.Recipe:
+    """Return the recipe ``name`` with ``changes``; say so where it is fine-tuning and nobody has asked for it."""
+    if name is None:
+        raise ConfigError("give a recipe or a data set, such as `ecanet train quickstart`, or --resume RUN")
+    scratch = "model.weights" in changes and changes["model.weights"] is None
+    chosen = with_settings(recipes.find(name, scratch=scratch), changes)
+    if chosen.name == "finetune" and name != "finetune":
+        console.print(f"{name} is small: fine-tuning from pretrained weights; --weights none trains from scratch")
+    return chosen
+
+
+def resume_recipe(run: Path, changes: Mapping[str, object]) -> recipes.Recipe:
+    """Return the recipe of the ``run`` with ``changes``."""
+    from ecanet.training import read_recipe
+
+    return with_settings(read_recipe(run), changes)
+
+
 def evaluate(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Checkpoint file or run directory.", show_default=False)
+    ] = None,
     data: DataName = None,
     data_dir: DataDir = None,
     model: ModelName = None,
+    weights: Weights = None,
     attention: Attention = None,
     kernel_sizes: KernelSizes = None,
     on_corrupt: Annotated[
@@ -100,13 +133,14 @@ def evaluate(
     """Evaluate a checkpoint on held-out images.
 
     The data set is the run's, or --data.
-    Weights that `ecanet train` did not make need --model and --data.
+    Weights of others: --model NAME --weights default --data folder:PATH.
     """
     from ecanet.training import evaluate
 
+    check_one_source(checkpoint, weights)
     metrics = evaluate(
         checkpoint,
-        model=model_config(model, attention, kernel_sizes),
+        model=model_config(model, attention, kernel_sizes, weights),
         data_name=data,
         data_dir=data_dir,
         on_corrupt=on_corrupt,
@@ -119,13 +153,13 @@ def evaluate(
 
 
 def predict(
-    checkpoint: Checkpoint,
-    images: Images,
+    paths: Annotated[list[str], typer.Argument(help="A run, and images or folders.", metavar="[RUN] IMAGES...")],
     top: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 5,
     on_corrupt: OnCorrupt = "error",
     data: DataName = None,
     data_dir: DataDir = None,
     model: ModelName = None,
+    weights: Weights = None,
     attention: Attention = None,
     kernel_sizes: KernelSizes = None,
     device: Device = "auto",
@@ -133,16 +167,19 @@ def predict(
 ) -> None:
     """Classify images: the most likely classes, with probabilities.
 
-    Weights that `ecanet train` did not make need --model and --data.
+    Without a run: --model torchvision:mobilenet_v2 --weights default.
+    Weights that `ecanet train` did not make know ImageNet's classes, or those of --data.
     """
     check_on_corrupt(on_corrupt)
     from ecanet import networks, training
 
+    checkpoint, *images = (None, *paths) if weights else paths
+    if not images:
+        raise ConfigError("no images: give a run and images, or --model, --weights and images")
     found_device = networks.find_device(device)
     files = [file for path in images for file in training.image_files(path)]
-    task = training.restore(
-        checkpoint, model=model_config(model, attention, kernel_sizes), data_name=data, data_dir=data_dir
-    )
+    config = model_config(model, attention, kernel_sizes, weights)
+    task = training.restore(checkpoint, model=config, data_name=data, data_dir=data_dir)
     predictions: list[training.Prediction] = []
     for answer in training.predict(task, files, top=top, device=found_device):
         if isinstance(answer, training.Prediction):
@@ -158,3 +195,11 @@ def predict(
     for p in predictions:
         table.add_row(p.path, "  ".join(f"{name} {probability:.1%}" for name, probability in p.classes))
     console.print(table)
+
+
+def check_one_source(checkpoint: str | None, weights: str | None) -> None:
+    """Raise ConfigError unless there is a checkpoint or ``--weights``, and not both."""
+    if checkpoint is not None and weights is not None:
+        raise ConfigError(f"{checkpoint} and --weights {weights} are two sources of weights; give one of them")
+    if checkpoint is None and weights is None:
+        raise ConfigError("give a checkpoint or a run, or --model and --weights")

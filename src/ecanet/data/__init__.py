@@ -13,7 +13,7 @@ from ecanet.data.boxes import DetectionData, Target, has_boxes
 from ecanet.data.builder import build
 from ecanet.data.coco import RunLengths, encode_mask, find_size_problem
 from ecanet.data.images import ClassificationData, build_eval_transform
-from ecanet.data.pictures import IMAGE_SUFFIXES, read_image
+from ecanet.data.pictures import IMAGE_SUFFIXES, read_image, to_tensor
 from ecanet.data.samplers import derive_seed
 from ecanet.data.sources import DataSpec, check_classes
 from ecanet.data.split import Split, read_split
@@ -36,4 +36,5 @@ __all__ = [
     "has_boxes",
     "read_image",
     "read_split",
+    "to_tensor",
 ]

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor  # pyright: ignore[reportMissingTypeStubs]
+from torchvision.transforms.v2.functional import pil_to_tensor, rgb_to_grayscale  # pyright: ignore[reportMissingTypeStubs]
 
 from ecanet.errors import DataError
 
-__all__ = ["HOW_TO_SKIP", "IMAGE_SUFFIXES", "Unreadable", "read_image"]
+__all__ = ["HOW_TO_SKIP", "IMAGE_SUFFIXES", "Unreadable", "read_image", "to_tensor"]
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".heic", ".heif", ".avif"
@@ -69,6 +71,32 @@ def read_image(path: str | Path, channels: int, *, upright: bool = True) -> Tens
         raise DataError(f"{path}: cannot be read as an image (not an image)") from None
     except Exception as error:  # Pillow's decoders raise exceptions of almost any type for a broken file
         raise DataError(f"{path}: cannot be read as an image ({str(error) or type(error).__name__})") from None
+
+
+def to_tensor(image: "Image.Image | NDArray[np.generic] | Tensor", channels: int) -> Tensor:
+    """Return an image as a uint8 tensor (``channels``, H, W): 1 channel is grey, 3 are RGB.
+
+    It is a Pillow image, an array (H, W), (H, W, 1) or (H, W, 3) of bytes, or a tensor (C, H, W) of bytes or of values
+    from 0 to 1.
+
+    Raises:
+        DataError: it is nothing of these.
+    """
+    if isinstance(image, Image.Image):
+        return pil_to_tensor(convert_to_8_bits(turn_upright(image)).convert("L" if channels == 1 else "RGB"))
+    if isinstance(image, Tensor) and image.is_floating_point():
+        if not 0 <= float(image.min()) <= float(image.max()) <= 1:
+            raise DataError("a tensor of floating-point numbers must be from 0 to 1, before any normalization")
+        image = (image * 255).round().to(torch.uint8)
+    pixels = image.detach().cpu() if isinstance(image, Tensor) else torch.as_tensor(np.ascontiguousarray(image))
+    if not isinstance(image, Tensor):
+        pixels = pixels[None] if pixels.dim() == 2 else pixels.movedim(-1, 0)
+    if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[0] not in (1, 3):
+        shape = f"{tuple(image.shape)} of {image.dtype}"
+        raise DataError(f"an image is an array (H, W, 3) of uint8 or a tensor (3, H, W), got {shape}")
+    if channels == 1 and pixels.shape[0] == 3:
+        return rgb_to_grayscale(pixels)
+    return pixels.expand(channels, -1, -1)
 
 
 def open_image(path: str | Path) -> Image.Image:

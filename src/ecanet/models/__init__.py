@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ecanet.models.block import DescribesItself, Layer, Parts, describe, gate_of, runnable_parts
 from ecanet.models.checkpoints import LoadReport, load_checkpoint, load_state_dict, rename
 from ecanet.models.execution import Stage, call, is_eager, run
-from ecanet.models.factory import create_model, list_models
+from ecanet.models.factory import create_model, get_torchvision_weights, list_models
 from ecanet.models.files import read_file
 from ecanet.models.kernel_sizes import KernelSizes, check_no_kernel_sizes, find_release, resolve_kernel_sizes
 from ecanet.models.network import FeatureInfo, FeatureNetwork, Network
@@ -40,6 +40,7 @@ __all__ = [
     "describe",
     "find_release",
     "gate_of",
+    "get_torchvision_weights",
     "is_eager",
     "list_models",
     "load_checkpoint",

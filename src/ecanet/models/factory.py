@@ -151,6 +151,18 @@ def is_torchvision_member(weights: object) -> bool:
     return isinstance(weights, Enum) and any(kind.__name__ == "WeightsEnum" for kind in type(weights).__mro__)
 
 
+def get_torchvision_weights(
+    name: str, weights: "str | Path | WeightsEnum" = "torchvision"
+) -> "tuple[str, dict[str, Tensor]]":
+    """Return the name and the state dict of torchvision's newest ImageNet weights for its network ``name``.
+
+    Raises:
+        CheckpointError: there are none, or they cannot be downloaded.
+    """
+    member = find_torchvision_weights(name, weights)
+    return str(member), download(member, name)
+
+
 def load_weights(model: nn.Module, name: str, weights: "str | Path | WeightsEnum") -> LoadReport:
     """Load ``weights`` into ``model``, the network called ``name``; a head of another size stays as it was made.
 
@@ -160,8 +172,8 @@ def load_weights(model: nn.Module, name: str, weights: "str | Path | WeightsEnum
     if isinstance(weights, str | Path) and str(weights) != "torchvision":
         report = load_checkpoint(model, weights)
     else:
-        member = find_torchvision_weights(name, weights)
-        report = load_state_dict(model, download(member, name), source=f"torchvision's weights {member}")
+        member, state = get_torchvision_weights(name, weights)
+        report = load_state_dict(model, state, source=f"torchvision's weights {member}")
     report.require_backbone()
     return report
 

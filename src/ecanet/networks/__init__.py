@@ -1,10 +1,30 @@
 """One name for any network, and one name for any device.
 
-Read downward: `names` (``resnet50`` is this library's, ``timm:NAME`` and ``torchvision:NAME`` are theirs), `devices`
-(``auto``, ``cpu``, ``cuda``, ``cuda:N`` and ``mps``).
+Read downward: `loading` (weights into a network), `heads` (the layer that gives the logits), `preprocessing` (the
+images that a network is made for), `names` (``resnet50`` is this library's, ``timm:NAME`` and ``torchvision:NAME`` are
+theirs), `factories` (``FILE.py:FACTORY`` is yours), `devices` (``auto``, ``cpu``, ``cuda``, ``cuda:N`` and ``mps``).
 """
 
 from ecanet.networks.devices import find_device
-from ecanet.networks.names import find, image_size, is_ours
+from ecanet.networks.factories import find_factory, trust
+from ecanet.networks.heads import exchange_head, find_head
+from ecanet.networks.loading import check_fit, load_weights
+from ecanet.networks.names import find, find_library, is_ours
+from ecanet.networks.preprocessing import Preprocessing, find_preprocessing, image_size, imagenet_classes
 
-__all__ = ["find", "find_device", "image_size", "is_ours"]
+__all__ = [
+    "Preprocessing",
+    "check_fit",
+    "exchange_head",
+    "find",
+    "find_device",
+    "find_factory",
+    "find_head",
+    "find_library",
+    "find_preprocessing",
+    "image_size",
+    "imagenet_classes",
+    "is_ours",
+    "load_weights",
+    "trust",
+]

@@ -1,49 +1,73 @@
 """Find a network by its name, the same way for every command.
 
 ``resnet50`` is this library's, ``timm:NAME`` is timm's, ``torchvision:NAME`` is torchvision's: its classifiers,
-detectors and segmentation networks. Weights are random, and nothing is downloaded.
+detectors and segmentation networks. ``FILE.py:FACTORY`` is a function in your file that returns a module. Weights are
+random, and nothing is downloaded.
 """
 
 import difflib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 from torch import nn
 
-from ecanet.errors import ConfigError
-from ecanet.models import LAYERS, create_model, list_models
+from ecanet.errors import ConfigError, summarize
+from ecanet.models import create_model, list_models
+from ecanet.networks.factories import find_factory, is_file
 
-HOW_TO_NAME = "write NAME for this library's, torchvision:NAME or timm:NAME"
+__all__ = ["find", "find_library", "is_ours"]
+
+HOW_TO_NAME = "write NAME for this library's, torchvision:NAME, timm:NAME or FILE.py:FACTORY"
+
+INCEPTION = {"aux_logits": False, "transform_input": True}
+"""Arguments of torchvision's Inceptions: logits alone in training, and the means that their published weights expect."""
 
 
 def find(name: str, **options: object) -> nn.Module:
     """Build the network called ``name`` with random weights.
 
-    ``options`` go to `ecanet.create_model`, so they need a network of this library.
+    ``options`` go to `ecanet.create_model`; other networks take ``num_classes`` alone.
 
     >>> type(find("torchvision:resnet18")).__module__
     'torchvision.models.resnet'
 
     Raises:
-        ConfigError: there is no such network or library, the library is not installed, or an option does not fit.
+        ConfigError: there is no such network, library or file, the library is not installed, or an option does not
+            fit.
     """
-    library, _, inner = name.rpartition(":")
+    library, inner = find_library(name)
     if library == "":
         build = cast(Callable[..., nn.Module], create_model)  # which checks the options itself
         return build(inner, **options)
-    if options:
-        raise ConfigError(f"{', '.join(options)}: only this library's networks take options, and {name!r} is not one")
-    if library not in ("timm", "torchvision"):
-        raise ConfigError(f"unknown library {library!r} in {name!r}; {HOW_TO_NAME}")
-    build = _from_timm if library == "timm" else _from_torchvision
+    if unknown := [option for option in options if option != "num_classes"]:
+        raise ConfigError(f"{', '.join(unknown)}: only this library's networks take options, and {name!r} is not one")
+    if library == "file":
+        return _from_file(name, options)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # about initial weights, which torchvision will change
-            return build(inner)
+            return _from_timm(inner, options) if library == "timm" else _from_torchvision(inner, options)
     except ModuleNotFoundError as error:
         raise ConfigError(f"{library} is not installed: pip install {library}") from error
+
+
+def find_library(name: str) -> tuple[str, str]:
+    """Return the library of the network ``name`` and its name there; "" is this library, "file" a user's own file.
+
+    >>> find_library("timm:resnet18"), find_library("resnet18"), find_library("nets/mine.py:make")
+    (('timm', 'resnet18'), ('', 'resnet18'), ('file', 'make'))
+
+    Raises:
+        ConfigError: there is no such library.
+    """
+    library, _, inner = name.rpartition(":")
+    if is_file(name):
+        return "file", inner
+    if library not in ("", "timm", "torchvision"):
+        raise ConfigError(f"unknown library {library!r} in {name!r}; {HOW_TO_NAME}")
+    return library, inner
 
 
 def is_ours(name: str) -> bool:
@@ -55,39 +79,39 @@ def is_ours(name: str) -> bool:
     return ":" not in name
 
 
-def image_size(name: str, model: nn.Module) -> tuple[int, int, int]:
-    """Return the image size (channels, height, width) that the network ``name``, built as ``model``, is made for.
+def _from_file(name: str, options: Mapping[str, object]) -> nn.Module:
+    """Return what the user's function returns; it gets ``num_classes`` if it takes it.
 
-    It is torchvision's or timm's own; 32 px for this library's small-image ResNets and 224 px for the others.
+    Raises:
+        ConfigError: the function fails, or returns no module.
     """
-    library, _, inner = name.rpartition(":")
-    if library == "timm":
-        channels, height, width = cast(dict[str, tuple[int, int, int]], model.default_cfg)["input_size"]
-        return channels, height, width
-    side = 32 if inner in LAYERS and len(LAYERS[inner][1]) == 3 else 224
-    if library == "torchvision":
-        from torchvision.models import WeightsEnum, get_model_weights  # pyright: ignore[reportUnknownVariableType]
-
-        newest = list(cast(Iterable[WeightsEnum], get_model_weights(inner)))[-1]
-        side = getattr(newest.transforms, "keywords", {}).get("crop_size", side)  # detectors have none
-    return 3, side, side
+    factory = find_factory(name)
+    taken = {key: value for key, value in options.items() if key in _parameters(factory)}
+    try:
+        model = cast(object, factory(**taken))
+    except Exception as error:
+        raise ConfigError(f"{name} fails: {type(error).__name__}: {summarize(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{name} must return a torch.nn.Module, got {type(model).__name__}")
+    return model
 
 
-def _from_timm(name: str) -> nn.Module:
+def _from_timm(name: str, options: Mapping[str, object]) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
-    return timm.create_model(name)
+    return cast(Callable[..., nn.Module], timm.create_model)(name, **options)
 
 
-def _from_torchvision(name: str) -> nn.Module:
+def _from_torchvision(name: str, options: Mapping[str, object]) -> nn.Module:
     from torchvision.models import get_model, get_model_builder, list_models
 
     if name not in list_models():
         raise _unknown("torchvision", name, list_models())
     composed = "weights_backbone" in _parameters(get_model_builder(name))  # without weights it would download those
-    return get_model(name, weights=None, **({"weights_backbone": None} if composed else {}))
+    more = {"weights_backbone": None} if composed else INCEPTION if name in ("inception_v3", "googlenet") else {}
+    return get_model(name, weights=None, **more, **options)
 
 
 def _parameters(function: Callable[..., nn.Module]) -> list[str]:

@@ -68,13 +68,33 @@ class DataConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig(Config):
-    """The arguments of ``ecanet.create_model``. ``options`` are passed to the attention."""
+    """The network of a run, with its attention and its first weights: see ``ecanet.training.build``.
+
+    Attributes:
+        name: ``resnet50``, ``timm:NAME``, ``torchvision:NAME`` or ``FILE.py:FACTORY``.
+        attention: built into this library's networks, attached to others; "none" is the plain network.
+        kernel_sizes: ECA's, as for ``ecanet.attach``.
+        where: which modules get gates, as for ``ecanet.attach``. None leaves the choice to it.
+        replace: "se" or "eca" puts the gates in the place of such modules of another library's network.
+        preserve: True begins with neutral gates, False with gates as initialised; None is neutral wherever there are
+            weights to preserve.
+        weights: None (random), "default" (the library's own), or the path of a checkpoint.
+        options: the attention's own.
+    """
 
     name: str = "resnet20"
     attention: str = "eca"
     kernel_sizes: str | int | tuple[int, ...] = "adaptive"
+    where: str | None = None
+    replace: Literal["se", "eca"] | None = None
+    preserve: bool | None = None
     weights: str | None = None
     options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def check(self) -> None:
+        """Raise ConfigError if ``weights`` are spelled as in `ecanet.create_model`."""
+        if self.weights == "torchvision":
+            raise ConfigError("weights 'torchvision' are called 'default' in a recipe; a path names a checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,11 +119,13 @@ class DetectorConfig(Config):
 class OptimizerConfig(Config):
     """The optimizer. ``learning_rate`` is for ``base_batch`` images per step, and scales with the effective batch.
 
-    ``decay_norms=False`` applies no weight decay to biases and normalization layers.
+    ``decay_norms=False`` applies no weight decay to biases and normalization layers. Gates learn at ``gate_rate`` times
+    the rate; where that is not 1, they have no weight decay.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.1
+    gate_rate: float = 1
     base_batch: int = 256
     momentum: float = 0.9
     nesterov: bool = False
@@ -112,6 +134,7 @@ class OptimizerConfig(Config):
 
     LIMITS: ClassVar[Limits] = {
         "learning_rate": (0, None),
+        "gate_rate": (0, None),
         "base_batch": (1, None),
         "momentum": (0, 1),
         "weight_decay": (0, None),
@@ -125,7 +148,9 @@ class OptimizerConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig(Config):
-    """The learning rate schedule, after a linear warm-up of ``warmup_epochs``.
+    """The learning rate schedule, after a linear warm-up of ``warmup_epochs`` or ``warmup_steps``.
+
+    A warm-up in steps takes at most a quarter of the run.
 
     ``cosine`` ends at 0. ``step`` multiplies by ``factor`` every ``step_epochs`` epochs or, if there are
     ``milestones``, after each of these epochs. ``exponential`` multiplies by ``factor`` every epoch.
@@ -133,11 +158,27 @@ class ScheduleConfig(Config):
 
     name: Literal["constant", "cosine", "step", "exponential"] = "cosine"
     warmup_epochs: float = 0
+    warmup_steps: int = 0
     step_epochs: int = 30
     milestones: tuple[int, ...] = ()
     factor: float = 0.1
 
-    LIMITS: ClassVar[Limits] = {"warmup_epochs": (0, None), "step_epochs": (1, None), "factor": (0, 1)}
+    LIMITS: ClassVar[Limits] = {
+        "warmup_epochs": (0, None),
+        "warmup_steps": (0, None),
+        "step_epochs": (1, None),
+        "factor": (0, 1),
+    }
+
+    def in_epochs(self, steps: int, epochs: int) -> Self:
+        """Return this schedule with its warm-up in epochs, for a run of ``epochs`` epochs of ``steps`` steps each.
+
+        >>> ScheduleConfig(warmup_steps=10).in_epochs(steps=4, epochs=100).warmup_epochs
+        2.5
+        """
+        if not self.warmup_steps:
+            return self
+        return self.but(warmup_epochs=min(self.warmup_steps / steps, epochs / 4), warmup_steps=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +189,7 @@ class Recipe(Config):
         task: "classification" or "detection".
         detector: settings of the detection task. That task has its own losses: it takes no ``loss``,
             ``label_smoothing``, ``class_weights``, ``mixup`` or ``cutmix``.
+        min_steps: with a small data set, the number of epochs grows until the optimizer takes this number of steps.
         loss: "bce" is binary cross-entropy, one independent decision per class.
         class_weights: how much an image counts in the loss, by its class: "balanced" is N / (K N_k) for N training
             images, N_k of them in this one of K classes, so that the mean is 1. Numbers are in the order of the class
@@ -168,6 +210,7 @@ class Recipe(Config):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     epochs: int = 1
+    min_steps: int = 0
     loss: Literal["cross-entropy", "bce"] = "cross-entropy"
     label_smoothing: float = 0.0
     class_weights: Literal["balanced"] | tuple[float, ...] | None = None
@@ -182,6 +225,7 @@ class Recipe(Config):
 
     LIMITS: ClassVar[Limits] = {
         "epochs": (1, None),
+        "min_steps": (0, None),
         "label_smoothing": (0, 1),
         "mixup": (0, None),
         "cutmix": (0, None),
@@ -196,7 +240,10 @@ class Recipe(Config):
         return self.task == "detection" and self.model.name == "mask_rcnn"
 
     def but(self, **changes: object) -> Self:
-        """Return a copy with ``changes``. If only ``epochs`` changes, a warm-up that is too long shrinks in proportion.
+        """Return a copy with ``changes``.
+
+        If only ``epochs`` changes, a warm-up that is too long shrinks in proportion, and no least number of steps
+        lengthens the run.
 
         >>> Recipe(epochs=10, schedule=ScheduleConfig(warmup_epochs=2)).but(epochs=1).schedule.warmup_epochs
         0.2
@@ -206,6 +253,8 @@ class Recipe(Config):
         """
         if "epochs" in changes and "schedule" not in changes:
             changes["schedule"] = self.schedule.but(warmup_epochs=self.warmup_for(changes["epochs"]))
+        if "epochs" in changes:
+            changes.setdefault("min_steps", 0)
         return replace(self, **changes)
 
     def warmup_for(self, epochs: object) -> float:
@@ -219,13 +268,15 @@ class Recipe(Config):
         return warmup
 
     def check(self) -> None:
-        """Raise ConfigError if the warm-up takes the whole run, or if class weights are none or balance twice."""
+        """Raise ConfigError if the warm-up takes the whole run or is given twice, or if class weights do not fit."""
         weights = self.class_weights
         if isinstance(weights, tuple) and not (min(weights, default=-1) >= 0 and sum(weights) > 0):
             expected = "'balanced' or a number of at least 0 for each class, not all 0"
             raise ConfigError(f"class_weights must be {expected}, got {list(weights)}")
         if weights == "balanced" and self.data.sampler == "balanced":
             raise ConfigError("class_weights=balanced and data.sampler=balanced would balance twice; leave one out")
+        if self.schedule.warmup_epochs and self.schedule.warmup_steps:
+            raise ConfigError("give schedule.warmup_epochs or schedule.warmup_steps, not both: set one of them to 0")
         if self.schedule.warmup_epochs >= self.epochs and self.schedule.warmup_epochs:
             raise ConfigError(
                 f"schedule.warmup_epochs ({self.schedule.warmup_epochs:g}) must be less than epochs ({self.epochs}); "

@@ -59,7 +59,8 @@ def to_dict(config: Config) -> dict[str, object]:
 def with_settings(config: ConfigT, settings: Mapping[str, object]) -> ConfigT:
     """Return ``config`` with values changed by their dotted names.
 
-    As in `Recipe.but`, a warm-up that is too long for the new ``epochs`` shrinks, unless it is changed too.
+    As in `Recipe.but`, a warm-up that is too long for the new ``epochs`` shrinks, and no least number of steps
+    lengthens the run, unless these are changed too.
 
     >>> with_settings(Recipe(), {"data.batch_size": 32, "epochs": 2}).data.batch_size
     32
@@ -68,7 +69,7 @@ def with_settings(config: ConfigT, settings: Mapping[str, object]) -> ConfigT:
         ConfigError: a name is not a setting, or a value does not fit.
     """
     if isinstance(config, Recipe) and "epochs" in settings:
-        settings = {"schedule.warmup_epochs": config.warmup_for(settings["epochs"]), **settings}
+        settings = {"schedule.warmup_epochs": config.warmup_for(settings["epochs"]), "min_steps": 0, **settings}
     values = to_dict(config)
     for name, value in settings.items():
         *groups, last = name.split(".")

@@ -278,7 +278,7 @@ def make_table(
 def _make_row(name: str, attention: str, side: int | None, options: dict[str, object]) -> CostRow:
     with torch.device("meta"):  # counting needs only shapes
         model = find(name, **options)
-    size = image_size(name, model)
+    size = image_size(name)
     size = size if side is None else (size[0], side, side)
     cost = count(model, size)
     return {

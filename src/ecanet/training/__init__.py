@@ -1,22 +1,29 @@
 """A run: recipe, data, network, task, trainer, report.
 
 Read downward: `trainer` (`run`), `checkpoints` (how a run writes and finds them), `detections` (`detect`), `trained`
-(`restore`, `evaluate`, `predict`), `progress` (the output of a run while it trains), `tasks` (what a network learns and
-how it is scored).
+(`evaluate`, `predict`), `restoring` (`restore`), `preparation` (completes a recipe), `progress` (the output of a run
+while it trains), `tasks` (what a network learns and how it is scored), `building` (any network, with weights and
+attention).
 """
 
+from ecanet.training.building import Built, build
 from ecanet.training.detections import FoundObject, ImageDetections, detect
+from ecanet.training.preparation import build_data
+from ecanet.training.restoring import restore
 from ecanet.training.tasks import Classification, Detection, Task
-from ecanet.training.trained import Prediction, evaluate, image_files, predict, restore
+from ecanet.training.trained import Prediction, evaluate, image_files, predict
 from ecanet.training.trainer import read_recipe, run
 
 __all__ = [
+    "Built",
     "Classification",
     "Detection",
     "FoundObject",
     "ImageDetections",
     "Prediction",
     "Task",
+    "build",
+    "build_data",
     "detect",
     "evaluate",
     "image_files",

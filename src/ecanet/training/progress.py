@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import lightning as L
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -122,6 +123,12 @@ class Display(L.Callback):
         self.history = history
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self.bar: Progress | None = None
+
+    def show_network(self, task: Task) -> None:
+        """Print what was loaded into the network and attached to it."""
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            for line in task.notes:
+                self.console.print(line)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the network, the data, and the batch size and learning rate that follow from the recipe."""

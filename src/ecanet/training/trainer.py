@@ -29,6 +29,7 @@ from ecanet.recipes import Recipe, find, from_dict, to_dict
 from ecanet.report import Report, environment, write_file
 from ecanet.training import tasks
 from ecanet.training.checkpoints import AtomicCheckpointIO, RunCheckpoint
+from ecanet.training.preparation import build_data, complete, lengthen
 from ecanet.training.progress import Display, History, quiet_lightning
 
 __all__ = ["read_recipe", "run"]
@@ -63,27 +64,30 @@ def run(
         DataError: data are missing or broken.
         CheckpointError: weights or a checkpoint cannot be used.
     """
-    recipe = _check_recipe(recipe)
+    recipe = complete(_check_recipe(recipe), trusted=not resume)
     torch_device = find_device(device)
     run_dir = _choose_run_dir(recipe, folder, resume)
     with quiet_lightning():
         # A run keeps the split of a flat folder that it began with, whatever has become of the folder.
         split = data.read_split(run_dir / SPLIT_FILE) if resume else None
-        images = data.build(recipe.data, seed=recipe.seed, masks=recipe.learns_masks, split=split)
+        images = build_data(recipe, split=split)
+        recipe = lengthen(recipe, images)
         if quiet:
             images.notices = []
         torch.manual_seed(recipe.seed)  # pyright: ignore[reportUnknownMemberType]
-        task = tasks.build(recipe, images.spec)
+        last = run_dir / "checkpoints" / "last.ckpt"
+        checkpoint = last if resume and last.is_file() else None
+        task = _build_task(recipe, images.spec, from_checkpoint=checkpoint is not None)
         history = History(run_dir / "metrics.csv")
         display = Display(history, quiet=quiet)
+        display.show_network(task)
         trainer = _make_trainer(recipe, task, run_dir, [history, display], torch_device, devices)
         if recipe.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
             # Lightning would compute in bfloat16 instead, with no more than a warning.
             raise ConfigError("precision 16-mixed needs a GPU; on a CPU set precision=bf16-mixed or precision=32")
         if trainer.is_global_zero:
-            _write_settings(recipe, run_dir, images.split)
-        last = run_dir / "checkpoints" / "last.ckpt"
-        _fit(trainer, task, images, last if resume and last.is_file() else None, run_dir)
+            _write_settings(recipe, task, run_dir, images.split, again=checkpoint is not None)
+        _fit(trainer, task, images, checkpoint, run_dir)
         if not history.evaluated:
             # The run had already finished. Its checkpoint has the metrics, but not the artifacts of an evaluation.
             trainer.validate(task, images, verbose=False)
@@ -94,6 +98,13 @@ def run(
                 write_file(run_dir / "results" / name, content)
             display.show_report(report)
     return report
+
+
+def _build_task(recipe: Recipe, spec: data.DataSpec, *, from_checkpoint: bool) -> tasks.Task:
+    """Return the task of ``recipe``. A checkpoint has all weights, so the recipe's are not loaded, nor needed any more."""
+    task = tasks.build(recipe.but(model=recipe.model.but(weights=None)) if from_checkpoint else recipe, spec)
+    task.recipe = recipe
+    return task
 
 
 def read_recipe(folder: str | Path) -> Recipe:
@@ -147,7 +158,11 @@ def _choose_run_dir(recipe: Recipe, folder: str | Path | None, resume: bool) -> 
         problem = "read-only" if nearest.is_dir() else "a file"
         raise ConfigError(f"{folder}: cannot write a run there; {nearest} is {problem}")
     if resume:
-        if (old := read_recipe(folder)) != recipe:
+        old = read_recipe(folder)
+        # A run may be lengthened; and one with a least number of steps has more epochs than its recipe had.
+        longer = recipe.epochs > old.epochs or recipe.min_steps
+        same = old.but(epochs=recipe.epochs, min_steps=recipe.min_steps) == recipe
+        if old != recipe and not (longer and same):
             raise ConfigError(f"{folder} holds another recipe: {_describe_difference(to_dict(old), to_dict(recipe))}")
     elif getattr(rank_zero_only, "rank", 0) == 0 and (folder / "recipe.json").exists():
         raise ConfigError(f"{folder} already holds a run; continue it (--resume {folder}) or choose another folder")
@@ -165,12 +180,14 @@ def _describe_difference(old: Mapping[str, object], new: Mapping[str, object], a
     return f"{at}{key} is {before!r} there and {after!r} here"
 
 
-def _write_settings(recipe: Recipe, run_dir: Path, split: data.Split | None) -> None:
+def _write_settings(recipe: Recipe, task: tasks.Task, run_dir: Path, split: data.Split | None, *, again: bool) -> None:
     try:
         write_file(run_dir / "recipe.json", json.dumps(to_dict(recipe), indent=2))
     except OSError as error:
         raise ConfigError(f"{run_dir}: cannot write a run there ({error.strerror})") from None
     write_file(run_dir / "environment.json", json.dumps(environment(), indent=2))
+    if task.network and not again:
+        write_file(run_dir / "network.json", json.dumps(task.network, indent=2))
     if split is not None:
         write_file(run_dir / SPLIT_FILE, json.dumps(split.to_dict(), indent=1))
 

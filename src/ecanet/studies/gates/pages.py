@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ecanet import data
 from ecanet.data import build_eval_transform, check_classes, read_image
 from ecanet.errors import ConfigError
 from ecanet.recipes import ModelConfig, suggestion, to_dict
@@ -23,7 +22,7 @@ from ecanet.studies.gates.records import (
     run_with_held_gates,
     to_list,
 )
-from ecanet.training import Classification, Task, restore
+from ecanet.training import Classification, Task, build_data, restore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +79,7 @@ def run(
     find_gates(task.model)  # raises if there is none, before the data are read
     names = task.spec.class_names
     drawn = [_find_class(name, names) for name in classes or [n for n in POSTER if n in names] or names[:4]]
-    images = data.build(task.recipe.data, seed=task.recipe.seed, train=False, split=task.split)
+    images = build_data(task.recipe, train=False, split=task.split)
     check_classes(task.recipe.data.name, images.spec, task.spec)
     records = record(task.model, _iterate_batches(images), len(names))
     effects, answer = ([], "") if image is None else explain(task, records, image)

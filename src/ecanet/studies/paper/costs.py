@@ -111,5 +111,5 @@ def count_network(model: ModelConfig) -> Cost:
                 network = DenseNet(32, (6, 12, 64, 48))
             case _:
                 network = find(model.name)
-                return count(network, image_size(model.name, network))
+                return count(network, image_size(model.name))
     return count(network)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict
-from typing import Any, ClassVar, Protocol, TypedDict, cast
+from typing import Any, ClassVar, NotRequired, Protocol, TypedDict, cast
 
 import lightning as L
 import torch
@@ -12,6 +12,7 @@ from ecanet.data import ClassificationData, DataSpec, DetectionData, Split, chec
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import Recipe, to_dict
 from ecanet.report import Artifacts
+from ecanet.surgery import parameter_groups
 from ecanet.training.tasks.schedule import learning_rate_factor
 
 __all__ = ["NO_READABLE_IMAGE", "Optimization", "Task", "get_data", "read_spec"]
@@ -33,11 +34,12 @@ class Optimization(TypedDict):
     lr_scheduler: Schedule
 
 
-class ParameterGroup(TypedDict, total=False):
-    """Parameters with a weight decay of their own."""
+class ParameterGroup(TypedDict):
+    """Parameters with a learning rate or a weight decay of their own."""
 
     params: list[nn.Parameter]
-    weight_decay: float
+    lr: NotRequired[float]
+    weight_decay: NotRequired[float]
 
 
 class _TrainerWithData(Protocol):
@@ -55,7 +57,11 @@ def read_spec(values: object) -> DataSpec:
 
 
 class Task(L.LightningModule):
-    """The base of all tasks: a network, its optimizer and schedule, and a random state that survives a resume."""
+    """The base of all tasks: a network, its optimizer and schedule, and a random state that survives a resume.
+
+    ``notes`` are lines that say what was loaded into the network and attached to it; ``network`` has the same as plain
+    values.
+    """
 
     monitor: ClassVar[str]
     split: Split | None = None
@@ -64,6 +70,8 @@ class Task(L.LightningModule):
     def __init__(self, recipe: Recipe, spec: DataSpec, model: nn.Module):
         super().__init__()
         self.recipe, self.spec = recipe, spec
+        self.notes: list[str] = []
+        self.network: dict[str, object] = {}
         self.model = model.to(memory_format=torch.channels_last) if recipe.channels_last else model
         if recipe.compile:
             # Compiling in place keeps the names of the parameters. Only a detector's backbone is a single graph.
@@ -141,9 +149,10 @@ class Task(L.LightningModule):
                 f"accumulate={self.recipe.accumulate} batches make a step, but an epoch has {batches}; lower accumulate"
             )
         steps = math.ceil(batches / self.recipe.accumulate)
-        optimizer = self._make_optimizer()
+        optimizer, epochs = self._make_optimizer(), self.recipe.epochs
+        schedule = self.recipe.schedule.in_epochs(steps, epochs)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(self.recipe.schedule, step / steps, self.recipe.epochs)
+            optimizer, lambda step: learning_rate_factor(schedule, step / steps, epochs)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -161,11 +170,17 @@ class Task(L.LightningModule):
         )
 
     def _group_parameters(self) -> list[ParameterGroup]:
-        """Return all trainable parameters, or two groups if biases and normalization layers have no weight decay."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if self.recipe.optimizer.decay_norms:
-            return [{"params": parameters}]
-        return [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        """Return all trainable parameters: in one group, or apart those with another rate or weight decay.
+
+        Gates are apart if the recipe gives them another rate; biases and norms if they have no weight decay.
+        """
+        config = self.recipe.optimizer
+        groups: list[ParameterGroup] = [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+        if config.gate_rate != 1:
+            rates = {"lr": self.learning_rate, "gate_lr": self.learning_rate * config.gate_rate}
+            groups = cast(list[ParameterGroup], parameter_groups(self.model, **rates))
+        if config.decay_norms:
+            return groups
+        network, *gates = groups
+        shaped, flat = ([p for p in network["params"] if (p.ndim > 1) == wanted] for wanted in (True, False))
+        return [{**network, "params": shaped}, {**network, "params": flat, "weight_decay": 0.0}, *gates]

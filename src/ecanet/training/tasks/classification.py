@@ -9,11 +9,12 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassStatScores
 from torchvision.transforms import v2  # pyright: ignore[reportMissingTypeStubs]
 
-from ecanet import models
+from ecanet import networks
 from ecanet.data import ClassificationData, DataSpec, has_boxes
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import Recipe
 from ecanet.report import Artifacts, Example
+from ecanet.training.building import build
 from ecanet.training.tasks.base import NO_READABLE_IMAGE, Task, get_data
 from ecanet.training.tasks.losses import balance_classes, compute_loss
 
@@ -46,16 +47,11 @@ class Classification(Task):
                 f"class_weights has {len(recipe.class_weights)} numbers and {recipe.data.name} {classes} classes; "
                 "give one number for each, in the order of the class names"
             )
-        model = models.create_model(
-            config.name,
-            attention=config.attention,
-            kernel_sizes=config.kernel_sizes,
-            num_classes=classes,
-            in_channels=spec.channels,
-            weights=config.weights,
-            **config.options,
-        )
-        super().__init__(recipe, spec, model)
+        built = build(config, num_classes=classes, image=(spec.channels, spec.size, spec.size))
+        super().__init__(recipe, spec, built.model)
+        self.notes, self.network, self.exchanged = built.describe(), built.to_dict(), built.exchanged
+        self.unexpected = [] if built.loaded is None else built.loaded.unexpected
+        self.channels = spec.channels if networks.is_ours(config.name) else 3
         mixes: list[v2.Transform] = [v2.MixUp(alpha=recipe.mixup, num_classes=classes)] if recipe.mixup else []
         mixes += [v2.CutMix(alpha=recipe.cutmix, num_classes=classes)] if recipe.cutmix else []
         self.mix = v2.RandomChoice(mixes) if mixes else None
@@ -71,7 +67,11 @@ class Classification(Task):
         self.images_evaluated = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (N, K) of normalized images ``x`` (N, C, H, W)."""
+        """Return the logits (N, K) of normalized images ``x`` (N, C, H, W).
+
+        Other libraries' networks take three channels: for them a grey image is repeated.
+        """
+        x = x.expand(-1, self.channels, -1, -1)
         return self.model(x.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else x)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -51,13 +51,16 @@ def build_detector(recipe: Recipe, spec: DataSpec) -> nn.Module:
     if not has_boxes(recipe.data.name):
         raise ConfigError(f"detection needs annotated images, coco:PATH or scenes, got {recipe.data.name!r}")
     model, settings = recipe.model, recipe.detector
+    for name in ("where", "replace", "preserve"):
+        if getattr(model, name) is not None:
+            raise ConfigError(f"model.{name} is for classifiers; the detectors have their gates built in: leave it out")
     return create_detector(
         model.name,
         settings.backbone,
         num_classes=len(spec.class_names),
         attention=model.attention,
         kernel_sizes=model.kernel_sizes,
-        weights=model.weights,
+        weights="torchvision" if model.weights == "default" else model.weights,
         norm=settings.norm,
         frozen_stages=settings.frozen_stages,
         freeze_attention=settings.freeze_attention,
