@@ -187,7 +187,18 @@ def test_a_split_that_is_not_the_checkpoints_is_refused(tmp_path):
 def test_the_command_line_splits_and_says_so(ecanet, tmp_path):
     photos = make_flat(tmp_path / "photos", {"cat": 6, "dog": 6})
     (photos / "cat" / "notes.txt").touch()
-    options = ["--model", "resnet8", "--epochs", 1, "--device", "cpu", "--set", "data.image_size=16"]
+    options = [
+        "--model",
+        "resnet8",
+        "--weights",
+        "none",
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--set",
+        "data.image_size=16",
+    ]
     options += ["--set", "data.workers=0"]
     code, out, err = ecanet("train", "folder:photos", *options, "--out", "run", "--val-share", "0.5")
     assert (code, err) == (0, "ignored 1 file that is no image: cat/notes.txt (in photos)\n")
@@ -207,6 +218,7 @@ def test_a_killed_run_on_a_flat_folder_resumes_bit_equal(tmp_path):
     photos = make_flat(tmp_path / "photos", {"ant": 60, "bee": 30, "cat": 90})
     recipe = recipe_for(photos, epochs=6)
     command = [sys.executable, "-m", "ecanet", "train", f"folder:{photos}", "--model", "resnet8", "--epochs", "6"]
+    command += ["--weights", "none"]
     command += ["--device", "cpu", "--batch-size", "4", "--set", "data.image_size=16", "--set", "data.workers=0"]
     process = subprocess.Popen([*command, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

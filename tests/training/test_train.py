@@ -23,7 +23,7 @@ from ecanet.errors import CheckpointError, ConfigError, DataError
 from ecanet.models import create_model
 from ecanet.recipes import RECIPES, DataConfig, ModelConfig, OptimizerConfig, Recipe, ScheduleConfig, to_dict
 from ecanet.report import Report
-from ecanet.training import checkpoints, trained
+from ecanet.training import checkpoints, restore, trained
 from ecanet.training import trainer as train
 from ecanet.training.tasks import Classification, build
 
@@ -99,7 +99,7 @@ def test_a_run_learns_and_leaves_its_folder(tmp_path):
 
 def test_top1_and_the_confusion_matrix_are_correct(tmp_path):
     report = run(TINY.but(epochs=1), tmp_path / "run")
-    task = trained.restore(report.last_checkpoint)
+    task = restore(report.last_checkpoint)
     images, labels = load_tiny(None, False)
     with torch.inference_mode():
         logits = task(task.spec.normalize(images))
@@ -500,7 +500,7 @@ def test_weights_without_a_recipe(tmp_path):
         with torch.inference_mode():
             logits = network.eval()(SMALL_SETS["tiny"].spec.normalize(images))
         assert found["val_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
-        with pytest.raises(CheckpointError, match="does not fit ResNet: 72 tensors beside the head are missing"):
+        with pytest.raises(CheckpointError, match="does not fit ResNet: 180 tensors beside the head are missing"):
             trained.evaluate(tmp_path / "plain.pth", model=ModelConfig(name="resnet56"), data_name="tiny")
 
 
@@ -512,7 +512,7 @@ def test_a_run_is_not_evaluated_on_other_classes(tmp_path):
 
 def test_predictions(tmp_path):
     report = run(TINY.but(epochs=8), tmp_path / "run")
-    task = trained.restore(report.folder)
+    task = restore(report.folder)
     files = trained.image_files(report.folder / "examples")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")

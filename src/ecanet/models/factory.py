@@ -187,7 +187,7 @@ def find_torchvision_weights(name: str, weights: "str | Path | WeightsEnum") -> 
     from torchvision.models import get_model_weights, list_models  # pyright: ignore[reportUnknownVariableType]
 
     if name not in list_models():
-        raise CheckpointError(f"torchvision has no weights for {name!r}; pass the path of a checkpoint instead")
+        raise CheckpointError(f"torchvision has no weights for {name!r}; give a checkpoint's path, or none")
     members = list(cast("Iterable[WeightsEnum]", get_model_weights(name)))
     if isinstance(weights, str | Path):
         return members[-1]  # the last one is torchvision's DEFAULT
