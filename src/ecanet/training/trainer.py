@@ -101,7 +101,7 @@ def run(
 
 
 def _build_task(recipe: Recipe, spec: data.DataSpec, *, from_checkpoint: bool) -> tasks.Task:
-    """Return the task of ``recipe``. A checkpoint has all weights, so the recipe's are not loaded, nor needed any more."""
+    """Return the task of ``recipe``. A checkpoint has all weights, so the recipe's are not loaded then."""
     task = tasks.build(recipe.but(model=recipe.model.but(weights=None)) if from_checkpoint else recipe, spec)
     task.recipe = recipe
     return task
