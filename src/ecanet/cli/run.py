@@ -34,7 +34,7 @@ from ecanet.cli.options import (
 from ecanet.errors import ConfigError
 from ecanet.recipes import with_settings
 
-RECIPE_HELP = f"Recipe ({', '.join(recipes.RECIPES)}) or data set (digits, folder:PATH, …)."
+RECIPE_HELP = f"{', '.join(recipes.RECIPES)}; or a data set (folder:PATH, …)."
 
 
 def train(

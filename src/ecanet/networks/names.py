@@ -22,7 +22,7 @@ __all__ = ["find", "find_library", "is_ours"]
 HOW_TO_NAME = "write NAME for this library's, torchvision:NAME, timm:NAME or FILE.py:FACTORY"
 
 INCEPTION = {"aux_logits": False, "transform_input": True}
-"""Arguments of torchvision's Inceptions: logits alone in training, and the means that their published weights expect."""
+"""Arguments of torchvision's Inceptions: logits alone in training, and the means that their weights expect."""
 
 
 def find(name: str, **options: object) -> nn.Module:
