@@ -106,6 +106,7 @@ def test_the_small_form_runs_on_stand_ins(script, monkeypatch, tmp_path, capsys)
     assert list(cells) == list(script.finetuning.ARMS)
     unchanged = {arm for arm, cell in cells.items() if cell["outputs_unchanged_by_attach"]}
     assert unchanged == {"plain", "eca", "eca-gates-x10"}
+    assert all(gate["mean_distance"] > 0.2 for gate in cells["eca-random-recalibrated"]["gates"])
     moved = [max(g["largest_parameter"] for g in cells[arm]["gates"]) for arm in ("eca", "eca-gates-x10")]
     assert 0 < 3 * moved[0] < moved[1]
     assert [point["step"] for point in cells["plain"]["points"]] == [0, 1, 3]
