@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -26,6 +27,8 @@ from ecanet.report import Report
 from ecanet.training import checkpoints, restore, trained
 from ecanet.training import trainer as train
 from ecanet.training.tasks import Classification, build
+
+ONE = SimpleNamespace(reduce_boolean_decision=bool)
 
 
 def load_tiny(root: str | None, training: bool) -> tuple[Tensor, Tensor]:
@@ -672,3 +675,19 @@ def test_a_terminated_run_has_its_own_exit_code(tmp_path):
         said, _ = process.communicate(timeout=120)
         assert process.returncode == expected, said
         assert "continue with: ecanet train --resume" in said
+
+
+def test_of_equally_accurate_epochs_the_one_with_the_lower_loss_is_best(tmp_path):
+    callback = checkpoints.RunCheckpoint(tmp_path, "best", monitor="top1", mode="max")
+    better = []
+    for top1, loss in [(50, 1.0), (100, 1.1), (100, 0.5), (100, 0.7), (90, 0.1), (100, 0.4)]:
+        score = torch.tensor(float(top1))
+        metrics = {"top1": score, "val_loss": torch.tensor(loss)}
+        better.append(callback.check_monitor_top_k(SimpleNamespace(callback_metrics=metrics, strategy=ONE), score))
+        if better[-1]:
+            callback.best_model_score, callback.best_k_models = score, {str(tmp_path / "best.ckpt"): score}
+            callback.kth_best_model_path = str(tmp_path / "best.ckpt")
+    assert better == [True, True, True, False, False, True]
+    again = checkpoints.RunCheckpoint(tmp_path, "best", monitor="top1", mode="max")
+    again.load_state_dict(callback.state_dict())
+    assert again.lowest_loss == pytest.approx(0.4)

@@ -1,12 +1,15 @@
 """How a run writes its checkpoint files, and finds them again."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from ecanet.models import read_file
 
@@ -14,10 +17,27 @@ __all__ = ["AtomicCheckpointIO", "RunCheckpoint"]
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """A checkpoint callback that finds its files after the run's folder has moved.
+    """A checkpoint callback that finds its files after the run's folder has moved, and of equals keeps the lower loss.
 
-    Lightning's own one would forget which checkpoint was the best.
+    Lightning's own one would forget which checkpoint was the best. And with a dozen held-out images the first epoch may
+    name all classes right by chance; later ones that do so with confidence are better.
     """
+
+    lowest_loss = math.inf
+    """Held-out loss of the best checkpoint, if its task has one."""
+
+    def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
+        """Return whether this epoch is better than the best one: in the metric or, if that is equal, in the loss."""
+        loss = float(trainer.callback_metrics.get("val_loss", math.inf))
+        equal = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
+        better = super().check_monitor_top_k(trainer, current) or (equal and loss < self.lowest_loss)
+        if better:
+            self.lowest_loss = loss
+        return better
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the state with the lowest loss."""
+        return {**super().state_dict(), "lowest_loss": self.lowest_loss}
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         """Restore the state, with every path changed to the present folder."""
@@ -25,6 +45,7 @@ class RunCheckpoint(ModelCheckpoint):
         paths = {
             key: str(folder / Path(str(old)).name) for key, old in state_dict.items() if key.endswith("_path") and old
         }
+        self.lowest_loss = cast(float, state_dict.get("lowest_loss", math.inf))
         best = cast(dict[str, object], state_dict.get("best_k_models", {}))
         scores = {str(folder / Path(old).name): score for old, score in best.items()}
         super().load_state_dict({**state_dict, **paths, "best_k_models": scores, "dirpath": self.dirpath})
