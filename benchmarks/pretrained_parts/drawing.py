@@ -37,14 +37,15 @@ def draw_all(found: dict[str, Any], folder: Path) -> str:
 
     matplotlib.use("Agg")
     # A white ground of its own keeps the picture legible on dark pages.
-    matplotlib.rcParams.update({"font.size": 15, "figure.facecolor": "white", "savefig.facecolor": "white"})
+    settings = {"font.size": 15, "figure.facecolor": "white", "savefig.facecolor": "white"}
     tables: list[str] = []
-    if rows := found.get("pictures"):
-        draw_pictures(rows, folder / "pretrained.png")
-        tables.append(tabulate_pictures(rows))
-    if cells := found.get("finetuning"):
-        draw_finetuning(cells, folder / "pretrained-finetune.png")
-        tables += [tabulate_finetuning(cells), tabulate_gates(cells)]
+    with matplotlib.rc_context(settings):
+        if rows := found.get("pictures"):
+            draw_pictures(rows, folder / "pretrained.png")
+            tables.append(tabulate_pictures(rows))
+        if cells := found.get("finetuning"):
+            draw_finetuning(cells, folder / "pretrained-finetune.png")
+            tables += [tabulate_finetuning(cells), tabulate_gates(cells)]
     return "\n".join(tables)
 
 

@@ -209,7 +209,8 @@ def test_settings_reach_the_cells_and_a_folder_belongs_to_one_recipe(tmp_path):
     assert seeds == [0, 1]
     cell = json.loads((tmp_path / "cells" / "se-seed0.json").read_text())
     assert cell["recipe"]["model"] == {
-        "name": "resnet8", "attention": "se", "kernel_sizes": "adaptive", "weights": None, "options": {"reduction": 4}
+        "name": "resnet8", "attention": "se", "kernel_sizes": "adaptive", "where": None, "replace": None,
+        "preserve": None, "weights": None, "options": {"reduction": 4},
     }  # fmt: skip
     assert cell["parameters"] == result.results[1].variant.cost.parameters
     assert cell["top1"] == result.results[1].by_seed[0] == cell["metrics"]["top1"]

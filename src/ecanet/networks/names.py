@@ -28,7 +28,8 @@ INCEPTION = {"aux_logits": False, "transform_input": True}
 def find(name: str, **options: object) -> nn.Module:
     """Build the network called ``name`` with random weights.
 
-    ``options`` go to `ecanet.create_model`; other networks take ``num_classes`` alone.
+    ``options`` go to `ecanet.create_model`; other networks take ``num_classes`` alone. With it torchvision's Inceptions
+    return logits alone, in training too.
 
     >>> type(find("torchvision:resnet18")).__module__
     'torchvision.models.resnet'
@@ -110,7 +111,13 @@ def _from_torchvision(name: str, options: Mapping[str, object]) -> nn.Module:
     if name not in list_models():
         raise _unknown("torchvision", name, list_models())
     composed = "weights_backbone" in _parameters(get_model_builder(name))  # without weights it would download those
-    more = {"weights_backbone": None} if composed else INCEPTION if name in ("inception_v3", "googlenet") else {}
+    more = (
+        {"weights_backbone": None}
+        if composed
+        else INCEPTION
+        if options and name in ("inception_v3", "googlenet")
+        else {}
+    )
     return get_model(name, weights=None, **more, **options)
 
 
