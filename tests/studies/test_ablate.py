@@ -31,9 +31,10 @@ NAMES = ["eca-k3", "se-var1"]
 def test_the_whole_list_on_a_small_network():
     lines = []
     rows = {row.name: row for row in plan(RECIPE, VARIANTS, lines.append)}
-    assert lines == ["eca-adaptive is the same network as eca-k3 here: one row"]
-    assert rows["eca-k3"].same_as == ("eca-adaptive",)
-    assert len(rows) == len(VARIANTS) - 1
+    same = "is the same network as eca-k3 here: one row"
+    assert lines == [f"eca-adaptive {same}", f"eca-random {same}"]  # without weights all gates begin at random
+    assert rows["eca-k3"].same_as == ("eca-adaptive", "eca-random")
+    assert len(rows) == len(VARIANTS) - 2
     assert next(iter(rows)) == "none"
     assert rows["se"].model.options == {"reduction": 4}  # 16 would leave one number of 16 channels
     assert rows["se-gc"].model.options == {"groups": 4}
@@ -52,7 +53,7 @@ def test_the_whole_list_on_a_small_network():
 def test_the_whole_list_on_a_large_network():
     recipe = RECIPE.but(model=RECIPE.model.but(name="resnet50"), data=RECIPE.data.but(image_size=32))
     rows = {row.name: row for row in plan(recipe, VARIANTS, lambda line: None)}
-    assert len(rows) == len(VARIANTS)  # k = 5, 5, 5, 7 is none of the fixed ones
+    assert len(rows) == len(VARIANTS) - 1  # k = 5, 5, 5, 7 is none of the fixed ones, and eca-random is eca-adaptive
     assert rows["se"].model.options == {"reduction": 16}
     assert rows["larger"].model.name == "resnet101"
 

@@ -116,6 +116,7 @@ def write(folder: Path, suite: str) -> Path:
     return folder.parent
 
 
+@pytest.mark.slow
 def test_both_columns_and_the_causes(script, tmp_path, capsys):
     checkout = write(tmp_path / "timm" / "tests", TIMM_SUITE)
     (checkout / "timm.py").write_text("raise ImportError('the checkout was imported')")

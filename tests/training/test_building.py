@@ -10,7 +10,8 @@ from ecanet.recipes import ModelConfig
 from ecanet.training import build
 
 IMAGE = (3, 64, 64)
-OTHERS = ["torchvision:mobilenet_v2", "timm:resnet26d", "timm:convnext_atto", "torchvision:squeezenet1_1"]
+LARGE = pytest.param("timm:resnet26d", marks=pytest.mark.slow)
+OTHERS = ["torchvision:mobilenet_v2", LARGE, "timm:convnext_atto", "torchvision:squeezenet1_1"]
 
 
 def make(name, weights=None, **settings):
@@ -52,7 +53,7 @@ def test_weights_for_other_classes_change_nothing_but_the_head(name, generator, 
     assert torch.equal(built.model.eval()(x), bare(x))
 
 
-@pytest.mark.parametrize("name", ["torchvision:mobilenet_v2", "timm:resnet26d", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["torchvision:mobilenet_v2", LARGE, "mobilenet_v2"])
 def test_a_file_with_gates_gives_them_back(name, generator, tmp_path):
     trained = spread(make(name).model, generator)
     torch.save(trained.state_dict(), tmp_path / "trained.pth")

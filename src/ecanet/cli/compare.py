@@ -18,9 +18,11 @@ from ecanet.cli.options import (
     KernelSizes,
     ModelName,
     Settings,
+    Weights,
     check_folder,
     collect_changes,
     console,
+    model_changes,
     model_config,
     parse_settings,
     print_json,
@@ -97,6 +99,7 @@ def ablate(
     variants: Annotated[str | None, typer.Option(help="Comma-separated variants.", show_default="all")] = None,
     seeds: Annotated[int, typer.Option(help="Runs per variant.")] = 5,
     model: ModelName = None,
+    weights: Weights = None,
     epochs: Epochs = None,
     data_dir: DataDir = None,
     settings: Settings = None,
@@ -112,9 +115,10 @@ def ablate(
     from ecanet.studies import ablate
 
     check_folder(out)
-    changes = collect_changes({"model.name": model, "epochs": epochs, "data.root": data_dir}, settings)
+    changes = model_changes(model=model, attention=None, weights=weights)
+    changes |= collect_changes({"epochs": epochs, "data.root": data_dir}, settings)
     result = ablate.run(
-        with_settings(recipes.find(recipe), changes),
+        with_settings(recipes.find(recipe, scratch=weights == "none"), changes),
         folder=out,
         variants=split(variants) or tuple(ablate.VARIANTS),
         seeds=seeds,

@@ -88,7 +88,7 @@ def to_tensor(image: "Image.Image | NDArray[np.generic] | Tensor", channels: int
         if not 0 <= float(image.min()) <= float(image.max()) <= 1:
             raise DataError("a tensor of floating-point numbers must be from 0 to 1, before any normalization")
         image = (image * 255).round().to(torch.uint8)
-    pixels = image.detach().cpu() if isinstance(image, Tensor) else torch.as_tensor(np.ascontiguousarray(image))
+    pixels = image.detach().cpu() if isinstance(image, Tensor) else torch.as_tensor(np.array(image))
     if not isinstance(image, Tensor):
         pixels = pixels[None] if pixels.dim() == 2 else pixels.movedim(-1, 0)
     if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[0] not in (1, 3):

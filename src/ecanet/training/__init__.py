@@ -8,7 +8,7 @@ attention).
 
 from ecanet.training.building import Built, build
 from ecanet.training.detections import FoundObject, ImageDetections, detect
-from ecanet.training.preparation import build_data
+from ecanet.training.preparation import build_data, complete
 from ecanet.training.restoring import restore
 from ecanet.training.tasks import Classification, Detection, Task
 from ecanet.training.trained import Prediction, evaluate, image_files, predict
@@ -24,6 +24,7 @@ __all__ = [
     "Task",
     "build",
     "build_data",
+    "complete",
     "detect",
     "evaluate",
     "image_files",

@@ -18,6 +18,7 @@ from ecanet.recipes import Recipe, from_dict, to_dict
 from ecanet.report import write_file
 from ecanet.studies.ablate.comparison import Measurement, Result, compare
 from ecanet.studies.ablate.variants import VARIANTS, Variant, plan
+from ecanet.training import complete
 
 __all__ = ["Ablation", "run", "run_cell"]
 
@@ -71,6 +72,7 @@ def run(
     if recipe.seed:
         raise ConfigError(f"an ablation runs the seeds 0, 1, …: leave out seed={recipe.seed} and give their number")
     folder = Path(folder)
+    recipe = complete(recipe, trusted=True)
     rows = plan(recipe, variants, say)
     _claim_folder(folder, recipe)
     grid = [(variant, seed) for seed in range(seeds) for variant in rows]

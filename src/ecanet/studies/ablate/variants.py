@@ -7,10 +7,12 @@ from typing import cast
 import torch
 from torch import nn
 
-from ecanet import data
+from ecanet import data, training
 from ecanet.attention import ECA, ECANS, SEGC, Attention, SEVar2, SEVar3
+from ecanet.data import DataSpec
 from ecanet.errors import ConfigError
-from ecanet.models import LAYERS, create_model
+from ecanet.models import LAYERS
+from ecanet.networks import find, is_ours
 from ecanet.recipes import ModelConfig, Recipe, suggestion
 from ecanet.studies.cost import Cost, count
 
@@ -48,6 +50,7 @@ VARIANTS: dict[str, tuple[str, dict[str, int | str]]] = {
     "eca-k7": ("eca", {"kernel_size": 7}),
     "eca-k9": ("eca", {"kernel_size": 9}),
     "eca-adaptive": ("eca", {}),
+    "eca-random": ("eca", {"preserve": False}),
     "eca-circular": ("eca", {"padding_mode": "circular"}),
     "eca-neutral": (f"{__name__}.NeutralECA", {}),
     "eca-ns": ("eca-ns", {}),
@@ -68,7 +71,10 @@ VARIANTS: dict[str, tuple[str, dict[str, int | str]]] = {
     "ema": ("ema", {}),
     "larger": ("none", {}),
 }
-"""The attention of each variant and its options."""
+"""The attention of each variant and its options.
+
+With pretrained weights all gates begin neutral, except those of ``eca-random``.
+"""
 
 SMALL_DIVISOR = 4
 """Replaces a reduction or group count of 16 in small-image networks, whose stages have 16 to 64 channels."""
@@ -104,7 +110,8 @@ def plan(recipe: Recipe, names: Iterable[str], say: Callable[[str], None] = prin
     for line in images.notices:  # once for all runs
         say(line)
     spec = images.spec
-    size = (spec.channels, spec.size, spec.size)
+    channels = spec.channels if is_ours(recipe.model.name) else 3
+    size = (channels, spec.size, spec.size)
     chosen = [name.strip() for name in names]
     for name in chosen:
         if name not in VARIANTS:
@@ -113,16 +120,9 @@ def plan(recipe: Recipe, names: Iterable[str], say: Callable[[str], None] = prin
     # The order of VARIANTS, so that merged variants always keep the same name, however they were listed.
     for name in dict.fromkeys(["none", *sorted(chosen, key=list(VARIANTS).index)]):
         model = _configure(recipe.model, name)
-        with torch.device("meta"):
-            network = create_model(
-                model.name,
-                attention=model.attention,
-                kernel_sizes=model.kernel_sizes,
-                num_classes=len(spec.class_names),
-                in_channels=spec.channels,
-                **model.options,
-            )
-        form = describe_form(network)
+        network = _build(model, spec)
+        # With pretrained weights, the same network may begin in two ways.
+        form = describe_form(network) + (f"preserve={model.preserve}" if model.weights else "")
         if form in by_form:
             kept = by_form[form]
             by_form[form] = replace(kept, same_as=(*kept.same_as, name))
@@ -130,6 +130,18 @@ def plan(recipe: Recipe, names: Iterable[str], say: Callable[[str], None] = prin
         else:
             by_form[form] = Variant(name=name, model=model, cost=count(network, size))
     return list(by_form.values())
+
+
+def _build(model: ModelConfig, spec: DataSpec) -> nn.Module:
+    """Return the network of ``model`` for data of this ``spec``, without its weights."""
+    classes = len(spec.class_names)
+    if not is_ours(model.name) or model.where is not None:
+        return training.build(
+            model.but(weights=None), num_classes=classes, image=(spec.channels, spec.size, spec.size)
+        ).model
+    gates = {"attention": model.attention, "kernel_sizes": model.kernel_sizes, **model.options}
+    with torch.device("meta"):
+        return find(model.name, num_classes=classes, in_channels=spec.channels, **gates)
 
 
 def _configure(base: ModelConfig, name: str) -> ModelConfig:
@@ -143,7 +155,11 @@ def _configure(base: ModelConfig, name: str) -> ModelConfig:
     is_small = base.name in LAYERS and len(LAYERS[base.name][1]) == 3
     options = {key: SMALL_DIVISOR if is_small and value == 16 else value for key, value in values.items()}
     kernel_sizes = options.pop("kernel_size", "adaptive")
-    return base.but(name=network, attention=attention, kernel_sizes=kernel_sizes, options=options)
+    preserve = options.pop("preserve", base.preserve)
+    changes: dict[str, object] = {"kernel_sizes": kernel_sizes, "preserve": preserve}
+    if attention == "none":
+        changes |= {"preserve": None, "where": None, "replace": None}
+    return base.but(name=network, attention=attention, options=options, **changes)
 
 
 def describe_form(network: nn.Module) -> str:
