@@ -108,3 +108,14 @@ def test_images_from_memory_are_classified_as_files_are(ecanet, photos):
     assert [answer.path for answer in answers] == [str(path), *(f"image {at}" for at in range(1, 5))]
     wrong = [np.zeros((4, 4, 3)), torch.zeros(3, 4, 4) - 1, torch.zeros(1, 3, 4, 4, dtype=torch.uint8)]
     assert all("image" in str(answer) or "tensor" in str(answer) for answer in predict(task, wrong, device="cpu"))
+
+
+def test_a_network_in_a_file_is_counted_where_the_command_names_it(ecanet, photos):
+    for command in (
+        ["cost", "mine.py:make"],
+        ["models", "mine.py:make"],
+        ["models", "mine.py:make", "--attach", "eca"],
+    ):
+        code, out, err = ecanet(*command)
+        assert (code, err) == (0, "")
+        assert "mine.py:make" in out.replace("\n", "")

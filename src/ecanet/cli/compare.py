@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ecanet import recipes
 from ecanet.cli.options import (
     AsJson,
     Attention,
@@ -20,14 +19,16 @@ from ecanet.cli.options import (
     Settings,
     Weights,
     check_folder,
+    choose_recipe,
     collect_changes,
     console,
     model_changes,
     model_config,
+    name_network,
     parse_settings,
     print_json,
 )
-from ecanet.recipes import parse_kernel_sizes, with_settings
+from ecanet.recipes import parse_kernel_sizes
 
 
 def cost(
@@ -52,7 +53,9 @@ def cost(
     options = parse_settings(settings or ())
     if kernel_sizes:
         options["kernel_sizes"] = parse_kernel_sizes(kernel_sizes)
-    rows = cost.make_table(models, attentions=split(attention) or None, side=image_size, **options)
+    rows = cost.make_table(
+        [name_network(name) for name in models], attentions=split(attention) or None, side=image_size, **options
+    )
     if as_json:
         print_json(rows)
         return
@@ -118,7 +121,7 @@ def ablate(
     changes = model_changes(model=model, attention=None, weights=weights)
     changes |= collect_changes({"epochs": epochs, "data.root": data_dir}, settings)
     result = ablate.run(
-        with_settings(recipes.find(recipe, scratch=weights == "none"), changes),
+        choose_recipe(recipe, changes),
         folder=out,
         variants=split(variants) or tuple(ablate.VARIANTS),
         seeds=seeds,

@@ -6,7 +6,7 @@ from typing import Annotated, TypedDict
 import typer
 from rich.table import Table
 
-from ecanet.cli.options import AsJson, Attention, KernelSizes, console, print_json
+from ecanet.cli.options import AsJson, Attention, KernelSizes, console, name_network, print_json
 from ecanet.errors import ConfigError
 from ecanet.recipes import parse_kernel_sizes
 
@@ -39,6 +39,7 @@ def models(
     With a name: that network with every attention.
     With --attach: where attach puts gates in that network.
     """
+    name = None if name is None else name_network(name)
     if attach is not None:
         if name is None or attention is not None:
             raise ConfigError("--attach takes one network and names the attention: ecanet models resnet50 --attach eca")

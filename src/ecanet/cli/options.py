@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ecanet.errors import ConfigError, DataError
-from ecanet.recipes import ModelConfig, parse_kernel_sizes
+from ecanet.recipes import ModelConfig, Recipe, find, parse_kernel_sizes, with_settings
 
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
@@ -97,6 +97,17 @@ def model_changes(
     return changes
 
 
+def choose_recipe(name: str | None, changes: Mapping[str, object]) -> Recipe:
+    """Return the recipe ``name`` with ``changes``; say so where it is fine-tuning and nobody has asked for it."""
+    if name is None:
+        raise ConfigError("give a recipe or a data set, such as `ecanet train quickstart`, or --resume RUN")
+    scratch = "model.weights" in changes and changes["model.weights"] is None
+    chosen = with_settings(find(name, scratch=scratch), changes)
+    if chosen.name == "finetune" and name != "finetune":
+        console.print(f"{name} is small: fine-tuning from pretrained weights; --weights none trains from scratch")
+    return chosen
+
+
 def collect_changes(options: Mapping[str, object], settings: Sequence[str] | None) -> dict[str, object]:
     """Return the options that are not None, and the ``--set`` pairs, which win."""
     return {key: value for key, value in options.items() if value is not None} | parse_settings(settings or ())
@@ -121,6 +132,15 @@ def parse_settings(settings: Sequence[str]) -> dict[str, object]:
         except json.JSONDecodeError:
             pairs[key] = text
     return pairs
+
+
+def name_network(name: str) -> str:
+    """Return the network's name. The file of ``FILE.py:FACTORY`` may run, since the command names it."""
+    from ecanet import networks
+
+    if networks.find_library(name)[0] == "file":
+        networks.trust(name)
+    return name
 
 
 def check_folder(out: Path | None) -> None:

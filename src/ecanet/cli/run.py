@@ -24,6 +24,7 @@ from ecanet.cli.options import (
     Weights,
     Where,
     check_on_corrupt,
+    choose_recipe,
     collect_changes,
     console,
     model_changes,
@@ -94,17 +95,6 @@ def train(
     from ecanet.training import run
 
     run(chosen, folder=resume or out, resume=resume is not None, device=device)
-
-
-def choose_recipe(name: str | None, changes: Mapping[str, object]) -> recipes.Recipe:
-    """Return the recipe ``name`` with ``changes``; say so where it is fine-tuning and nobody has asked for it."""
-    if name is None:
-        raise ConfigError("give a recipe or a data set, such as `ecanet train quickstart`, or --resume RUN")
-    scratch = "model.weights" in changes and changes["model.weights"] is None
-    chosen = with_settings(recipes.find(name, scratch=scratch), changes)
-    if chosen.name == "finetune" and name != "finetune":
-        console.print(f"{name} is small: fine-tuning from pretrained weights; --weights none trains from scratch")
-    return chosen
 
 
 def resume_recipe(run: Path, changes: Mapping[str, object]) -> recipes.Recipe:
