@@ -68,6 +68,14 @@ def test_both_languages_show_the_same_code_and_figures():
     )
 
 
+def test_both_languages_name_the_same_attention():
+    row = re.search(r"\| \*\*Modules\*\* \| (.*?)\]\((.*?)\)", README.read_text())
+    names = set(re.findall(r"\b\w*[A-Z]\w*\b|coordinate attention|non-local", row[1])) - {"Those"}
+    assert {"ECA", "eSE", "EMA", "SimAM", "coordinate attention"} <= names
+    assert {name for name in names if name not in CHINESE.read_text()} == set()
+    assert f"]({row[2]})" in CHINESE.read_text()
+
+
 def test_both_languages_have_the_same_map_of_the_rooms():
     maps = [re.findall(r"\]\((src/ecanet/[^)]+)\)", path.read_text()) for path in (README, CHINESE)]
     assert maps[0] == maps[1]
