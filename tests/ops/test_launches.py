@@ -1,0 +1,53 @@
+"""A training step on a GPU: how many operations of PyTorch and launches of Triton it takes, counted without a GPU."""
+
+import pytest
+import torch
+import torchvision
+
+import ecanet
+
+pytest.importorskip("triton")
+
+from launches import count_step
+
+BOUNDS = {"plain": (2291, 204), "eca": (2715, 204)}
+"""Most small operations and most launches of Triton in a training step of ResNet-50 at batch 256."""
+
+
+def make_network(name):
+    with torch.device("meta"):
+        if name == "torchvision":
+            return torchvision.models.resnet50()
+        return ecanet.create_model("resnet50", attention="none" if name == "plain" else name)
+
+
+def describe_excess(name, counts):
+    """Return by how much a network takes more than its bounds, None if it does not."""
+    found = counts.small.total(), counts.launches.total()
+    if all(number <= most for number, most in zip(found, BOUNDS[name], strict=True)):
+        return None
+    return f"{name}: {found} small operations and launches, allowed {BOUNDS[name]}; {counts}"
+
+
+def test_a_training_step_stays_within_its_bounds():
+    """Print the table, and hold the counts of this library's networks to their bounds."""
+    print(f"\n{'ResNet-50, batch 256':20s} {'small':>6s} {'Triton':>7s}")
+    for name in ("torchvision", *BOUNDS):
+        counts = count_step(make_network(name), 256)
+        print(f"{name:20s} {counts.small.total():6d} {counts.launches.total():7d}")
+        if name in BOUNDS:
+            assert describe_excess(name, counts) is None
+
+
+def test_one_more_operation_in_each_tail_exceeds_the_bounds(monkeypatch):
+    from ecanet.ops.triton import launch
+
+    right = launch._apply
+
+    def wasteful(z, *args):
+        z.new_zeros(1)
+        return right(z, *args)
+
+    wasteful.__name__ = right.__name__
+    monkeypatch.setattr(launch, "_apply", wasteful)
+    assert describe_excess("plain", count_step(make_network("plain"), 256)) is not None
