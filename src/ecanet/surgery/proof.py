@@ -9,17 +9,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from ecanet.attention import AttentionKind
 from ecanet.errors import AttachError, summarize
 from ecanet.surgery.example import run_again
 from ecanet.surgery.insertion import find_target, insert, remove
 from ecanet.surgery.modules import forward_hooks
+from ecanet.surgery.outputs import are_same, check_has_numbers, refuse_difference
 from ecanet.surgery.placing import Site, is_container
-from ecanet.surgery.recording import Trace, iterate_tensors
+from ecanet.surgery.recording import Trace
 from ecanet.surgery.records import read_record
-from ecanet.surgery.state import are_equal
 
 
 @dataclass(eq=False)
@@ -86,7 +86,13 @@ class Insertion:
             self.take(one)
 
     def prove(self) -> None:
-        """Move or leave out the gates that do not act as often as their place, until all of them do."""
+        """Move or leave out the gates that do not act as often as their place, until all of them do.
+
+        Raises:
+            AttachError: no site can be proven, or the outputs change or are NaN.
+        """
+        if self.lossless:
+            check_has_numbers(self.model, self.trace.output)
         while faulty := self.find_faulty():
             for one in faulty:
                 self.take(one)
@@ -125,7 +131,7 @@ class Insertion:
             one.fault = "" if fine else f"it ran {count} times, its gate {one.runs} times, behind it {one.acts} times"
         faulty = [one for one in self.gates if one.fault]
         if not faulty and self.lossless and not are_same(output, self.trace.output):
-            self.refuse_change()
+            self.refuse_change(output)
         return faulty
 
     def run_counted(self) -> object:
@@ -166,8 +172,8 @@ class Insertion:
         self.put_all()
         return failing
 
-    def refuse_change(self) -> None:
-        """Refuse gates that change the outputs, unless two runs of the plain network differ as well.
+    def refuse_change(self, output: object) -> None:
+        """Refuse the gates, which changed ``output``, unless two runs of the plain network differ as well.
 
         Raises:
             AttachError: they do not.
@@ -175,21 +181,5 @@ class Insertion:
         self.take_all()
         same = are_same(run_again(self.model, self.trace), self.trace.output)
         if same:
-            raise AttachError(
-                f"the outputs of {type(self.model).__name__} would change, though every gate is neutral; attach was "
-                f"undone. Choose other modules with where=, or pass preserve=False"
-            )
+            refuse_difference(self.model, self.trace.output, output)
         self.put_all()
-
-
-def are_same(a: object, b: object) -> bool:
-    """Return whether two outputs hold the same tensors bit for bit; tensors without data have equal shapes only."""
-    left, right = list(iterate_tensors(a)), list(iterate_tensors(b))
-    return len(left) == len(right) and all(map(are_same_tensors, left, right))
-
-
-def are_same_tensors(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are the same bit for bit; not-a-number equals itself."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return a.is_meta or are_equal(a, b)
