@@ -380,7 +380,8 @@ def test_training_skips_an_unreadable_batch_and_stops_if_no_image_is_left(photos
     from ecanet.recipes.config import ModelConfig, Recipe
     from ecanet.training.trainer import run
 
-    recipe = Recipe(data=folder_config(photos, on_corrupt="skip", batch_size=3), model=ModelConfig(name="resnet8"))
+    data = folder_config(photos, on_corrupt="skip", batch_size=3)
+    recipe = Recipe(data=data, model=ModelConfig(name="resnet8"), epochs=2)
     pictures = sorted((photos / "val").rglob("*.png"))
     for path in pictures[:3]:
         path.write_bytes(b"no image")

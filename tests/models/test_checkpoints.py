@@ -13,8 +13,11 @@ from ecanet.errors import CheckpointError
 from ecanet.models.checkpoints import load_state_dict
 from published_networks import GATES, authors_file, authors_state, randomize, recompute
 
+# The two deepest networks have the blocks of resnet50, only more of them.
+DEEPEST = ("resnet101", "resnet152")
 
-@pytest.mark.parametrize("name", GATES)
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in DEEPEST)) for name in GATES])
 def test_the_authors_files_load_whole_and_mean_what_they_say(name, tmp_path):
     authors_file(tmp_path / "model_best.pth.tar", name)
     model = ecanet.create_model(name, kernel_sizes="official").eval()

@@ -22,6 +22,10 @@ PLAIN = {
 """Parameters of torchvision's networks (its documentation); / 2^20 they are the paper's column."""
 
 
+NETWORKS = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("resnet101", "resnet152"))) for name in PLAIN]
+"""The names; the two deepest networks have the blocks of resnet50, only more of them."""
+
+
 def parameters(name, **options):
     with torch.device("meta"):
         return sum(p.numel() for p in ecanet.create_model(name, **options).parameters())
@@ -44,7 +48,7 @@ def test_se_networks_have_the_papers_counts(name, reduction, millions):
     assert f"{count / 2**20:.{len(millions.split('.')[1])}f}" == millions
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_plain_networks_are_torchvisions(name):
     ours = ecanet.create_model(name, attention="none", num_classes=7).eval()
     theirs = randomize(torchvision.models.get_model(name, num_classes=7))
@@ -54,7 +58,7 @@ def test_plain_networks_are_torchvisions(name):
         assert torch.equal(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_networks_are_what_their_tensors_say(name):
     model = randomize(ecanet.create_model(name, num_classes=5)).double()
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -204,12 +204,20 @@ def assert_same_outputs(a, b):
     assert (a - b).abs().max() <= 1e4 * torch.finfo(torch.float64).eps * b.abs().max()
 
 
-def test_official_kernel_sizes_are_those_of_create_model():
-    for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenet_v2"):
-        created = ecanet.create_model(name, kernel_sizes="official")
-        ours = [m.kernel_size for m in created.modules() if isinstance(m, ecanet.ECA)]
-        model = ecanet.attach(models.get_model(name), kernel_sizes="official")
-        assert [site.kernel_size for site in ecanet.attached(model)] == ours
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "resnet50",
+        "mobilenet_v2",
+        *(pytest.param(f"resnet{n}", marks=pytest.mark.slow) for n in (34, 101, 152)),
+    ],
+)
+def test_official_kernel_sizes_are_those_of_create_model(name):
+    created = ecanet.create_model(name, kernel_sizes="official")
+    ours = [m.kernel_size for m in created.modules() if isinstance(m, ecanet.ECA)]
+    model = ecanet.attach(models.get_model(name), kernel_sizes="official")
+    assert [site.kernel_size for site in ecanet.attached(model)] == ours
 
 
 def test_kernel_sizes_per_stage():

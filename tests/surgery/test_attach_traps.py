@@ -218,8 +218,9 @@ def test_the_gate_survives_fusing_the_norm():
 def test_pickle_into_a_fresh_process_does_not_lose_hooks(tmp_path):
     torch.save(small(), tmp_path / "model.pt")
     code = f"""
-import torch, ecanet
+import torch
 model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+import ecanet
 calls = []
 handles = [m.register_forward_hook(lambda *a: calls.append(1)) for m in model.modules()]
 assert len(ecanet.attached(model)) == 8

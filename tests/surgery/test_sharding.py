@@ -105,6 +105,7 @@ def test_distributed_checkpoints_hold_the_gain(mesh, tmp_path, sharded):
     assert torch.equal(model(image()), written(image()))
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_gain_from_the_first(tmp_path):
     """Only the first process has the file; the others get what torch sends them."""
     torch.multiprocessing.spawn(check_process, (str(tmp_path / "store"),), nprocs=2)

@@ -126,6 +126,7 @@ def test_31_few_channels(attention, channels):
     assert torch.equal(model(image()), before)
 
 
+@pytest.mark.slow
 def test_32_a_checkpoint_loads_in_a_fresh_process(tmp_path):
     model = ecanet.attach(plain())
     sweep.excite([model.get_submodule(site.name) for site in ecanet.attached(model)])
