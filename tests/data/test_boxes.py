@@ -285,6 +285,7 @@ def test_photographs_are_turned_by_their_exif_orientation(tmp_path, orientation,
         ({"crop_padding": 4}, "data.crop_padding is for classification"),
         ({"random_augment": 9}, "data.random_augment is for classification"),
         ({"eval_crop": 0.5}, "data.eval_crop is for classification"),
+        ({"interpolation": "bicubic"}, "data.interpolation is for classification"),
     ],
 )
 def test_settings_of_classification_are_refused(tmp_path, settings, complaint):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
 from ecanet import data
 from ecanet.data import sources
@@ -282,9 +283,23 @@ def test_more_processes_than_held_out_images_are_refused(photos):
         module.val_dataloader()
 
 
-def test_small_images_are_evaluated_whole():
-    with pytest.raises(DataError, match="eval_crop is for photographs"):
-        data.build(DataConfig(name="digits", eval_crop=0.5))
+@pytest.mark.parametrize("setting", [{"eval_crop": 0.5}, {"interpolation": "bicubic"}])
+def test_small_images_are_evaluated_whole(setting):
+    with pytest.raises(DataError, match=f"{next(iter(setting))} is for photographs"):
+        data.build(DataConfig(name="digits", **setting))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+def test_photographs_are_resized_as_the_recipe_says(photos, interpolation):
+    torch.manual_seed(0)
+    module = data.build(folder_config(photos, interpolation=interpolation))
+    image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
+    size, resized = module.spec.size, round(module.spec.size / module.spec.crop)
+    mode = v2.InterpolationMode(interpolation)
+    expected = v2.functional.center_crop(v2.functional.resize(image, [resized], mode, antialias=True), [size, size])
+    assert torch.equal(module.held_out.transform(image), expected)
+    crop = module.train.transform.transforms[0]
+    assert crop.interpolation == mode
 
 
 def test_processes_share_an_epoch():

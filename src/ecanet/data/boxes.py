@@ -44,7 +44,7 @@ def load_boxes(config: DataConfig, *, seed: int = 0, train: bool = True, masks: 
         ConfigError: the kind of scenes does not exist, or a setting has no meaning for detection.
         DataError: files are missing or broken.
     """
-    for name in ("crop_padding", "random_augment", "eval_crop", "val_share", "sampler"):
+    for name in ("crop_padding", "random_augment", "eval_crop", "interpolation", "val_share", "sampler"):
         if getattr(config, name) != getattr(DataConfig(), name):
             raise ConfigError(f"data.{name} is for classification; images with boxes are only resized and flipped")
     folder = _find_folder(config)

@@ -151,6 +151,8 @@ def _load_small_set(config: DataConfig, seed: int, train: bool) -> Classificatio
     small = SMALL_SETS[config.name]
     if config.eval_crop != DataConfig().eval_crop:
         raise DataError("data.eval_crop is for photographs; small images are evaluated whole: leave it out")
+    if config.interpolation is not None:
+        raise DataError("data.interpolation is for photographs: leave it out")
     if config.val_share is not None:
         raise DataError(
             f"data.val_share is for folder:PATH; {config.name} has held-out images of its own: leave it out"
@@ -186,8 +188,10 @@ def _load_folder(config: DataConfig, seed: int, train: bool, split: Split | None
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         crop=config.eval_crop,
+        interpolation=config.interpolation or "bilinear",
     )
-    transforms: list[v2.Transform] = [v2.RandomResizedCrop(size, antialias=True)]
+    mode = v2.InterpolationMode(spec.interpolation)
+    transforms: list[v2.Transform] = [v2.RandomResizedCrop(size, interpolation=mode, antialias=True)]
     if config.flip is not False:
         transforms.append(v2.RandomHorizontalFlip())
     if config.random_augment:
@@ -202,7 +206,8 @@ def _load_folder(config: DataConfig, seed: int, train: bool, split: Split | None
 
 def build_eval_transform(spec: DataSpec) -> Transform:
     """Return the transform of evaluation: resize the short side to ``spec.size / spec.crop``, crop the center."""
-    resize = v2.Resize(round(spec.size / spec.crop), antialias=True)
+    mode = v2.InterpolationMode(spec.interpolation)
+    resize = v2.Resize(round(spec.size / spec.crop), interpolation=mode, antialias=True)
     return cast(Transform, v2.Compose([resize, v2.CenterCrop(spec.size)]))
 
 

@@ -28,7 +28,8 @@ class DataSpec:
     """The images of a data set as a network sees them: square, ``size`` pixels, normalized by ``mean`` and ``std``.
 
     ``mean`` and ``std`` have one value per channel, for pixel values from 0 to 1. ``crop`` is the side of the central
-    crop in evaluation, as a share of the image's short side.
+    crop in evaluation, as a share of the image's short side. ``interpolation`` resizes images: "bilinear", "bicubic" or
+    "nearest".
     """
 
     class_names: tuple[str, ...]
@@ -37,6 +38,7 @@ class DataSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop: float = 1.0
+    interpolation: str = "bilinear"
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return uint8 images (N, C, H, W) as float32 with mean 0 and standard deviation 1."""

@@ -21,8 +21,18 @@ def load_weights(model: nn.Module, name: str, weights: str | Path) -> LoadReport
     Tensors of another shape stay as they are; `check_fit` says whether that is right.
 
     Raises:
-        CheckpointError: the weights do not exist, cannot be downloaded or read, or fit nowhere.
+        CheckpointError: the weights do not exist, cannot be downloaded or read, fit nowhere, or are not finite.
     """
+    report = _load(model, name, weights)
+    if report.not_finite:
+        raise CheckpointError(
+            f"{report.source}: {len(report.not_finite)} of its tensors hold NaN or infinity, first "
+            f"{report.not_finite[0]!r}; take another checkpoint"
+        )
+    return report
+
+
+def _load(model: nn.Module, name: str, weights: str | Path) -> LoadReport:
     if str(weights) != "default":
         return load_checkpoint(model, weights)
     library, inner = find_library(name)
@@ -40,13 +50,8 @@ def check_fit(model: nn.Module, report: LoadReport, head: str) -> list[str]:
     """Return the tensors of the layer ``head`` that the file has for other classes, so that they were not loaded.
 
     Raises:
-        CheckpointError: something else of the network is not in the file or does not fit, or values are not finite.
+        CheckpointError: something else of the network is not in the file or does not fit.
     """
-    if report.not_finite:
-        raise CheckpointError(
-            f"{report.source}: {len(report.not_finite)} of its tensors hold NaN or infinity, first "
-            f"{report.not_finite[0]!r}; take another checkpoint"
-        )
     gates = tuple(f"{gate}." for gate in (*report.neutral, *report.acting))
     lost = [name for name in (*report.missing, *report.mismatched) if not name.startswith(gates)]
     exchanged = [name for name in lost if name.startswith(f"{head}.")]

@@ -15,7 +15,7 @@ class Preprocessing:
     """How an image becomes a network's input: resized so that its central crop is ``size`` pixels, then normalized.
 
     ``crop`` is the side of the crop as a share of the resized image's short side; ``mean`` and ``std`` are for pixel
-    values from 0 to 1.
+    values from 0 to 1. ``interpolation`` is "bilinear", "bicubic" or "nearest".
     """
 
     channels: int = 3

@@ -33,6 +33,7 @@ class DataConfig(Config):
         flip: whether images are mirrored at random. None mirrors photographs only.
         random_augment: magnitude of RandAugment, 0 for none.
         eval_crop: side of the evaluation crop, as a share of the image's short side.
+        interpolation: how photographs are resized. None is what the library of the network says, else "bilinear".
         val_share: share of a flat folder's images (``folder:PATH`` with PATH/CLASS/…) that is held out; None is 0.2.
         sampler: "shuffle" draws each training image once in an epoch, "balanced" as many of every class.
         on_corrupt: "error" ends the run at an unreadable image, "skip" names the image and continues.
@@ -47,6 +48,7 @@ class DataConfig(Config):
     flip: bool | None = None
     random_augment: int = 0
     eval_crop: float = 0.875
+    interpolation: Literal["bilinear", "bicubic", "nearest"] | None = None
     val_share: float | None = None
     sampler: Literal["shuffle", "balanced"] = "shuffle"
     on_corrupt: Literal["error", "skip"] = "error"

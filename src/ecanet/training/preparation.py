@@ -14,7 +14,8 @@ def complete(recipe: Recipe, *, trusted: bool) -> Recipe:
     """Return ``recipe`` with the settings that follow from its network.
 
     The file of a network ``FILE.py:FACTORY`` gets its absolute path, so that the run can be used from another folder;
-    ``trusted`` means that the user has named it. Photographs for another library's network get that network's size.
+    ``trusted`` means that the user has named it. Photographs for another library's network get that network's size, and
+    are resized as its library says.
 
     Raises:
         ConfigError: the network's file is missing, or there is no such library.
@@ -23,11 +24,15 @@ def complete(recipe: Recipe, *, trusted: bool) -> Recipe:
     if recipe.task != "classification" or networks.is_ours(name):
         return recipe
     library, _ = networks.find_library(name)
-    if library == "file" and trusted:
-        recipe = recipe.but(model=recipe.model.but(name=networks.trust(name)))
-    elif recipe.data.name.startswith("folder:") and recipe.data.image_size is None:
-        recipe = recipe.but(data=recipe.data.but(image_size=networks.find_preprocessing(name).size))
-    return recipe
+    if library == "file":
+        return recipe.but(model=recipe.model.but(name=networks.trust(name))) if trusted else recipe
+    if not recipe.data.name.startswith("folder:"):
+        return recipe
+    made_for, images = networks.find_preprocessing(name), recipe.data
+    images = images.but(
+        image_size=images.image_size or made_for.size, interpolation=images.interpolation or made_for.interpolation
+    )
+    return recipe.but(data=images)
 
 
 def build_data(recipe: Recipe, *, train: bool = True, split: Split | None = None) -> ClassificationData | DetectionData:

@@ -124,6 +124,7 @@ def _describe_imagenet(network: str) -> DataSpec:
         mean=made_for.mean,
         std=made_for.std,
         crop=made_for.crop,
+        interpolation=made_for.interpolation,
     )
 
 
