@@ -17,7 +17,7 @@ from ecanet.data import Split
 from ecanet.errors import DataError
 from ecanet.recipes import DataConfig, ModelConfig, Recipe
 from ecanet.report import Report
-from ecanet.training import evaluate, restore, trainer
+from ecanet.training import evaluate, read_recipe, restore, trainer
 from ecanet.training.tasks import Classification
 from photographs import make_flat, paint
 
@@ -228,7 +228,7 @@ def test_a_killed_run_on_a_flat_folder_resumes_bit_equal(tmp_path):
                 os.kill(process.pid, signal.SIGKILL)
                 break
     make_flat(photos, {"ant": 100})
-    recipe = trainer.read_recipe(tmp_path / "run")
+    recipe = read_recipe(tmp_path / "run")
     resumed = run(recipe, tmp_path / "run", resume=True)
     for at in range(60, 100):
         (photos / "ant" / f"{at}.png").unlink()

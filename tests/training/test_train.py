@@ -19,57 +19,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecanet.data.sources import SMALL_SETS, DataSpec, SmallSet
+from ecanet.data.sources import SMALL_SETS
 from ecanet.errors import CheckpointError, ConfigError, DataError
 from ecanet.models import create_model
 from ecanet.recipes import RECIPES, DataConfig, ModelConfig, OptimizerConfig, Recipe, ScheduleConfig, to_dict
 from ecanet.report import Report
-from ecanet.training import checkpoints, restore, trained
+from ecanet.training import checkpoints, read_recipe, restore, trained
 from ecanet.training import trainer as train
 from ecanet.training.tasks import Classification, build
+from tiny_runs import TINY, add_tiny, content, equal, load_tiny, run, weights
 
 ONE = SimpleNamespace(reduce_boolean_decision=bool)
 
 
-def load_tiny(root: str | None, training: bool) -> tuple[Tensor, Tensor]:
-    """Return 48 training or 20 held-out images of three classes: noise of three brightness levels."""
-    count = 48 if training else 20
-    generator = torch.Generator().manual_seed(count)
-    labels = torch.arange(count) % 3
-    noise = torch.randint(0, 60, (count, 1, 8, 8), generator=generator)
-    return (noise + 80 * labels[:, None, None, None]).to(torch.uint8), labels
-
-
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    spec = DataSpec(class_names=("dark", "grey", "light"), channels=1, size=8, mean=(0.4,), std=(0.3,))
-    monkeypatch.setitem(SMALL_SETS, "tiny", SmallSet(load=load_tiny, spec=spec))
-
-
-TINY = Recipe(
-    name="tiny",
-    data=DataConfig(name="tiny", batch_size=16, crop_padding=1),
-    model=ModelConfig(name="resnet20"),
-    optimizer=OptimizerConfig(learning_rate=0.02, base_batch=16),
-    schedule=ScheduleConfig(warmup_epochs=0.5),
-    epochs=4,
-)
-
-
-def run(recipe: Recipe, folder: Path, **options: Any) -> Report:
-    return train.run(recipe, folder=folder, device="cpu", quiet=True, **options)
-
-
-def content(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
-
-
-def weights(report: Report) -> dict[str, Tensor]:
-    return content(report.last_checkpoint)["state_dict"]
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    add_tiny(monkeypatch)
 
 
 def task_of(recipe: Recipe) -> Classification:
@@ -438,7 +403,7 @@ def test_a_killed_run_resumes(tmp_path):
         process.stdout.close()
         process.wait()
     assert not (tmp_path / "killed" / "report.html").exists()
-    recipe = train.read_recipe(tmp_path / "killed")
+    recipe = read_recipe(tmp_path / "killed")
     threads = torch.get_num_threads()
     resumed = run(recipe, tmp_path / "killed", resume=True)
     assert torch.get_num_threads() == threads

@@ -23,9 +23,7 @@ ModelName = Annotated[
 Weights = Annotated[
     str | None, typer.Option("--weights", help="default, a checkpoint's path, or none.", show_default=False)
 ]
-Where = Annotated[
-    str | None, typer.Option("--where", help='Modules that get gates, such as "layer4.*".', show_default=False)
-]
+Where = Annotated[str | None, typer.Option("--where", help='Modules with gates: "layer4.*".', show_default=False)]
 ReplaceKind = Annotated[str | None, typer.Option("--replace", help="se or eca: exchange these.", show_default=False)]
 NoPreserve = Annotated[bool, typer.Option("--no-preserve", help="Leave gates as initialised.")]
 Attention = Annotated[str | None, typer.Option("--attention", help="none, eca, se, cbam, …", show_default=False)]

@@ -61,6 +61,9 @@ def train(
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/NAME-DATE")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.", show_default=False)] = None,
+    logger: Annotated[
+        str | None, typer.Option(help="tensorboard,csv,wandb,mlflow or none.", show_default=False)
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Train a network: `ecanet train quickstart`.
@@ -94,7 +97,7 @@ def train(
     chosen = choose_recipe(recipe, changes) if resume is None else resume_recipe(resume, changes)
     from ecanet.training import run
 
-    run(chosen, folder=resume or out, resume=resume is not None, device=device)
+    run(chosen, folder=resume or out, resume=resume is not None, device=device, loggers=logger)
 
 
 def resume_recipe(run: Path, changes: Mapping[str, object]) -> recipes.Recipe:

@@ -1,6 +1,7 @@
 """How a run writes its checkpoint files, and finds them again."""
 
 import math
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from ecanet.errors import ConfigError, summarize
 from ecanet.models import read_file
 
 __all__ = ["AtomicCheckpointIO", "RunCheckpoint"]
@@ -57,12 +59,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: Mapping[str, object], path: str | Path, storage_options: object = None
     ) -> None:
-        """Write a temporary file, and rename it: a process that is killed leaves the old checkpoint."""
+        """Write a temporary file, and rename it: a process that is killed leaves the old checkpoint.
+
+        Raises:
+            ConfigError: a callback has put something into the checkpoint that could not be read again.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.part")
-        torch.save(checkpoint, temporary)
-        temporary.replace(path)
+        try:
+            torch.save(checkpoint, temporary)
+            torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)  # reads no tensor's values
+            temporary.replace(path)
+        except (pickle.PickleError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"{path.name} was not written, since it could not be read again: a callback's state may hold tensors "
+                f"and plain values alone ({summarize(error)})"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: str | Path, *_: object, **__: object) -> dict[str, object]:
         """Return the content of the checkpoint.

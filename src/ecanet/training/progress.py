@@ -97,9 +97,9 @@ class History(L.Callback):
             "seconds": time.perf_counter() - self.started,
         }
         self.rows.append(row)
-        if trainer.logger is not None:
+        for logger in trainer.loggers:
             logged = {name: row[name] for name in ("learning_rate", "images_per_second")}
-            trainer.logger.log_metrics(logged, step=trainer.global_step)
+            logger.log_metrics(logged, step=trainer.global_step)
         if trainer.is_global_zero:
             self._write_table()
 

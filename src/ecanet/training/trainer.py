@@ -1,38 +1,37 @@
 """``run(recipe)`` trains what the recipe describes, writes the results into a folder, and returns the report.
 
 The folder is ``runs/NAME-DATE`` by default. It contains recipe.json, environment.json, metrics.csv, metrics.json,
-report.html, checkpoints/best.ckpt and last.ckpt, TensorBoard's logs, a few held-out images as examples, and split.json
-if the run has split a flat folder.
+report.html, checkpoints/best.ckpt and last.ckpt, the logs, a few held-out images as examples, and split.json if the run
+has split a flat folder.
 """
 
 import json
 import os
 import sys
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ecanet import data
 from ecanet.errors import ConfigError
 from ecanet.networks import find_device
-from ecanet.recipes import Recipe, find, from_dict, to_dict
+from ecanet.recipes import Recipe, find, to_dict
 from ecanet.report import Report, environment, write_file
 from ecanet.training import tasks
 from ecanet.training.checkpoints import AtomicCheckpointIO, RunCheckpoint
+from ecanet.training.loggers import choose_loggers, open_loggers
 from ecanet.training.preparation import build_data, complete, lengthen
 from ecanet.training.progress import Display, History, quiet_lightning
+from ecanet.training.run_dirs import choose_run_dir
 
-__all__ = ["read_recipe", "run"]
+__all__ = ["run"]
 
 SPLIT_FILE = "split.json"
 
@@ -44,6 +43,8 @@ def run(
     resume: bool = False,
     device: str | torch.device = "auto",
     devices: int | str = "auto",
+    loggers: str | Sequence[str | Logger] | None = None,
+    callbacks: Sequence[L.Callback] = (),
     quiet: bool = False,
 ) -> Report:
     """Train what ``recipe`` describes; the same recipe on the same machine gives the same result.
@@ -56,17 +57,21 @@ def run(
         resume: continue the run in ``folder`` from its last checkpoint. A finished run returns its results.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         devices: number of devices of that kind that train; all by default.
+        loggers: ``tensorboard`` (the default), ``csv``, ``wandb``, ``mlflow`` or ``none``; several comma-separated, or
+            a list, which may hold Lightning's loggers. A resumed run logs to those that its folder names, by default.
+        callbacks: Lightning callbacks beside the run's own. Give them again to resume: the checkpoint has their state.
         quiet: print nothing.
 
     Raises:
-        ConfigError: a setting does not exist or does not fit, this machine does not have the ``device``, or ``folder``
-            holds another run.
+        ConfigError: a setting or a logger does not exist or does not fit, this machine does not have the ``device``, or
+            ``folder`` holds another run.
         DataError: data are missing or broken.
         CheckpointError: weights or a checkpoint cannot be used.
     """
     recipe = complete(_check_recipe(recipe), trusted=not resume)
     torch_device = find_device(device)
-    run_dir = _choose_run_dir(recipe, folder, resume)
+    run_dir = choose_run_dir(recipe, folder, resume)
+    chosen = choose_loggers(loggers, run_dir, resume=resume)
     with quiet_lightning():
         # A run keeps the split of a flat folder that it began with, whatever has become of the folder.
         split = data.read_split(run_dir / SPLIT_FILE) if resume else None
@@ -81,16 +86,19 @@ def run(
         history = History(run_dir / "metrics.csv")
         display = Display(history, quiet=quiet)
         display.show_network(task)
-        trainer = _make_trainer(recipe, task, run_dir, [history, display], torch_device, devices)
+        trainer = _make_trainer(
+            recipe, task, run_dir, [*_check_callbacks(callbacks), history, display], torch_device, devices
+        )
         if recipe.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
             # Lightning would compute in bfloat16 instead, with no more than a warning.
             raise ConfigError("precision 16-mixed needs a GPU; on a CPU set precision=bf16-mixed or precision=32")
-        if trainer.is_global_zero:
-            _write_settings(recipe, task, run_dir, images.split, again=checkpoint is not None)
-        _fit(trainer, task, images, checkpoint, run_dir)
-        if not history.evaluated:
-            # The run had already finished. Its checkpoint has the metrics, but not the artifacts of an evaluation.
-            trainer.validate(task, images, verbose=False)
+        with open_loggers(chosen, recipe, run_dir, resume=resume) as trainer.loggers:
+            if trainer.is_global_zero:
+                _write_settings(recipe, task, run_dir, images.split, again=checkpoint is not None)
+            _fit(trainer, task, images, checkpoint, run_dir)
+            if not history.evaluated:
+                # The run had already finished. Its checkpoint has the metrics, but not the artifacts of an evaluation.
+                trainer.validate(task, images, verbose=False)
         report = _make_report(recipe, task, history, run_dir)
         if trainer.is_global_zero:
             report.write()
@@ -105,23 +113,6 @@ def _build_task(recipe: Recipe, spec: data.DataSpec, *, from_checkpoint: bool) -
     task = tasks.build(recipe.but(model=recipe.model.but(weights=None)) if from_checkpoint else recipe, spec)
     task.recipe = recipe
     return task
-
-
-def read_recipe(folder: str | Path) -> Recipe:
-    """Return the recipe of the run in ``folder``.
-
-    Raises:
-        ConfigError: there is no run, or its recipe does not fit this version.
-    """
-    path = Path(folder) / "recipe.json"
-    try:
-        return from_dict(Recipe, json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise ConfigError(f"{folder}: no run to resume here (recipe.json is missing)") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _check_recipe(recipe: object) -> Recipe:
@@ -141,43 +132,11 @@ def _check_recipe(recipe: object) -> Recipe:
     return recipe
 
 
-def _choose_run_dir(recipe: Recipe, folder: str | Path | None, resume: bool) -> Path:
-    """Return the run directory, without making it: first the data and the network must prove good.
-
-    Raises:
-        ConfigError: the directory cannot be written, or it holds a run that does not fit.
-    """
-    if folder is None:
-        if resume:
-            raise ConfigError("resume=True needs the folder of the run")
-        stamp = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
-        return next(p for n in range(1, 1000) if not (p := Path("runs", stamp + (f"-{n}" if n > 1 else ""))).exists())
-    folder = Path(folder)
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        problem = "read-only" if nearest.is_dir() else "a file"
-        raise ConfigError(f"{folder}: cannot write a run there; {nearest} is {problem}")
-    if resume:
-        old = read_recipe(folder)
-        # A run may be lengthened; and one with a least number of steps has more epochs than its recipe had.
-        longer = recipe.epochs > old.epochs or recipe.min_steps
-        same = old.but(epochs=recipe.epochs, min_steps=recipe.min_steps) == recipe
-        if old != recipe and not (longer and same):
-            raise ConfigError(f"{folder} holds another recipe: {_describe_difference(to_dict(old), to_dict(recipe))}")
-    elif getattr(rank_zero_only, "rank", 0) == 0 and (folder / "recipe.json").exists():
-        raise ConfigError(f"{folder} already holds a run; continue it (--resume {folder}) or choose another folder")
-    return folder
-
-
-def _describe_difference(old: Mapping[str, object], new: Mapping[str, object], at: str = "") -> str:
-    """Return a message about the first setting in which two recipes differ."""
-    key = next(k for k in new if old[k] != new[k])
-    before, after = old[key], new[key]
-    if isinstance(before, dict) and isinstance(after, dict):
-        groups = cast(dict[str, object], before), cast(dict[str, object], after)
-        if groups[0].keys() == groups[1].keys():
-            return _describe_difference(*groups, f"{at}{key}.")
-    return f"{at}{key} is {before!r} there and {after!r} here"
+def _check_callbacks(callbacks: Sequence[L.Callback]) -> Sequence[L.Callback]:
+    """Return ``callbacks``; raise ConfigError if they are not Lightning's."""
+    if not isinstance(callbacks, Sequence) or not all(isinstance(one, L.Callback) for one in callbacks):
+        raise ConfigError(f"callbacks must be a list of Lightning callbacks (lightning.Callback), got {callbacks!r}")
+    return callbacks
 
 
 def _write_settings(recipe: Recipe, task: tasks.Task, run_dir: Path, split: data.Split | None, *, again: bool) -> None:
@@ -223,7 +182,7 @@ def _make_trainer(
             accelerator=device.type,
             devices=_choose_devices(device, devices),
             num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
-            logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
+            logger=False,  # they are opened when all else is known to be right
             callbacks=callbacks,
             plugins=[AtomicCheckpointIO()],
             # cuDNN would search for the fastest algorithm again at every new shape, and detection has many shapes.

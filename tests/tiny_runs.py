@@ -1,0 +1,53 @@
+"""Runs of a second: 68 images of three grey levels, a recipe for them, and what a run has written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ecanet import training
+from ecanet.data.sources import SMALL_SETS, DataSpec, SmallSet
+from ecanet.recipes import DataConfig, ModelConfig, OptimizerConfig, Recipe, ScheduleConfig
+from ecanet.report import Report
+
+TINY = Recipe(
+    name="tiny",
+    data=DataConfig(name="tiny", batch_size=16, crop_padding=1),
+    model=ModelConfig(name="resnet20"),
+    optimizer=OptimizerConfig(learning_rate=0.02, base_batch=16),
+    schedule=ScheduleConfig(warmup_epochs=0.5),
+    epochs=4,
+)
+
+
+def load_tiny(root: str | None, training: bool) -> tuple[Tensor, Tensor]:
+    """Return 48 training or 20 held-out images of three classes: noise of three brightness levels."""
+    count = 48 if training else 20
+    generator = torch.Generator().manual_seed(count)
+    labels = torch.arange(count) % 3
+    noise = torch.randint(0, 60, (count, 1, 8, 8), generator=generator)
+    return (noise + 80 * labels[:, None, None, None]).to(torch.uint8), labels
+
+
+def add_tiny(patch: pytest.MonkeyPatch) -> None:
+    """Make the images known under the name "tiny"."""
+    spec = DataSpec(class_names=("dark", "grey", "light"), channels=1, size=8, mean=(0.4,), std=(0.3,))
+    patch.setitem(SMALL_SETS, "tiny", SmallSet(load=load_tiny, spec=spec))
+
+
+def run(recipe: Recipe, folder: Path, **options: Any) -> Report:
+    return training.run(recipe, folder=folder, device="cpu", quiet=True, **options)
+
+
+def content(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def weights(report: Report) -> dict[str, Tensor]:
+    return content(report.last_checkpoint)["state_dict"]
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
