@@ -1,12 +1,15 @@
 """`ecanet inspect`: its records of gates whose behaviour is known beforehand, and its page."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import ecanet
+from ecanet import recipes
 from ecanet.attention import CBAM, ECA, ESE, GCT, SRM, Fca, GlobalContext, SEVar2, SimAM
 from ecanet.errors import ConfigError
 from ecanet.studies.gates import pages, records
@@ -57,6 +60,52 @@ def test_alarms_name_dead_saturated_and_constant_gates():
     (wide_open,) = records.record(gate_with([9, 9, 9, 0]), [(ones, labels)], 1)
     assert wide_open.saturated == 0.75
     assert not wide_open.dead.any()
+
+
+def plant(gate, kind):
+    """Make of a lossless SE or eSE one that shows ``kind``."""
+    layers = [gate.fc] if isinstance(gate, ESE) else [gate.fc1, gate.fc2]
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers if kind == "healthy" else ():
+        nn.init.normal_(layer.weight, 0, 0.2, generator=generator)
+    bias = {"dead": -9.0, "saturated": 9.0, "constant": 0.5, "broken": torch.nan}.get(kind, 0.0)
+    layers[-1].bias.data.fill_(bias)
+
+
+@pytest.mark.parametrize(("attention", "options"), [("se", {"reduction": 2, "bias": True}), ("ese", {})])
+def test_planted_faults_in_an_attached_network_are_named(attention, options):
+    """One gate of each kind; no other gate is accused."""
+    constant = "the weights are the same for every image: a constant could replace this gate"
+    ends = "100% of the weights are at an end of their range, where gradients vanish"
+    planted = {
+        "unmoved": ["every weight is still within 0.02 of 1: the gate began as the identity and has not moved; "],
+        "healthy": [],
+        "dead": [ends, "16 of 16 channels are shut on every image", constant],
+        "saturated": [ends, constant],
+        "constant": [constant],
+        "broken": ["the weights of 32 of 32 channels are NaN"],
+    }
+    torch.manual_seed(0)
+    model = ecanet.create_model("resnet20", attention="none")
+    sites = ecanet.attached(ecanet.attach(model.eval(), attention, where="layer*.*", **options))
+    placed = dict(zip(("unmoved", "healthy", "dead"), sites, strict=False))
+    placed |= dict(zip(("saturated", "constant", "broken"), sites[3:], strict=False))
+    for kind, site in placed.items():
+        plant(model.get_submodule(site.name), kind)
+    x = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = {one.name: one for one in records.record(model, [(x, torch.zeros(6, dtype=torch.long))], 1)}
+    for kind, site in placed.items():
+        alarms = found[site.name].find_alarms()
+        assert len(alarms) == len(planted[kind]), (kind, alarms)
+        for alarm, begin in zip(alarms, planted[kind], strict=True):
+            assert alarm.startswith(begin), kind
+
+
+def test_one_image_does_not_make_a_constant():
+    for n, expected in ((1, 0), (2, 1)):
+        x, labels = torch.ones(n, 4, 2, 2), torch.zeros(n, dtype=torch.long)
+        (found,) = records.record(gate_with([1, 2, -1, -2]), [(x, labels)], 1)
+        assert len(found.find_alarms()) == expected
 
 
 def test_a_gct_has_twice_the_range():
@@ -157,7 +206,6 @@ def test_a_network_without_gates_is_refused():
 @pytest.fixture(scope="module")
 def trained_folder(tmp_path_factory):
     """The folder of a run of two epochs on digits, with its example images."""
-    from ecanet import recipes
     from ecanet.training import trainer as train
 
     recipe = recipes.find("quickstart")
@@ -196,6 +244,44 @@ def test_an_image_file_is_prepared_as_the_data_are(trained_folder, tmp_path):
     for effect in found.effects:
         assert effect.log_odds == pytest.approx(torch.tensor(share, dtype=torch.float64).logit().item(), rel=1e-3)
         assert effect.held != effect.log_odds
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_files_that_are_left_out_are_named(tmp_path, monkeypatch, capsys, nested):
+    """As `train` and `ablate` do."""
+    monkeypatch.setattr(pages, "write", lambda *_: None)
+    for part in ("train", "val") if nested else ("",):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "photos" / part / label
+            folder.mkdir(parents=True)
+            for number in range(4):
+                pixels = torch.full((9, 9, 3), number * 60, dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+            (folder / "notes.txt").touch()
+    model = ecanet.create_model("resnet8", num_classes=2)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    pages.run(
+        tmp_path / "weights.pt",
+        tmp_path / "out",
+        model=recipes.ModelConfig(name="resnet8", attention="eca"),
+        data_name=f"folder:{tmp_path / 'photos'}",
+    )
+    first = "val/cat/notes.txt" if nested else "cat/notes.txt"
+    lines = [line for line in capsys.readouterr().err.splitlines() if "ignored" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"ignored 2 files that are no images: {first}")
+
+
+def test_classes_without_images_are_null_in_the_file(trained_folder, tmp_path, monkeypatch):
+    """JSON has no NaN."""
+    monkeypatch.setattr(pages, "write", lambda *_: None)
+    found = pages.run(trained_folder, tmp_path, classes=["3"])
+    broken = replace(found.records[0], class_means=torch.full_like(found.records[0].class_means, torch.nan))
+    text = pages.to_json(replace(found, records=[broken]))
+    row = json.loads(text, parse_constant=pytest.fail)["gates"][0]
+    assert row["class_means"]["3"] == [None] * 16
+    assert row["spread_between_classes"] is None
+    assert None not in row["mean"]
 
 
 def test_a_class_that_does_not_exist_is_refused(trained_folder, tmp_path):

@@ -1,6 +1,7 @@
 """Inspect the gates of a trained network on held-out data, and write numbers, figures and one HTML page."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from ecanet.studies.gates.records import (
     record,
     run_with_held_gates,
     to_list,
+    to_number,
 )
 from ecanet.training import Classification, Task, build_data, restore
 
@@ -81,6 +83,8 @@ def run(
     drawn = [_find_class(name, names) for name in classes or [n for n in POSTER if n in names] or names[:4]]
     images = build_data(task.recipe, train=False, split=task.split)
     check_classes(task.recipe.data.name, images.spec, task.spec)
+    for line in images.notices:
+        print(line, file=sys.stderr, flush=True)
     records = record(task.model, _iterate_batches(images), len(names))
     effects, answer = ([], "") if image is None else explain(task, records, image)
     found = Inspection(task=task, records=records, classes=drawn, effects=effects, answer=answer)
@@ -166,7 +170,7 @@ def to_json(found: Inspection) -> str:
             "mean": to_list(one.mean),
             "deviation": to_list(one.deviation),
             "class_means": {names[label]: to_list(one.class_means[label]) for label in found.classes},
-            "spread_between_classes": one.spread,
+            "spread_between_classes": to_number(one.spread),
             "saturated": one.saturated,
             "dead_channels": to_list(one.dead.nonzero().flatten()),
             "alarms": one.find_alarms(),
@@ -175,13 +179,14 @@ def to_json(found: Inspection) -> str:
         }
         for one in found.records
     ]
-    return json.dumps({"environment": environment(), "image": found.answer, "gates": rows}, indent=2)
+    return json.dumps({"environment": environment(), "image": found.answer, "gates": rows}, indent=2, allow_nan=False)
 
 
 def _describe_effect(effect: Effect | None) -> dict[str, object] | None:
     if effect is None:
         return None
-    return {"log_odds": effect.log_odds, "held_at_mean": effect.held, "weights": to_list(effect.weights)}
+    numbers = {"log_odds": to_number(effect.log_odds), "held_at_mean": to_number(effect.held)}
+    return {**numbers, "weights": to_list(effect.weights)}
 
 
 def to_html(found: Inspection, drawn: Mapping[str, "Figure"]) -> str:

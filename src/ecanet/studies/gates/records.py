@@ -7,6 +7,7 @@ number of images.
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from typing import cast
 
 import torch
@@ -74,6 +75,9 @@ class GateRecord:
 
     def find_alarms(self) -> list[str]:
         """Return one sentence for each thing that looks wrong with this gate."""
+        broken = int(self.mean.isnan().sum())
+        if broken:  # NaN hides everything else
+            return [f"the weights of {broken} of {self.channels} channels are NaN"]
         found: list[str] = []
         if self.saturated > 0.1:
             found.append(f"{self.saturated:.0%} of the weights are at an end of their range, where gradients vanish")
@@ -84,14 +88,19 @@ class GateRecord:
                 f"every weight is still within {NEAR * self.ceiling:g} of 1: the gate began as the identity and has "
                 f"not moved; ecanet.parameter_groups gives the gates a higher learning rate"
             )
-        elif float(self.deviation.max()) < 1e-3 * self.ceiling:
+        elif int(self.counts.sum()) > 1 and float(self.deviation.max()) < 1e-3 * self.ceiling:
             found.append("the weights are the same for every image: a constant could replace this gate")
         return found
 
 
-def to_list(x: Tensor) -> list[float]:
-    """Return the numbers of a 1-D tensor."""
-    return cast(list[float], x.tolist())  # pyright: ignore[reportUnknownMemberType]
+def to_list(x: Tensor) -> list[float | None]:
+    """Return the numbers of a 1-D tensor, as `to_number` does."""
+    return [to_number(number) for number in cast(list[float], x.tolist())]  # pyright: ignore[reportUnknownMemberType]
+
+
+def to_number(x: float) -> float | None:
+    """Return ``x``, or None for NaN and infinity, which JSON does not have."""
+    return x if isfinite(x) else None
 
 
 def find_gates(model: nn.Module) -> dict[str, Gate]:
