@@ -94,13 +94,15 @@ def test_which_gates_are_the_same(one, other, same):
     assert (describe_form(one) == describe_form(other)) is same
 
 
-def cells(*rows: tuple[str, list[float]]) -> dict[tuple[str, int], dict[str, float]]:
-    return {(name, seed): {"top1": v, "seconds": 1.0} for name, values in rows for seed, v in enumerate(values)}
+def cells(*rows: tuple[str, list[float]]) -> dict[tuple[str, int], dict[str, object]]:
+    return {
+        (name, seed): {"metrics": {"top1": v}, "seconds": 1.0} for name, values in rows for seed, v in enumerate(values)
+    }
 
 
 def variant(name: str) -> Variant:
     cost = count(SEVar2(4), (4, 2, 2))
-    return Variant(name=name, model=RECIPE.model, cost=cost)
+    return Variant(name=name, recipe=RECIPE, cost=cost)
 
 
 def test_means_and_intervals_by_hand():
@@ -108,8 +110,8 @@ def test_means_and_intervals_by_hand():
     found = cells(("none", [90.0, 91.0, 92.0, 93.0]), ("eca", [91.0, 93.0, 93.0, 95.0]))
     none, eca = comparison.compare([variant("none"), variant("eca")], found, seeds=4)
     assert none.difference is None
-    assert none.top1.mean == 91.5
-    assert none.top1.half == pytest.approx(3.182446 * math.sqrt(5 / 3) / 2, rel=1e-6)
+    assert none.score.mean == 91.5
+    assert none.score.half == pytest.approx(3.182446 * math.sqrt(5 / 3) / 2, rel=1e-6)
     assert eca.difference is not None
     assert eca.difference.mean == 1.5
     assert eca.difference.half == pytest.approx(3.182446 * math.sqrt(1 / 3) / 2, rel=1e-6)
@@ -127,7 +129,7 @@ def test_more_comparisons_need_a_larger_difference():
 
 def test_one_seed_has_no_interval_and_no_test():
     none, eca = comparison.compare([variant("none"), variant("eca")], cells(("none", [90.0]), ("eca", [91.0])), seeds=1)
-    assert (none.top1.half, eca.significant) == (None, None)
+    assert (none.score.half, eca.significant) == (None, None)
     done = grid.Ablation(recipe=RECIPE, folder=Path(), seeds=[0], results=[none, eca])
     assert "+1.00 |" in pages.to_markdown(done)
     assert "One seed" in pages.explain(done)
@@ -214,7 +216,7 @@ def test_settings_reach_the_cells_and_a_folder_belongs_to_one_recipe(tmp_path):
         "preserve": None, "weights": None, "options": {"reduction": 4},
     }  # fmt: skip
     assert cell["parameters"] == result.results[1].variant.cost.parameters
-    assert cell["top1"] == result.results[1].by_seed[0] == cell["metrics"]["top1"]
+    assert cell["metrics"]["top1"] == result.results[1].by_seed[0]
     assert (tmp_path / "cells" / "se-seed0" / "metrics.csv").exists()  # each cell keeps its log
     with pytest.raises(ConfigError, match="another recipe"):
         ablate.run(recipe.but(epochs=3), folder=tmp_path, variants=["se"], seeds=1)

@@ -10,7 +10,7 @@ from torch import nn
 import ecanet
 from ecanet import create_model
 from ecanet.errors import AttachError, ConfigError
-from ecanet.networks import find, image_size
+from ecanet.networks import find, find_kind, image_size
 from ecanet.studies.cost import WHY, count, find_attention_modules, make_table
 
 M, G = 2**20, 2**30
@@ -53,7 +53,23 @@ def test_the_counts_are_those_the_paper_prints(name):
                 assert round(cost.operations / G, 2) == printed, attention
 
 
-@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "densenet121", "inception_v3", "vgg11", "vit_b_16"])
+SLOWER = ("maskrcnn_resnet50_fpn_v2", "retinanet_resnet50_fpn_v2", "ssdlite320_mobilenet_v3_large")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet50",
+        "mobilenet_v2",
+        "densenet121",
+        "inception_v3",
+        "vgg11",
+        "vit_b_16",
+        "fasterrcnn_resnet50_fpn_v2",
+        "ssd300_vgg16",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER),
+    ],
+)
 def test_the_counts_are_those_torchvision_publishes(name):
     from torchvision.models import get_model_weights
 
@@ -63,6 +79,8 @@ def test_the_counts_are_those_torchvision_publishes(name):
     # torchvision publishes three digits, and leaves out a ViT's products of queries and keys
     slack = 0.005 if name != "vit_b_16" else 0.01 * published["_ops"]
     assert abs(row["MACs"] / 1e9 - published["_ops"]) < slack
+    if find_kind(f"torchvision:{name}") == "detection":  # which resizes the image
+        assert make_table([f"torchvision:{name}"], side=96)[0]["MACs"] == row["MACs"]
 
 
 def test_a_network_counted_by_hand():

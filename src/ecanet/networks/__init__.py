@@ -9,7 +9,7 @@ from ecanet.networks.devices import find_device
 from ecanet.networks.factories import find_factory, trust
 from ecanet.networks.heads import exchange_head, find_head
 from ecanet.networks.loading import check_fit, load_weights
-from ecanet.networks.names import find, find_library, is_ours
+from ecanet.networks.names import find, find_kind, find_library, is_ours, list_names
 from ecanet.networks.preprocessing import Preprocessing, find_preprocessing, image_size, imagenet_classes
 
 __all__ = [
@@ -20,11 +20,13 @@ __all__ = [
     "find_device",
     "find_factory",
     "find_head",
+    "find_kind",
     "find_library",
     "find_preprocessing",
     "image_size",
     "imagenet_classes",
     "is_ours",
+    "list_names",
     "load_weights",
     "trust",
 ]

@@ -17,7 +17,7 @@ from ecanet.errors import ConfigError, summarize
 from ecanet.models import create_model, list_models
 from ecanet.networks.factories import find_factory, is_file
 
-__all__ = ["find", "find_library", "is_ours"]
+__all__ = ["find", "find_kind", "find_library", "is_ours", "list_names"]
 
 HOW_TO_NAME = "write NAME for this library's, torchvision:NAME, timm:NAME or FILE.py:FACTORY"
 
@@ -51,7 +51,7 @@ def find(name: str, **options: object) -> nn.Module:
             warnings.simplefilter("ignore", FutureWarning)  # about initial weights, which torchvision will change
             return _from_timm(inner, options) if library == "timm" else _from_torchvision(inner, options)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{library} is not installed: pip install {library}") from error
+        raise _not_installed(library) from error
 
 
 def find_library(name: str) -> tuple[str, str]:
@@ -69,6 +69,46 @@ def find_library(name: str) -> tuple[str, str]:
     if library not in ("", "timm", "torchvision"):
         raise ConfigError(f"unknown library {library!r} in {name!r}; {HOW_TO_NAME}")
     return library, inner
+
+
+def find_kind(name: str) -> str:
+    """Return the task of torchvision's network ``name``: "detection", "segmentation", "video", …; else "".
+
+    It is the part of torchvision that has the network. For classifiers and other libraries' networks it is empty.
+
+    >>> find_kind("torchvision:fcos_resnet50_fpn"), find_kind("torchvision:resnet50"), find_kind("timm:resnet50")
+    ('detection', '', '')
+    """
+    library, inner = find_library(name)
+    if library != "torchvision":
+        return ""
+    from torchvision.models import get_model_builder, list_models
+
+    parts = get_model_builder(inner).__module__.split(".") if inner in list_models() else []
+    return parts[2] if len(parts) > 3 else ""
+
+
+def list_names(library: str) -> list[str]:
+    """Return the names of the networks of ``library``; "" is this library, and a user's own file has no list.
+
+    >>> "resnet18" in list_names("torchvision")
+    True
+
+    Raises:
+        ConfigError: the library is not installed.
+    """
+    try:
+        if library == "timm":
+            import timm
+
+            return timm.list_models()
+    except ModuleNotFoundError as error:
+        raise _not_installed(library) from error
+    if library == "torchvision":
+        from torchvision.models import list_models as list_torchvision
+
+        return list_torchvision()
+    return list_models() if library == "" else []
 
 
 def is_ours(name: str) -> bool:
@@ -119,6 +159,10 @@ def _from_torchvision(name: str, options: Mapping[str, object]) -> nn.Module:
         else {}
     )
     return get_model(name, weights=None, **more, **options)
+
+
+def _not_installed(library: str) -> ConfigError:
+    return ConfigError(f"{library} is not installed: pip install {library}")
 
 
 def _parameters(function: Callable[..., nn.Module]) -> list[str]:

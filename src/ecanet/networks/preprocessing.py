@@ -1,11 +1,12 @@
 """The images that a network is made for, as its library says: size, normalization, crop; and ImageNet's classes."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
 from ecanet.models import LAYERS
-from ecanet.networks.names import find_library
+from ecanet.networks.names import find_kind, find_library
 
 __all__ = ["Preprocessing", "find_preprocessing", "image_size", "imagenet_classes"]
 
@@ -68,7 +69,10 @@ def _find_torchvision(name: str) -> Preprocessing:
     newest = list(cast(Iterable[WeightsEnum], get_model_weights(name)))[-1]
     values = cast(dict[str, Any], getattr(newest.transforms, "keywords", {}))  # functools.partial of the transform
     size, resized = values.get("crop_size"), values.get("resize_size", 256)
-    if not isinstance(size, int):  # detectors, segmentation and video networks
+    if find_kind(f"torchvision:{name}") == "detection":
+        # A detector resizes the short side itself: to 800, or to the number in its name.
+        return Preprocessing(size=next((int(number) for number in re.findall(r"\d{3}", name)), 800), crop=1.0)
+    if not isinstance(size, int):  # segmentation and video networks
         return Preprocessing()
     interpolation = values.get("interpolation")
     return Preprocessing(

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ecanet.attention import ECANS, GCT, SEGC, SRM, Attention, ChannelAttention, SEVar2, StatisticsAttention
 from ecanet.errors import ConfigError, summarize
 from ecanet.networks import find, image_size, is_ours
+from ecanet.studies.shapes import run_on_shapes
 
 PEERS = {
     "torchvision": {"SqueezeExcitation"},
@@ -87,7 +88,8 @@ def count(model: nn.Module, size: Sequence[int] = (3, 224, 224)) -> Cost:
     """Return the cost of ``model`` for one image of ``size`` (channels, height, width).
 
     A copy of the model runs on the meta device, where PyTorch computes only shapes. It takes no memory and no
-    arithmetic, and ``model`` is left as it was.
+    arithmetic, and ``model`` is left as it was. A detector resizes the image, and is counted with as many regions as it
+    looks at most at.
 
     >>> from ecanet import create_model
     >>> cost = count(create_model("resnet50"))
@@ -102,11 +104,11 @@ def count(model: nn.Module, size: Sequence[int] = (3, 224, 224)) -> Cost:
     if min(size) < 1:
         raise ConfigError(f"the image size must be positive, got {tuple(size)}; use for example (3, 224, 224)")
     on_meta = copy.deepcopy(model).to("meta").eval()
-    image = torch.empty(1, *size, device="meta", dtype=next((p.dtype for p in on_meta.parameters()), None))
+    dtype = next((p.dtype for p in on_meta.parameters()), None)
     modules, pools = _ModuleCounter(on_meta), _PoolCounter()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as flops, pools:
-            on_meta(image)
+            run_on_shapes(on_meta, size, dtype)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f"the network cannot be counted on an image of size {tuple(size)}: {summarize(error)}"

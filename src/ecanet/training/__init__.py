@@ -3,19 +3,21 @@
 Read downward: `trainer` (`run`), `run_dirs` (a run's directory), `checkpoints` (how a run writes and finds them),
 `loggers` (TensorBoard and others, by name), `detections` (`detect`), `trained` (`evaluate`, `predict`), `restoring`
 (`restore`), `preparation` (completes a recipe), `progress` (the output of a run while it trains), `tasks` (what a
-network learns and how it is scored), `building` (any network, with weights and attention).
+network learns and how it is scored), `detectors` and `building` (any network, with weights and attention).
 """
 
 from ecanet.training.building import Built, build
 from ecanet.training.detections import FoundObject, ImageDetections, detect
+from ecanet.training.detectors import build_detector
 from ecanet.training.preparation import build_data, complete
 from ecanet.training.restoring import restore
 from ecanet.training.run_dirs import read_recipe
-from ecanet.training.tasks import Classification, Detection, Task
+from ecanet.training.tasks import TASKS, Classification, Detection, Task
 from ecanet.training.trained import Prediction, evaluate, image_files, predict
 from ecanet.training.trainer import run
 
 __all__ = [
+    "TASKS",
     "Built",
     "Classification",
     "Detection",
@@ -25,6 +27,7 @@ __all__ = [
     "Task",
     "build",
     "build_data",
+    "build_detector",
     "complete",
     "detect",
     "evaluate",

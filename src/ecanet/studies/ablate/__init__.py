@@ -1,7 +1,8 @@
 """Compare attentions fairly: train every variant of a network with every seed on one recipe.
 
 Read downward: `pages` (Markdown, JSON and HTML), `figures` (the picture), `grid` (`run`: the runs, which can be
-resumed), `comparison` (means, intervals and paired differences), `variants` (the networks to compare).
+resumed), `comparison` (means, intervals and paired differences), `metrics` (what is compared), `variants` (the networks
+to compare), `controls` (the larger one).
 """
 
 from ecanet.studies.ablate.grid import run

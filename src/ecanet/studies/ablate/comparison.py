@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+from ecanet.studies.ablate.metrics import TOP1, Metric
 from ecanet.studies.ablate.variants import Variant
 
 __all__ = ["Estimate", "Measurement", "Result", "compare", "estimate"]
@@ -16,8 +17,8 @@ SIGNIFICANCE = 0.05
 class Measurement(TypedDict):
     """The numbers of one run that are compared."""
 
-    top1: float
-    """Held-out accuracy after the last epoch, in percent."""
+    metrics: Mapping[str, float]
+    """Held-out metrics after the last epoch."""
     seconds: float
 
 
@@ -41,10 +42,10 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """The accuracy of one variant, in percent, and its difference to the plain network, in points."""
+    """The metric of one variant, and its difference to the plain network."""
 
     variant: Variant
-    top1: Estimate
+    score: Estimate
     difference: Estimate | None
     """Paired difference to the plain network: runs of the same seed are subtracted. None for the plain network."""
     significant: bool | None
@@ -52,33 +53,38 @@ class Result:
     seconds: float
     """Mean time of a run."""
     by_seed: dict[int, float]
-    """Top-1 of each run."""
+    """The metric of each run."""
+    also: dict[str, Estimate]
+    """Metrics that are shown beside it, by name."""
 
 
 def compare(
-    variants: Sequence[Variant], measurements: Mapping[tuple[str, int], Measurement], seeds: int
+    variants: Sequence[Variant], measurements: Mapping[tuple[str, int], Measurement], seeds: int, metric: Metric = TOP1
 ) -> list[Result]:
-    """Return the result of each variant; ``measurements`` has one entry for each variant's name and seed.
+    """Return the result of each variant in ``metric``; ``measurements`` has an entry for each variant's name and seed.
 
     The variant "none" is the plain network. With n variants beside it, a difference is significant if its t interval
     of level 1 - 0.05 / n does not contain 0 (Bonferroni).
     """
-    top1 = {v.name: {seed: measurements[v.name, seed]["top1"] for seed in range(seeds)} for v in variants}
+    runs = {v.name: [measurements[v.name, seed]["metrics"] for seed in range(seeds)] for v in variants}
+    scores = {name: {seed: run[metric.name] for seed, run in enumerate(of_name)} for name, of_name in runs.items()}
+    also = [name for name, _ in metric.also if all(name in run for of_name in runs.values() for run in of_name)]
     level = 1 - SIGNIFICANCE / max(1, len(variants) - 1)
     results: list[Result] = []
     for variant in variants:
-        mine, plain = top1[variant.name], top1["none"]
+        mine, plain = scores[variant.name], scores["none"]
         differences = [mine[seed] - plain[seed] for seed in range(seeds)]
         corrected = estimate(differences, level=level)
         is_plain = variant.name == "none"
         results.append(
             Result(
                 variant=variant,
-                top1=estimate(list(mine.values())),
+                score=estimate(list(mine.values())),
                 difference=None if is_plain else estimate(differences),
                 significant=None if is_plain or corrected.half is None else abs(corrected.mean) > corrected.half,
                 seconds=statistics.mean(measurements[variant.name, seed]["seconds"] for seed in range(seeds)),
                 by_seed=mine,
+                also={name: estimate([run[name] for run in runs[variant.name]]) for name in also},
             )
         )
     return results

@@ -1,4 +1,4 @@
-"""The picture of an ablation: paired differences to the plain network, and accuracy against parameters."""
+"""The picture of an ablation: paired differences to the plain network, and the metric against parameters."""
 # matplotlib's own annotations leave many arguments open:
 # pyright: reportUnknownMemberType=false
 
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from ecanet.studies.ablate.comparison import Result
 from ecanet.studies.ablate.grid import Ablation
+from ecanet.studies.ablate.metrics import Metric
 
 __all__ = ["draw", "spread_labels"]
 
@@ -16,22 +17,22 @@ __all__ = ["draw", "spread_labels"]
 def draw(ablation: Ablation) -> Figure:
     """Return a figure of two panels.
 
-    The left one shows each variant's top-1 minus the plain network's, seed by seed; the right one top-1 against
+    The left one shows each variant's metric minus the plain network's, seed by seed; the right one the metric against
     parameters.
     """
     figure = Figure(figsize=(11, 1.8 + 0.32 * len(ablation.results)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    _draw_differences(left, ablation.results)
-    _draw_accuracies(right, ablation.results)
+    _draw_differences(left, ablation.results, ablation.metric)
+    _draw_scores(right, ablation.results, ablation.metric)
     return figure
 
 
-def _draw_differences(axes: Axes, results: Sequence[Result]) -> None:
+def _draw_differences(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
     """Draw one dot for each seed, the mean, and its 95 % interval, from the first variant at the top downward."""
     plain, *others = results
     for y, result in enumerate(reversed(others)):
         color = "tab:red" if result.significant else "tab:gray"
-        dots = [top1 - plain.by_seed[seed] for seed, top1 in result.by_seed.items()]
+        dots = [score - plain.by_seed[seed] for seed, score in result.by_seed.items()]
         axes.scatter(dots, [y] * len(dots), s=14, alpha=0.5, color=color)
         if result.difference is not None:
             axes.errorbar(result.difference.mean, y, xerr=result.difference.half, fmt="D", color=color, capsize=4)
@@ -41,15 +42,15 @@ def _draw_differences(axes: Axes, results: Sequence[Result]) -> None:
     ]
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - 0.4)
-    axes.set_xlabel("paired difference to the plain network (points of top-1); red: significant")
+    axes.set_xlabel(f"paired difference to the plain network ({metric.points}); red: significant")
 
 
-def _draw_accuracies(axes: Axes, results: Sequence[Result]) -> None:
+def _draw_scores(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
     parameters = [result.variant.cost.parameters / 1e6 for result in results]
-    means = [result.top1.mean for result in results]
+    means = [result.score.mean for result in results]
     for x, result in zip(parameters, results, strict=True):
-        axes.errorbar(x, result.top1.mean, yerr=result.top1.half, fmt="o", color="tab:blue")
-    axes.set(xlabel="parameters (millions)", ylabel="top-1 (%)")
+        axes.errorbar(x, result.score.mean, yerr=result.score.half, fmt="o", color="tab:blue")
+    axes.set(xlabel="parameters (millions)", ylabel=metric.heading)
     axes.margins(x=0.3)
     if max(parameters) > 10 * min(parameters):
         axes.set_xscale("log")

@@ -17,6 +17,7 @@ from ecanet.errors import ConfigError, EcanetError, check_positive_int
 from ecanet.recipes import Recipe, from_dict, to_dict
 from ecanet.report import write_file
 from ecanet.studies.ablate.comparison import Measurement, Result, compare
+from ecanet.studies.ablate.metrics import Metric, find_metric
 from ecanet.studies.ablate.variants import VARIANTS, Variant, plan
 from ecanet.training import complete
 
@@ -27,7 +28,6 @@ class Cell(Measurement):
     """The content of a finished cell's file."""
 
     recipe: dict[str, object]
-    metrics: Mapping[str, float]
     parameters: int
     environment: Mapping[str, object]
 
@@ -40,6 +40,11 @@ class Ablation:
     folder: Path
     seeds: list[int]
     results: list[Result]
+
+    @property
+    def metric(self) -> Metric:
+        """The metric that is compared: the task's monitor."""
+        return find_metric(self.recipe)
 
 
 def run(
@@ -58,7 +63,7 @@ def run(
         recipe: data, network and settings of every run. Each variant replaces the attention.
         folder: where cells and runs are kept. It belongs to this recipe.
         variants: names from `VARIANTS`; the plain network "none" is always among them. Variants that are the same
-            network become one row.
+            network become one row. ``larger=NETWORK`` names the larger control.
         seeds: number of runs of each variant.
         on: "here" runs one cell after the other; "ray" runs several at a time on Ray (extra ``cluster``).
         threads: CPU threads of one cell. The last digits of the results depend on it, so keep it when resuming.
@@ -76,8 +81,8 @@ def run(
     rows = plan(recipe, variants, say)
     _claim_folder(folder, recipe)
     grid = [(variant, seed) for seed in range(seeds) for variant in rows]
-    missing = [(variant, seed) for variant, seed in grid if not _read_cell(folder, recipe, variant, seed)]
-    todo = [(_cell_file(folder, v, s), _cell_recipe(recipe, v, s)) for v, s in missing]
+    missing = [(variant, seed) for variant, seed in grid if not _read_cell(folder, variant, seed)]
+    todo = [(_cell_file(folder, v, s), _cell_recipe(v, s)) for v, s in missing]
     say(f"{len(rows)} networks x {seeds} seeds: {len(grid)} cells, {len(grid) - len(todo)} of them finished")
     match on:
         case "here":
@@ -86,8 +91,9 @@ def run(
             _run_on_ray(todo, threads or 1, say)
         case _:
             raise ConfigError(f"cannot run on {on!r}; choose 'here' or 'ray'")
-    cells = {(v.name, s): cell for v, s in grid if (cell := _read_cell(folder, recipe, v, s))}
-    return Ablation(recipe=recipe, folder=folder, seeds=list(range(seeds)), results=compare(rows, cells, seeds))
+    cells = {(v.name, s): cell for v, s in grid if (cell := _read_cell(folder, v, s))}
+    results = compare(rows, cells, seeds, find_metric(recipe))
+    return Ablation(recipe=recipe, folder=folder, seeds=list(range(seeds)), results=results)
 
 
 # files
@@ -103,28 +109,29 @@ def _claim_folder(folder: Path, recipe: Recipe) -> None:
         raise ConfigError(f"{folder} holds an ablation of another recipe; choose another folder (--out)")
 
 
-def _cell_recipe(recipe: Recipe, variant: Variant, seed: int) -> Recipe:
-    return recipe.but(model=variant.model, seed=seed)
+def _cell_recipe(variant: Variant, seed: int) -> Recipe:
+    return variant.recipe.but(seed=seed)
 
 
 def _cell_file(folder: Path, variant: Variant, seed: int) -> Path:
     return folder / "cells" / f"{variant.name}-seed{seed}.json"
 
 
-def _read_cell(folder: Path, recipe: Recipe, variant: Variant, seed: int) -> Cell | None:
+def _read_cell(folder: Path, variant: Variant, seed: int) -> Cell | None:
     """Return the cell if it is finished; raise ConfigError if its file is the result of another recipe."""
     path = _cell_file(folder, variant, seed)
     if not path.exists():
         return None
     cell = cast(Cell, json.loads(path.read_text()))
-    if cell["recipe"] != to_dict(_cell_recipe(recipe, variant, seed)):
+    if cell["recipe"] != to_dict(_cell_recipe(variant, seed)):
         raise ConfigError(f"{path} was run with other settings; choose another folder (--out)")
     return cell
 
 
-def _save_cell(path: Path, cell: Cell, say: Callable[[str], None]) -> None:
+def _save_cell(path: Path, cell: Cell, metric: Metric, say: Callable[[str], None]) -> None:
     write_file(path, json.dumps(cell, indent=2))
-    say(f"{path.stem}: top-1 {cell['top1']:.2f} in {cell['seconds']:.0f} s")
+    score = cell["metrics"][metric.name]
+    say(f"{path.stem}: {metric.label} {score:.{metric.digits}f} in {cell['seconds']:.0f} s")
 
 
 # runs
@@ -143,7 +150,6 @@ def run_cell(recipe: Recipe, path: Path, threads: int | None) -> Cell:
         raise type(error)(f"{run_dir.name}: {error}") from error
     return {
         "recipe": to_dict(recipe),
-        "top1": report.metrics["top1"],
         "metrics": report.metrics,
         "seconds": report.seconds,
         "parameters": report.parameters,
@@ -155,7 +161,7 @@ def _run_here(todo: Sequence[tuple[Path, Recipe]], threads: int | None, say: Cal
     from rich.progress import track
 
     for path, recipe in track(todo, description="cells", disable=not todo):
-        _save_cell(path, run_cell(recipe, path, threads), say)
+        _save_cell(path, run_cell(recipe, path, threads), find_metric(recipe), say)
 
 
 def _run_on_ray(todo: Sequence[tuple[Path, Recipe]], threads: int, say: Callable[[str], None]) -> None:
@@ -168,10 +174,13 @@ def _run_on_ray(todo: Sequence[tuple[Path, Recipe]], threads: int, say: Callable
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(run_cell)
     # Workers have their own current directory, so they get absolute paths.
-    running: dict[object, Path] = {remote.remote(recipe, path.absolute(), threads): path for path, recipe in todo}
+    running: dict[object, tuple[Path, Recipe]] = {
+        remote.remote(recipe, path.absolute(), threads): (path, recipe) for path, recipe in todo
+    }
     while running:
         done: list[object] = ray.wait(list(running))[0]
+        path, recipe = running.pop(done[0])
         try:
-            _save_cell(running.pop(done[0]), ray.get(done[0]), say)
+            _save_cell(path, ray.get(done[0]), find_metric(recipe), say)
         except ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from None

@@ -9,19 +9,10 @@ from ecanet.report import environment, figures, page, write_file
 from ecanet.studies.ablate.comparison import Estimate, Result
 from ecanet.studies.ablate.figures import draw
 from ecanet.studies.ablate.grid import Ablation
+from ecanet.studies.ablate.metrics import Metric
+from ecanet.studies.ablate.variants import name_network
 
 __all__ = ["explain", "format_estimate", "to_html", "to_json", "to_markdown", "write"]
-
-COLUMNS = (
-    "variant",
-    "same network as",
-    "parameters",
-    "MACs",
-    "top-1 (%)",
-    "paired difference to the plain network",
-    "significant (t test, 95 %)",
-    "seconds",
-)
 
 
 def write(ablation: Ablation) -> None:
@@ -35,33 +26,52 @@ def write(ablation: Ablation) -> None:
 
 def to_markdown(ablation: Ablation) -> str:
     """Return the table as Markdown, with an explanation below it."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(_format_row(result)) + " |" for result in ablation.results]
+    columns = _list_columns(ablation)
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(_format_row(result, ablation.metric)) + " |" for result in ablation.results]
     return "\n".join([*lines, "", explain(ablation), ""])
 
 
-def _format_row(result: Result) -> list[str]:
+def _list_columns(ablation: Ablation) -> list[str]:
+    also = ablation.results[0].also
+    return [
+        "variant",
+        "same network as",
+        "parameters",
+        "MACs",
+        ablation.metric.heading,
+        "paired difference to the plain network",
+        "significant (t test, 95 %)",
+        *(label for name, label in ablation.metric.also if name in also),
+        "seconds",
+    ]
+
+
+def _format_row(result: Result, metric: Metric) -> list[str]:
+    digits = metric.digits
     return [
         result.variant.label,
         ", ".join(result.variant.same_as),
         f"{result.variant.cost.parameters:,}",
         f"{result.variant.cost.macs / 1e6:,.1f} M",
-        format_estimate(result.top1),
-        format_estimate(result.difference, sign="+") if result.difference else "",
+        format_estimate(result.score, digits=digits),
+        format_estimate(result.difference, sign="+", digits=digits) if result.difference else "",
         {None: "", True: "yes", False: "no"}[result.significant],
+        *(format_estimate(estimate, digits=digits) for estimate in result.also.values()),
         f"{result.seconds:,.0f}",
     ]
 
 
-def format_estimate(estimate: Estimate, sign: str = "") -> str:
+def format_estimate(estimate: Estimate, sign: str = "", digits: int = 2) -> str:
     """Return a mean with its 95 % interval; ``sign="+"`` shows the sign of positive numbers.
 
     >>> format_estimate(Estimate(mean=0.25, half=0.5), sign="+")
     '+0.25 (-0.25 to +0.75)'
     """
+    style = f"{sign}.{digits}f"
     if estimate.low is None or estimate.high is None:
-        return f"{estimate.mean:{sign}.2f}"
-    return f"{estimate.mean:{sign}.2f} ({estimate.low:{sign}.2f} to {estimate.high:{sign}.2f})"
+        return f"{estimate.mean:{style}}"
+    return f"{estimate.mean:{style}} ({estimate.low:{style}} to {estimate.high:{style}})"
 
 
 def explain(ablation: Ablation) -> str:
@@ -72,7 +82,7 @@ def explain(ablation: Ablation) -> str:
     names = [result.variant.name for result in ablation.results if result.significant]
     found = f"Significant here: {', '.join(names)}." if names else "No difference is significant here."
     return (
-        f"Top-1 is the held-out accuracy after the last epoch: mean and 95 % t interval over {seeds} seeds. The paired "
+        f"{ablation.metric.meaning}: mean and 95 % t interval over {seeds} seeds. The paired "
         "difference to the plain network subtracts runs of the same seed. It is significant if its t interval, with "
         f"Bonferroni's correction for {comparisons} comparisons, does not contain 0. {found} Every variant had the "
         "same data, epochs and settings, and the settings were tuned for none of them."
@@ -85,50 +95,58 @@ def to_json(ablation: Ablation) -> str:
         "environment": environment(),
         "recipe": to_dict(ablation.recipe),
         "seeds": ablation.seeds,
-        "rows": [_result_to_dict(result) for result in ablation.results],
+        "rows": [_result_to_dict(result, ablation) for result in ablation.results],
     }
     return json.dumps(content, indent=2)
 
 
-def _result_to_dict(result: Result) -> dict[str, object]:
-    difference = result.difference and {"mean": result.difference.mean, "half_width": result.difference.half}
+def _result_to_dict(result: Result, ablation: Ablation) -> dict[str, object]:
+    detector = {"detector": to_dict(result.variant.recipe.detector)} if ablation.recipe.task == "detection" else {}
     return {
         "variant": result.variant.name,
         "same_as": list(result.variant.same_as),
         "model": to_dict(result.variant.model),
+        **detector,
         "parameters": result.variant.cost.parameters,
         "attention_parameters": result.variant.cost.attention_parameters,
         "macs": result.variant.cost.macs,
-        "top1": {"mean": result.top1.mean, "half_width": result.top1.half},
-        "difference_to_plain": difference,
+        ablation.metric.name: _estimate_to_dict(result.score),
+        "difference_to_plain": result.difference and _estimate_to_dict(result.difference),
         "significant": result.significant,
-        "top1_by_seed": result.by_seed,
+        f"{ablation.metric.name}_by_seed": result.by_seed,
+        **{name: _estimate_to_dict(estimate) for name, estimate in result.also.items()},
         "seconds": result.seconds,
     }
 
 
+def _estimate_to_dict(estimate: Estimate) -> dict[str, float | None]:
+    return {"mean": estimate.mean, "half_width": estimate.half}
+
+
 def to_html(ablation: Ablation, figure: Figure) -> str:
     """Return one HTML page that needs no other file: the table, the figure, and every run."""
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+    metric = ablation.metric
+    head = "".join(f"<th>{name}</th>" for name in _list_columns(ablation))
     body = "".join(
-        "<tr>" + "".join(f"<td>{cell}</td>" for cell in _format_row(result)) + "</tr>" for result in ablation.results
+        "<tr>" + "".join(f"<td>{cell}</td>" for cell in _format_row(result, metric)) + "</tr>"
+        for result in ablation.results
     )
     seeds = "".join(f"<th>seed {seed}</th>" for seed in ablation.seeds)
     by_seed = "".join(
         f"<tr><td>{result.variant.name}</td>"
-        + "".join(f"<td>{top1:.2f}</td>" for top1 in result.by_seed.values())
+        + "".join(f"<td>{score:.{metric.digits}f}</td>" for score in result.by_seed.values())
         + "</tr>"
         for result in ablation.results
     )
     recipe, networks = ablation.recipe, len(ablation.results)
     return page(
-        title=f"Ablation of {recipe.model.name} on {recipe.data.name}",
+        title=f"Ablation of {name_network(recipe)} on {recipe.data.name}",
         subtitle=f"recipe {recipe.name}, {recipe.epochs} epochs, {len(ablation.seeds)} seeds",
         tiles=[(str(networks), "networks"), (str(networks * len(ablation.seeds)), "runs")],
         sections=[
             ("Table", explain(ablation), f"<table><tr>{head}</tr>{body}</table>"),
             ("Picture", "", figures.to_svg(figure)),
-            ("Each run", "Top-1 in percent.", f"<table><tr><th></th>{seeds}</tr>{by_seed}</table>"),
+            ("Each run", metric.caption, f"<table><tr><th></th>{seeds}</tr>{by_seed}</table>"),
         ],
         recipe=json.dumps(to_dict(recipe), indent=2),
         environment=environment(),

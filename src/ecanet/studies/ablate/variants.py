@@ -11,23 +11,13 @@ from ecanet import data, training
 from ecanet.attention import ECA, ECANS, SEGC, Attention, SEVar2, SEVar3
 from ecanet.data import DataSpec
 from ecanet.errors import ConfigError
-from ecanet.models import LAYERS
+from ecanet.models import DETECTORS, LAYERS
 from ecanet.networks import find, is_ours
 from ecanet.recipes import ModelConfig, Recipe, suggestion
+from ecanet.studies.ablate.controls import choose_larger
 from ecanet.studies.cost import Cost, count
 
-__all__ = ["VARIANTS", "NeutralECA", "Variant", "describe_form", "plan"]
-
-LARGER = {
-    "resnet8": "resnet14",
-    "resnet14": "resnet20",
-    "resnet20": "resnet56",
-    "resnet18": "resnet34",
-    "resnet34": "resnet50",
-    "resnet50": "resnet101",
-    "resnet101": "resnet152",
-}
-"""The larger plain network that serves as a control: it shows the gain of more layers instead of attention."""
+__all__ = ["VARIANTS", "NeutralECA", "Variant", "describe_form", "name_network", "plan"]
 
 
 class NeutralECA(ECA):
@@ -82,26 +72,47 @@ SMALL_DIVISOR = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One variant: its network, the network's cost, and the names of other variants that are the same network."""
+    """One variant: the recipe of its runs, its network's cost, and the names of variants that are the same network.
+
+    ``origin`` says how the network of the variant "larger" was chosen; it is empty for this library's own.
+    """
 
     name: str
-    model: ModelConfig
+    recipe: Recipe
     cost: Cost
     same_as: tuple[str, ...] = ()
+    origin: str = ""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The network and its attention."""
+        return self.recipe.model
 
     @property
     def label(self) -> str:
         """The name, with the network in the two rows without attention."""
+        network = name_network(self.recipe)
         if self.name == "none":
-            return f"none (plain {self.model.name})"
-        return f"larger (plain {self.model.name}, control)" if self.name == "larger" else self.name
+            return f"none (plain {network})"
+        how = f": {self.origin}" if self.origin else ""
+        return f"larger (plain {network}, control{how})" if self.name == "larger" else self.name
+
+
+def name_network(recipe: Recipe) -> str:
+    """Return the name of the network of ``recipe``; a detector of this library with its backbone.
+
+    >>> name_network(Recipe(model=ModelConfig(name="resnet18")))
+    'resnet18'
+    """
+    has_backbone = recipe.task == "detection" and is_ours(recipe.model.name)
+    return f"{recipe.model.name} over {recipe.detector.backbone}" if has_backbone else recipe.model.name
 
 
 def plan(recipe: Recipe, names: Iterable[str], say: Callable[[str], None] = print) -> list[Variant]:
     """Return the plain network ("none", always included) and the variants called ``names``, in `VARIANTS`' order.
 
     Variants that build the same network are merged, and ``say`` is called with one line for each of them, and with
-    what there is to say about the data's files.
+    what there is to say about the data's files. ``larger=NETWORK`` names the network of the variant "larger".
 
     Raises:
         ConfigError: a name is unknown, or the recipe's network has no such variant.
@@ -109,57 +120,102 @@ def plan(recipe: Recipe, names: Iterable[str], say: Callable[[str], None] = prin
     images = data.build(recipe.data, train=False)
     for line in images.notices:  # once for all runs
         say(line)
-    spec = images.spec
-    channels = spec.channels if is_ours(recipe.model.name) else 3
-    size = (channels, spec.size, spec.size)
-    chosen = [name.strip() for name in names]
-    for name in chosen:
-        if name not in VARIANTS:
-            raise ConfigError(f"there is no variant {name!r}; {suggestion(name, list(VARIANTS))}")
+    chosen, named = _read_names(names)
     by_form: dict[str, Variant] = {}
     # The order of VARIANTS, so that merged variants always keep the same name, however they were listed.
     for name in dict.fromkeys(["none", *sorted(chosen, key=list(VARIANTS).index)]):
-        model = _configure(recipe.model, name)
-        network = _build(model, spec)
+        arm, origin = _configure_larger(recipe, named) if name == "larger" else (_configure(recipe, name), "")
+        network = _build(arm, images.spec)
         # With pretrained weights, the same network may begin in two ways.
-        form = describe_form(network) + (f"preserve={model.preserve}" if model.weights else "")
+        form = describe_form(network) + (f"preserve={arm.model.preserve}" if arm.model.weights else "")
         if form in by_form:
             kept = by_form[form]
             by_form[form] = replace(kept, same_as=(*kept.same_as, name))
             say(f"{name} is the same network as {kept.name} here: one row")
-        else:
-            by_form[form] = Variant(name=name, model=model, cost=count(network, size))
-    return list(by_form.values())
+            continue
+        cost = count(network, (images.spec.channels if is_ours(arm.model.name) else 3, *[images.spec.size] * 2))
+        by_form[form] = Variant(name=name, recipe=arm, cost=cost, origin=origin)
+    variants = list(by_form.values())
+    _check_control(variants)
+    return variants
 
 
-def _build(model: ModelConfig, spec: DataSpec) -> nn.Module:
-    """Return the network of ``model`` for data of this ``spec``, without its weights."""
-    classes = len(spec.class_names)
-    if not is_ours(model.name) or model.where is not None:
-        return training.build(
-            model.but(weights=None), num_classes=classes, image=(spec.channels, spec.size, spec.size)
-        ).model
-    gates = {"attention": model.attention, "kernel_sizes": model.kernel_sizes, **model.options}
-    with torch.device("meta"):
-        return find(model.name, num_classes=classes, in_channels=spec.channels, **gates)
+def _read_names(names: Iterable[str]) -> tuple[list[str], str | None]:
+    """Return the variants' names, and the network that ``larger=NETWORK`` names; None if no variant does.
+
+    Raises:
+        ConfigError: there is no such variant.
+    """
+    chosen: list[str] = []
+    named = None
+    for text in names:
+        name, equals, network = text.strip().partition("=")
+        if name not in VARIANTS:
+            raise ConfigError(f"there is no variant {name!r}; {suggestion(name, list(VARIANTS))}")
+        if equals and (name != "larger" or not network):
+            raise ConfigError(f"{text.strip()}: only the larger control names a network: larger=timm:resnet50d")
+        named = network or named
+        chosen.append(name)
+    return chosen, named
 
 
-def _configure(base: ModelConfig, name: str) -> ModelConfig:
-    """Return the configuration of variant ``name`` of the network ``base``."""
+def _check_control(variants: list[Variant]) -> None:
+    """Raise ConfigError if the larger control is not larger than the plain network."""
+    plain = variants[0].cost
+    for variant in variants:
+        cost = variant.cost
+        if variant.name == "larger" and cost.parameters <= plain.parameters and cost.macs <= plain.macs:
+            raise ConfigError(
+                f"larger={name_network(variant.recipe)} is not larger: {cost.parameters:,} parameters, and the plain "
+                f"network has {plain.parameters:,}; name another one"
+            )
+
+
+def _build(recipe: Recipe, spec: DataSpec) -> nn.Module:
+    """Return the network of ``recipe`` for data of this ``spec``, without its weights."""
+    model, classes = recipe.model.but(weights=None), len(spec.class_names)
+    if is_ours(model.name) and model.where is None:
+        with torch.device("meta"):
+            if recipe.task == "detection":
+                return training.build_detector(recipe.but(model=model), spec).model
+            gates = {"attention": model.attention, "kernel_sizes": model.kernel_sizes, **model.options}
+            return find(model.name, num_classes=classes, in_channels=spec.channels, **gates)
+    if recipe.task == "detection":
+        return training.build_detector(recipe.but(model=model), spec).model
+    return training.build(model, num_classes=classes, image=(spec.channels, spec.size, spec.size)).model
+
+
+def _configure(recipe: Recipe, name: str) -> Recipe:
+    """Return ``recipe`` with the attention of the variant ``name``."""
     attention, values = VARIANTS[name]
-    network = base.name
-    if name == "larger":
-        if base.name not in LARGER:
-            raise ConfigError(f"no larger network is known for {base.name!r}; leave out the variant 'larger'")
-        network = LARGER[base.name]
-    is_small = base.name in LAYERS and len(LAYERS[base.name][1]) == 3
+    base = recipe.model
+    network = recipe.detector.backbone if recipe.task == "detection" and is_ours(base.name) else base.name
+    is_small = network in LAYERS and len(LAYERS[network][1]) == 3
     options = {key: SMALL_DIVISOR if is_small and value == 16 else value for key, value in values.items()}
     kernel_sizes = options.pop("kernel_size", "adaptive")
     preserve = options.pop("preserve", base.preserve)
     changes: dict[str, object] = {"kernel_sizes": kernel_sizes, "preserve": preserve}
     if attention == "none":
         changes |= {"preserve": None, "where": None, "replace": None}
-    return base.but(name=network, attention=attention, options=options, **changes)
+    return recipe.but(model=base.but(attention=attention, options=options, **changes))
+
+
+def _configure_larger(recipe: Recipe, named: str | None) -> tuple[Recipe, str]:
+    """Return ``recipe`` with a larger plain network, the one that is ``named``, and how the network was chosen.
+
+    Of this library's detectors the backbone is exchanged.
+
+    Raises:
+        ConfigError: no larger network is known, or the weights are not for it.
+    """
+    plain = _configure(recipe, "larger")
+    detects = recipe.task == "detection" and is_ours(recipe.model.name)
+    network, origin = choose_larger(
+        recipe.detector.backbone if detects else recipe.model.name, named, recipe.model.weights
+    )
+    if detects and is_ours(network) and network not in DETECTORS:
+        return plain.but(detector=plain.detector.but(backbone=network)), origin
+    return plain.but(model=plain.model.but(name=network)), origin
 
 
 def describe_form(network: nn.Module) -> str:

@@ -12,9 +12,7 @@ It sees modules only. So the sigmoids, products, additions and upsampling steps 
 neither does the ReLU of the region proposals, which is a function in that library.
 """
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +21,7 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead  # pyright: igno
 from ecanet.attention import ECA, ChannelAttention
 from ecanet.models import create_detector
 from ecanet.recipes import DetectorConfig, ModelConfig
+from ecanet.studies.shapes import run_on_shapes
 
 __all__ = ["WHY", "DetectorCost", "count_detector", "count_operations"]
 
@@ -34,7 +33,6 @@ WHY = (
 )
 
 HEIGHT, WIDTH = 800, 1280
-BOX_REGIONS, MASK_REGIONS = 1000, 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +72,7 @@ def count_detector(model: ModelConfig, detector: DetectorConfig) -> DetectorCost
 
         for module in _counted_modules(network):
             module.register_forward_hook(count)
-        _run(network)
+        run_on_shapes(network, (3, HEIGHT, WIDTH))
     return DetectorCost(
         trainable=sum(p.numel() for p in network.parameters() if p.requires_grad),
         parameters=sum(p.numel() for p in network.parameters()),
@@ -117,25 +115,6 @@ def _count_gate(gate: ChannelAttention) -> int:
     return sum(layer.weight.numel() for layer in layers) + relus
 
 
-class _RegionProposals(Protocol):
-    head: nn.Module
-
-
-class _Heads(Protocol):
-    box_head: nn.Module
-    box_predictor: nn.Module
-    mask_head: nn.Module
-    mask_predictor: nn.Module
-    has_mask: Callable[[], bool]
-
-
-class _TwoStage(Protocol):
-    """The part of torchvision's Faster R-CNN and Mask R-CNN that is used here."""
-
-    rpn: _RegionProposals
-    roi_heads: _Heads
-
-
 def _has_proposals(network: nn.Module) -> bool:
     """Return whether the detector is a Faster or Mask R-CNN, and not a RetinaNet."""
     return hasattr(network, "rpn")
@@ -146,24 +125,5 @@ def _counted_modules(network: nn.Module) -> list[nn.Module]:
     modules = list(network.modules())
     hidden = {inner for m in modules if isinstance(m, ChannelAttention) for inner in m.modules() if inner is not m}
     if _has_proposals(network):
-        hidden |= {m for m in cast(_TwoStage, network).rpn.head.modules() if isinstance(m, nn.ReLU)}
+        hidden |= {m for m in network.get_submodule("rpn.head").modules() if isinstance(m, nn.ReLU)}
     return [m for m in modules if m not in hidden]
-
-
-def _run(network: nn.Module) -> None:
-    """Run one image through the backbone, the pyramid and the heads.
-
-    The regions are not selected: their number is fixed, and the cost does not depend on where they are.
-    """
-    backbone = network.get_submodule("backbone")
-    features = cast(Mapping[str, Tensor], backbone(torch.empty(1, 3, HEIGHT, WIDTH)))
-    levels: Sequence[Tensor] = list(features.values())
-    if not _has_proposals(network):
-        network.get_submodule("head")(levels)
-        return
-    two_stage, width = cast(_TwoStage, network), levels[0].shape[1]
-    two_stage.rpn.head(levels)
-    heads = two_stage.roi_heads
-    heads.box_predictor(heads.box_head(torch.empty(BOX_REGIONS, width, 7, 7)))
-    if heads.has_mask():
-        heads.mask_predictor(heads.mask_head(torch.empty(MASK_REGIONS, width, 14, 14)))

@@ -13,6 +13,7 @@ from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import Recipe, to_dict
 from ecanet.report import Artifacts
 from ecanet.surgery import parameter_groups
+from ecanet.training.building import Built
 from ecanet.training.tasks.schedule import learning_rate_factor
 
 __all__ = ["NO_READABLE_IMAGE", "Optimization", "Task", "get_data", "read_spec"]
@@ -60,7 +61,7 @@ class Task(L.LightningModule):
     """The base of all tasks: a network, its optimizer and schedule, and a random state that survives a resume.
 
     ``notes`` are lines that say what was loaded into the network and attached to it; ``network`` has the same as plain
-    values.
+    values. ``exchanged`` are the tensors of a new head, ``unexpected`` the file's tensors that have no place.
     """
 
     monitor: ClassVar[str]
@@ -72,11 +73,18 @@ class Task(L.LightningModule):
         self.recipe, self.spec = recipe, spec
         self.notes: list[str] = []
         self.network: dict[str, object] = {}
+        self.exchanged: list[str] = []
+        self.unexpected: list[str] = []
         self.model = model.to(memory_format=torch.channels_last) if recipe.channels_last else model
         if recipe.compile:
             # Compiling in place keeps the names of the parameters. Only a detector's backbone is a single graph.
             compiled: nn.Module = getattr(self.model, "backbone", self.model)
             compiled.compile()  # pyright: ignore[reportUnknownMemberType]
+
+    def keep_story(self, built: Built) -> None:
+        """Keep what was loaded, exchanged and attached when the network was built."""
+        self.notes, self.network, self.exchanged = built.describe(), built.to_dict(), built.exchanged
+        self.unexpected = [] if built.loaded is None else built.loaded.unexpected
 
     def make_empty_loss(self) -> Tensor | None:
         """Return the loss of a batch without a readable image: None, or zero if there are several processes.

@@ -49,8 +49,7 @@ class Classification(Task):
             )
         built = build(config, num_classes=classes, image=(spec.channels, spec.size, spec.size))
         super().__init__(recipe, spec, built.model)
-        self.notes, self.network, self.exchanged = built.describe(), built.to_dict(), built.exchanged
-        self.unexpected = [] if built.loaded is None else built.loaded.unexpected
+        self.keep_story(built)
         self.channels = spec.channels if networks.is_ours(config.name) else 3
         mixes: list[v2.Transform] = [v2.MixUp(alpha=recipe.mixup, num_classes=classes)] if recipe.mixup else []
         mixes += [v2.CutMix(alpha=recipe.cutmix, num_classes=classes)] if recipe.cutmix else []

@@ -11,8 +11,9 @@ from ecanet.data import DataSpec, DetectionData, Target
 from ecanet.errors import DataError
 from ecanet.recipes import Recipe
 from ecanet.report import Artifacts
+from ecanet.training.detectors import build_detector
 from ecanet.training.tasks.base import NO_READABLE_IMAGE, Task, get_data
-from ecanet.training.tasks.outcome import Outcome, build_detector
+from ecanet.training.tasks.outcome import Outcome
 
 __all__ = ["Detection"]
 
@@ -30,7 +31,9 @@ class Detection(Task):
     monitor = "AP"
 
     def __init__(self, recipe: Recipe, spec: DataSpec):
-        super().__init__(recipe, spec, build_detector(recipe, spec))
+        built = build_detector(recipe, spec)
+        super().__init__(recipe, spec, built.model)
+        self.keep_story(built)
         self.outcome: Outcome | None = None
 
     def forward(

@@ -1,4 +1,4 @@
-"""The parts of the detection task: the detector of a recipe, and its results, which pycocotools scores."""
+"""The results of a detector, which pycocotools scores."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -6,19 +6,16 @@ from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import box_iou  # pyright: ignore[reportMissingTypeStubs]
 
-from ecanet.data import Annotations, DataSpec, RunLengths, Target, encode_mask, has_boxes
-from ecanet.errors import ConfigError
-from ecanet.models import create_detector
-from ecanet.recipes import Recipe
+from ecanet.data import Annotations, RunLengths, Target, encode_mask
 from ecanet.report import DetectionExample
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
-__all__ = ["METRICS", "Outcome", "build_detector", "compute_average_precision", "is_correct"]
+__all__ = ["METRICS", "Outcome", "compute_average_precision", "is_correct"]
 
 METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL")
 
@@ -39,38 +36,6 @@ class ResultEntry(TypedDict):
     score: float
     bbox: NotRequired[list[float]]
     segmentation: NotRequired[RunLengths]
-
-
-def build_detector(recipe: Recipe, spec: DataSpec) -> nn.Module:
-    """Return the network of a detection ``recipe`` for data of this ``spec``.
-
-    Raises:
-        ConfigError: the detector or the backbone does not exist, or a setting does not fit it.
-        CheckpointError: its weights cannot be used.
-    """
-    if not has_boxes(recipe.data.name):
-        raise ConfigError(f"detection needs annotated images, coco:PATH or scenes, got {recipe.data.name!r}")
-    model, settings = recipe.model, recipe.detector
-    for name in ("where", "replace", "preserve"):
-        if getattr(model, name) is not None:
-            raise ConfigError(f"model.{name} is for classifiers; the detectors have their gates built in: leave it out")
-    return create_detector(
-        model.name,
-        settings.backbone,
-        num_classes=len(spec.class_names),
-        attention=model.attention,
-        kernel_sizes=model.kernel_sizes,
-        weights="torchvision" if model.weights == "default" else model.weights,
-        norm=settings.norm,
-        frozen_stages=settings.frozen_stages,
-        freeze_attention=settings.freeze_attention,
-        small=settings.small,
-        short_side=spec.size,
-        scales=settings.scales,
-        mean=spec.mean,
-        std=spec.std,
-        **model.options,
-    )
 
 
 class Outcome:
