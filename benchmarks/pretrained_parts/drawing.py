@@ -29,10 +29,20 @@ STYLES = {
     "eca-random-recalibrated": ("#f4a582", "--"),
     "se": ("#762a83", "-."),
 }
+RATES = {  # arm: factor of the gates' learning rate, colour (of Okabe and Ito's palette), marker
+    "eca": (1, "#0072B2", "o"),
+    "eca-gates-x10": (10, "#E69F00", "s"),
+    "eca-gates-x50": (50, "#009E73", "^"),
+}
+MOVED = 0.02
+"""`ecanet inspect` says of a gate that it has not moved if no weight on any image is this far from 1."""
 
 
 def draw_all(found: dict[str, Any], folder: Path) -> str:
-    """Write pretrained.png and pretrained-finetune.png as far as ``found`` has the figures; return Markdown tables."""
+    """Write the pictures for which ``found`` has the figures into ``folder``; return Markdown tables.
+
+    They are pretrained.png, pretrained-finetune.png and pretrained-gates.png.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,6 +55,7 @@ def draw_all(found: dict[str, Any], folder: Path) -> str:
             tables.append(tabulate_pictures(rows))
         if cells := found.get("finetuning"):
             draw_finetuning(cells, folder / "pretrained-finetune.png")
+            draw_gates(cells, folder / "pretrained-gates.png")
             tables += [tabulate_finetuning(cells), tabulate_gates(cells)]
     return "\n".join(tables)
 
@@ -105,6 +116,81 @@ def draw_finetuning(cells: list[dict[str, Any]], path: Path) -> None:
     grid[1][0].legend(fontsize=9, loc="lower right")
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def draw_gates(cells: list[dict[str, Any]], path: Path) -> None:
+    """Draw which gates moved: one panel for each learning rate, one marker for each gate and rate of the gates.
+
+    A marker is the weight that is farthest from 1 on any image, filled if the gate moved. The line below it ends at the
+    standard deviation between images. Both are medians over the seeds.
+    """
+    from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+
+    cells = [cell for cell in cells if cell["arm"] in RATES]
+    rates = sorted({cell["rate"] for cell in cells})
+    if not rates:
+        return
+    size = (10, 1.6 + 3.1 * len(rates))
+    figure, grid = plt.subplots(len(rates), 1, figsize=size, sharex=True, sharey=True, squeeze=False)
+    figure.set_layout_engine("constrained")
+    for axes, rate in zip(grid.flat, rates, strict=True):
+        draw_rate(axes, [cell for cell in cells if cell["rate"] == rate])
+    names = [shorten(gate["name"]) for gate in cells[0]["gates"]]
+    grid[-1][0].set_xticks(range(len(names)), names)
+    grid[-1][0].set_xlabel("inverted residual block of MobileNetV2 that has the gate, from image to head", fontsize=14)
+    figure.supylabel("|weight − 1| after fine-tuning", fontsize=15)
+    plain = {"color": "0.3", "linestyle": "none", "marker": "o", "markersize": 8}
+    explained = [
+        Line2D([], [], **plain, label=f"moved ({MOVED} or more)"),
+        Line2D([], [], **plain, markerfacecolor="white", label="not moved"),
+        Line2D([], [], color="0.3", label="ends at the deviation between images"),
+    ]
+    shown: list[Line2D] = []
+    for (factor, colour, marker), meaning in zip(RATES.values(), explained, strict=True):
+        # A legend fills its columns one after another.
+        shown += [Line2D([], [], color=colour, marker=marker, markersize=8, label=f"gates' rate × {factor}"), meaning]
+    figure.legend(handles=shown, loc="outside upper center", ncols=3, fontsize=12, frameon=False)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def draw_rate(axes: Any, cells: list[dict[str, Any]]) -> None:
+    """Draw the gates of the ``cells`` of one learning rate into one panel; its title says how many moved."""
+    moved: list[str] = []
+    for shift, (arm, (factor, colour, marker)) in zip((-0.22, 0, 0.22), RATES.items(), strict=True):
+        gates = summarize_gates([cell for cell in cells if cell["arm"] == arm])
+        for position, gate in enumerate(gates):
+            x, far = position + shift, gate["largest_distance"]
+            axes.plot([x, x], [gate["deviation"], far], color=colour, linewidth=2)
+            fill = colour if far >= MOVED else "white"
+            axes.plot(x, far, marker, color=colour, markerfacecolor=fill, markersize=8, zorder=3)
+        if gates:
+            moved.append(f"{sum(gate['largest_distance'] >= MOVED for gate in gates)} at × {factor}")
+    axes.axhline(MOVED, color="0.4", linewidth=1.2, linestyle="--", zorder=0)
+    seeds = len({cell["seed"] for cell in cells})
+    title = f"learning rate {cells[0]['rate']:g}, {seeds} seed{'s' * (seeds > 1)}"
+    axes.set_title(f"{title}: of {len(cells[0]['gates'])} gates moved {', '.join(moved)}", fontsize=14)
+    axes.set(yscale="log")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def summarize_gates(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return name, largest distance and deviation of each gate, as medians over the ``cells`` of one arm."""
+    return [
+        {"name": gates[0]["name"]}
+        | {key: median(gate[key] for gate in gates) for key in ("largest_distance", "deviation")}
+        for gates in zip(*(cell["gates"] for cell in cells), strict=True)
+    ]
+
+
+def shorten(name: str) -> str:
+    """Return the number of the block in which the gate ``name`` stands.
+
+    >>> shorten("features.12.conv.4")
+    '12'
+    """
+    return next((part for part in name.split(".") if part.isdigit()), name)
 
 
 def select(cells: list[dict[str, Any]], arm: str, rate: float) -> list[dict[str, Any]]:

@@ -5,15 +5,19 @@ The default run downloads nothing. `python benchmarks/pretrained.py` or the slow
 
 import importlib.util
 import io
+import itertools
 import json
+import re
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 import torchvision
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ecanet.errors import DataError
@@ -110,7 +114,8 @@ def test_the_small_form_runs_on_stand_ins(script, monkeypatch, tmp_path, capsys)
     moved = [max(g["largest_parameter"] for g in cells[arm]["gates"]) for arm in ("eca", "eca-gates-x10")]
     assert 0 < 3 * moved[0] < moved[1]
     assert [point["step"] for point in cells["plain"]["points"]] == [0, 1, 3]
-    assert (out / "pretrained-finetune.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("pretrained-finetune.png", "pretrained-gates.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     for path in out.glob("cell-*.json"):
         path.unlink()
@@ -120,6 +125,79 @@ def test_the_small_form_runs_on_stand_ins(script, monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(sys, "argv", ["pretrained.py", "--quick"])
     with pytest.raises(SystemExit):
         script.main()
+
+
+def make_cells(rates, arms, gates):
+    """Return made-up cells of two seeds: gate i of an arm is farther from 1 the larger i and the arm's factor are."""
+    factors = {"eca": 1, "eca-gates-x10": 10, "eca-gates-x50": 50, "plain": 0}
+    return [
+        {
+            "seed": seed,
+            "arm": arm,
+            "rate": rate,
+            "gates": [
+                {
+                    "name": f"features.{i + 1}.conv.4",
+                    "largest_distance": factors[arm] * rate * 0.011 * (i + 1 + 0.2 * seed),
+                    "deviation": factors[arm] * rate * 0.002 * (i + 1),
+                }
+                for i in range(gates if factors[arm] else 0)
+            ],
+        }
+        for rate, arm, seed in itertools.product(rates, arms, (-1, 1))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rates", "arms", "titles"),
+    [
+        (
+            (0.1, 1.0),
+            ("plain", "eca", "eca-gates-x10", "eca-gates-x50"),
+            [
+                "learning rate 0.1, 2 seeds: of 17 gates moved 0 at × 1, 16 at × 10, 17 at × 50",
+                "learning rate 1, 2 seeds: of 17 gates moved 16 at × 1, 17 at × 10, 17 at × 50",
+            ],
+        ),
+        ((0.01,), ("eca", "eca-gates-x50"), ["learning rate 0.01, 2 seeds: of 17 gates moved 0 at × 1, 14 at × 50"]),
+    ],
+)
+def test_the_picture_says_which_gates_moved(script, monkeypatch, tmp_path, rates, arms, titles):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    with matplotlib.rc_context({"font.size": 15}):
+        script.drawing.draw_gates(make_cells(rates, arms, 17), tmp_path / "gates.png")
+        (figure,) = figures
+        figure.draw_without_rendering()
+    assert [axes.get_title() for axes in figure.axes] == titles
+    for axes, title in zip(figure.axes, titles, strict=True):
+        markers = [line for line in axes.lines if line.get_marker() != "None"]
+        assert len(markers) == 17 * (len(arms) - ("plain" in arms))
+        filled = [line for line in markers if line.get_markerfacecolor() != "white"]
+        assert len(filled) == sum(int(n) for n in re.findall(r"(\d+) at ×", title))
+        assert min(line.get_ydata()[0] for line in filled) >= 0.02
+        assert all(line.get_ydata()[0] < 0.02 for line in set(markers) - set(filled))
+    assert [text.get_text() for text in figure.axes[-1].get_xticklabels()] == [str(i) for i in range(1, 18)]
+    check_texts(figure)
+
+
+def check_texts(figure):
+    """No text leaves the figure or touches another one."""
+    lower = figure.axes[-1]
+    texts = [axes.title for axes in figure.axes] + [lower.xaxis.label, *lower.get_xticklabels()]
+    texts += figure.legends[0].get_texts() + figure.texts + [figure._supylabel]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in dict.fromkeys(texts)]
+    assert len(boxes) > 25
+    for name, box in boxes:
+        assert figure.bbox.x0 <= box.x0, name
+        assert box.x1 <= figure.bbox.x1, name
+    for (name, box), (other, beside) in itertools.combinations(boxes, 2):
+        assert not box.overlaps(beside), (name, other)
+
+
+def test_there_is_no_picture_of_gates_without_gates(script, tmp_path):
+    script.drawing.draw_gates(make_cells((0.01,), ("plain",), 17), tmp_path / "gates.png")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("from_debian", [False, True])
