@@ -233,3 +233,34 @@ def test_safetensors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(CheckpointError, match=r"needs safetensors; install it by pip install 'ecanet\[hub\]'"):
         read_file(path)
+
+
+def test_a_changed_bit_is_noticed_wherever_it_is(tmp_path):
+    """PyTorch's reader ignores the checksums of the zip file, and would give other weights."""
+    state = {**WEIGHTS, "step": 7, "table": torch.arange(3000)}
+    torch.save(state, tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    random = np.random.default_rng(0)
+    refused = 0
+    for place in random.integers(0, len(whole), 150).tolist():
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(random.integers(8))
+        (tmp_path / "damaged.pt").write_bytes(damaged)
+        try:
+            found = read_file(tmp_path / "damaged.pt")
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:  # a bit that fills a gap between two parts of the file
+            assert found.keys() == state.keys()
+            assert all(np.array_equal(found[name], value) for name, value in state.items())
+    assert refused > 100
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(WEIGHTS, tmp_path / "file.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_file(tmp_path / "file.pt")["fc.weight"], WEIGHTS["fc.weight"])

@@ -160,13 +160,17 @@ def allow_harmless_names() -> Generator[None]:
 
 
 def check_archive(path: Path) -> None:
-    """Check what a zip file says about itself, before anything is unpacked.
+    """Check what a zip file says about itself, before anything is unpacked, and then its checksums.
 
     Raises:
-        CheckpointError: it is a TorchScript program, or unpacking it may need far more memory than its size.
+        CheckpointError: it is a TorchScript program, unpacking it may need far more memory than its size, or its
+            content has changed since it was written.
     """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
+        if not any(entry.CRC for entry in entries):  # set_crc32_options(False) keeps PyTorch from writing checksums
+            for entry in entries:
+                entry.CRC = cast(int, None)  # so that nothing is compared
         if any(entry.filename.endswith("/constants.pkl") for entry in entries):
             raise CheckpointError(
                 f"{path} is a TorchScript program; save torch.jit.load(PATH).state_dict() by torch.save and load that"
@@ -182,6 +186,11 @@ def check_archive(path: Path) -> None:
             raise make_size_error(path)
         if any(name in archive.read(entry) for entry in pickles for name in REFUSED):
             raise make_name_error(path)
+        # PyTorch's reader ignores the checksums.
+        if (name := archive.testzip()) is not None:
+            raise CheckpointError(
+                f"{path} is damaged: {name!r} in it does not have its checksum; take another copy of the file"
+            )
 
 
 class LimitedReader(io.BufferedReader):
