@@ -248,8 +248,7 @@ def test_a_changed_bit_is_noticed_wherever_it_is(tmp_path):
         (tmp_path / "damaged.pt").write_bytes(damaged)
         try:
             found = read_file(tmp_path / "damaged.pt")
-        except CheckpointError as error:
-            assert "\n" not in str(error)
+        except CheckpointError:
             refused += 1
         else:  # a bit that fills a gap between two parts of the file
             assert found.keys() == state.keys()

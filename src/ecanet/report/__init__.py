@@ -7,9 +7,20 @@ pictures), `artifacts` (what a run keeps beside its numbers), `machine` (describ
 
 from ecanet.report import figures
 from ecanet.report.artifacts import Artifacts, DetectionExample, Example
-from ecanet.report.files import write_file
+from ecanet.report.files import describe_disk, replace_file, write_file
 from ecanet.report.html_page import page
 from ecanet.report.machine import environment
 from ecanet.report.report import Report
 
-__all__ = ["Artifacts", "DetectionExample", "Example", "Report", "environment", "figures", "page", "write_file"]
+__all__ = [
+    "Artifacts",
+    "DetectionExample",
+    "Example",
+    "Report",
+    "describe_disk",
+    "environment",
+    "figures",
+    "page",
+    "replace_file",
+    "write_file",
+]

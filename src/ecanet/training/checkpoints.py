@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -12,10 +13,44 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from ecanet.errors import ConfigError, summarize
+from ecanet.errors import CheckpointError, ConfigError, summarize
 from ecanet.models import read_file
+from ecanet.report import describe_disk, replace_file
 
-__all__ = ["AtomicCheckpointIO", "RunCheckpoint"]
+__all__ = ["AtomicCheckpointIO", "RunCheckpoint", "find_last_checkpoint"]
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+"""The checkpoint of the last epoch and that of the epoch before it, which is used if the last one is damaged."""
+
+
+def find_last_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest checkpoint of a run that is whole, or None if the run was stopped before its first.
+
+    A damaged one is named on standard error.
+
+    Raises:
+        CheckpointError: the run has finished epochs, but no checkpoint that can be read.
+    """
+    damaged: list[CheckpointError] = []
+    for path in (run_dir / "checkpoints" / name for name in (LAST, PREVIOUS)):
+        if not path.exists():
+            continue
+        try:
+            read_file(path)
+        except CheckpointError as error:
+            damaged.append(error)
+            continue
+        for error in damaged:
+            print(f"{error}; resuming from the checkpoint before it, {path.name}", file=sys.stderr, flush=True)
+        return path
+    if damaged:
+        raise damaged[0]
+    if (run_dir / "metrics.csv").exists():
+        raise CheckpointError(
+            f"{run_dir} has finished epochs, but no checkpoints/{LAST}: it would begin again and overwrite them; put "
+            "the file back, or train in another folder"
+        )
+    return None
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -62,6 +97,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a temporary file, and rename it: a process that is killed leaves the old checkpoint.
 
         Raises:
+            CheckpointError: the file cannot be written; the one before it is kept.
             ConfigError: a callback has put something into the checkpoint that could not be read again.
         """
         path = Path(path)
@@ -70,11 +106,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             torch.save(checkpoint, temporary)
             torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)  # reads no tensor's values
-            temporary.replace(path)
+            if path.name == LAST and path.exists():
+                path.replace(path.with_name(PREVIOUS))
+            replace_file(temporary, path)
         except (pickle.PickleError, AttributeError, TypeError) as error:
             raise ConfigError(
                 f"{path.name} was not written, since it could not be read again: a callback's state may hold tensors "
                 f"and plain values alone ({summarize(error)})"
+            ) from error
+        except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError where the disk is full
+            reason = getattr(error, "strerror", None) or summarize(error)
+            raise CheckpointError(
+                f"{path}: cannot be written ({reason}); {describe_disk(path.parent)}, then continue from the "
+                f"checkpoint before it: ecanet train --resume {path.parent.parent}"
             ) from error
         finally:
             temporary.unlink(missing_ok=True)

@@ -126,9 +126,13 @@ class Display(L.Callback):
 
     def show_network(self, task: Task) -> None:
         """Print what was loaded into the network and attached to it."""
+        for line in task.notes:
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Print ``line``, once for all processes."""
         if getattr(rank_zero_only, "rank", 0) == 0:
-            for line in task.notes:
-                self.console.print(line)
+            self.console.print(line)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the network, the data, and the batch size and learning rate that follow from the recipe."""

@@ -25,7 +25,7 @@ from ecanet.networks import find_device
 from ecanet.recipes import Recipe, find, to_dict
 from ecanet.report import Report, environment, write_file
 from ecanet.training import tasks
-from ecanet.training.checkpoints import AtomicCheckpointIO, RunCheckpoint
+from ecanet.training.checkpoints import AtomicCheckpointIO, RunCheckpoint, find_last_checkpoint
 from ecanet.training.loggers import choose_loggers, open_loggers
 from ecanet.training.preparation import build_data, complete, lengthen
 from ecanet.training.progress import Display, History, quiet_lightning
@@ -80,12 +80,13 @@ def run(
         if quiet:
             images.notices = []
         torch.manual_seed(recipe.seed)  # pyright: ignore[reportUnknownMemberType]
-        last = run_dir / "checkpoints" / "last.ckpt"
-        checkpoint = last if resume and last.is_file() else None
+        checkpoint = find_last_checkpoint(run_dir) if resume else None
         task = _build_task(recipe, images.spec, from_checkpoint=checkpoint is not None)
         history = History(run_dir / "metrics.csv")
         display = Display(history, quiet=quiet)
         display.show_network(task)
+        if resume and checkpoint is None:
+            display.say("the run was stopped before its first checkpoint: it begins again")
         trainer = _make_trainer(
             recipe, task, run_dir, [*_check_callbacks(callbacks), history, display], torch_device, devices
         )
