@@ -61,6 +61,7 @@ def train(
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/NAME-DATE")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.", show_default=False)] = None,
+    auto_resume: Annotated[bool, typer.Option("--auto-resume", help="Start in --out, or go on there.")] = False,
     logger: Annotated[
         str | None, typer.Option(help="tensorboard,csv,wandb,mlflow or none.", show_default=False)
     ] = None,
@@ -90,14 +91,15 @@ def train(
         },
         settings,
     )
-    if resume is not None and (recipe or set(changes) - {"epochs"} or out):
+    if resume is not None and (recipe or set(changes) - {"epochs"} or out or auto_resume):
         raise ConfigError(
             "--resume takes everything from the run but --epochs; leave out the recipe, other settings and --out"
         )
     chosen = choose_recipe(recipe, changes) if resume is None else resume_recipe(resume, changes)
     from ecanet.training import run
 
-    run(chosen, folder=resume or out, resume=resume is not None, device=device, loggers=logger)
+    goes_on = "auto" if auto_resume else resume is not None
+    run(chosen, folder=resume or out, resume=goes_on, device=device, loggers=logger)
 
 
 def resume_recipe(run: Path, changes: Mapping[str, object]) -> recipes.Recipe:

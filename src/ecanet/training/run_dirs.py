@@ -1,8 +1,10 @@
-"""The directory of a run: a new one, or one to resume, which holds the recipe."""
+"""The directory of a run: a new one, or one to resume, which holds the recipe; one process at a time trains there."""
 
 import json
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import cast
@@ -11,8 +13,12 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from ecanet.errors import ConfigError
 from ecanet.recipes import Recipe, from_dict, to_dict
+from ecanet.report import write_file
 
-__all__ = ["choose_run_dir", "read_recipe"]
+__all__ = ["choose_run_dir", "has_run", "lock_run_dir", "read_recipe"]
+
+HOLDER = ".training.json"
+"""This file says which process trains in the directory."""
 
 
 def read_recipe(folder: str | Path) -> Recipe:
@@ -30,6 +36,17 @@ def read_recipe(folder: str | Path) -> Recipe:
         raise ConfigError(f"{path}: not JSON ({error})") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def has_run(folder: str | Path | None) -> bool:
+    """Return whether ``folder`` holds a run to resume.
+
+    Raises:
+        ConfigError: there is no folder: the next call could not find the run.
+    """
+    if folder is None:
+        raise ConfigError("to start or go on, name the run's directory (--out), so that the next call finds it")
+    return (Path(folder) / "recipe.json").exists()
 
 
 def choose_run_dir(recipe: Recipe, folder: str | Path | None, resume: bool) -> Path:
@@ -55,9 +72,60 @@ def choose_run_dir(recipe: Recipe, folder: str | Path | None, resume: bool) -> P
         same = old.but(epochs=recipe.epochs, min_steps=recipe.min_steps) == recipe
         if old != recipe and not (longer and same):
             raise ConfigError(f"{folder} holds another recipe: {_describe_difference(to_dict(old), to_dict(recipe))}")
-    elif getattr(rank_zero_only, "rank", 0) == 0 and (folder / "recipe.json").exists():
-        raise ConfigError(f"{folder} already holds a run; continue it (--resume {folder}) or choose another folder")
+    elif _is_first_process() and (folder / "recipe.json").exists():
+        raise _make_taken_error(folder)
     return folder
+
+
+@contextmanager
+def lock_run_dir(folder: Path, *, new: bool) -> Generator[None]:
+    """Keep other runs out of ``folder`` in this context; of the processes of one run, the first one does it.
+
+    The operating system takes the lock away when its process ends, however it ends.
+
+    Raises:
+        ConfigError: another process trains there, or it has begun a run there and this one is ``new``.
+    """
+    from filelock import FileLock, Timeout
+
+    if not _is_first_process():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = folder / HOLDER
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"{folder}: {_describe_holder(holder)} trains there now; wait for it, or stop it first"
+        ) from None
+    try:
+        if new and (folder / "recipe.json").exists():
+            raise _make_taken_error(folder)
+        here = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        write_file(holder, json.dumps(here))
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _is_first_process() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _make_taken_error(folder: Path) -> ConfigError:
+    return ConfigError(f"{folder} already holds a run; continue it (--resume {folder}) or choose another folder")
+
+
+def _describe_holder(path: Path) -> str:
+    """Return which process wrote the file ``path``, as far as that can be read."""
+    try:
+        holder = cast(dict[str, object], json.loads(path.read_text()))
+        return f"process {holder['pid']} on {holder['host']} (since {holder['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
 
 
 def _describe_difference(old: Mapping[str, object], new: Mapping[str, object], at: str = "") -> str:

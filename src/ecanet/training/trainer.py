@@ -9,7 +9,9 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
 import torch
@@ -29,7 +31,7 @@ from ecanet.training.checkpoints import AtomicCheckpointIO, RunCheckpoint, find_
 from ecanet.training.loggers import choose_loggers, open_loggers
 from ecanet.training.preparation import build_data, complete, lengthen
 from ecanet.training.progress import Display, History, quiet_lightning
-from ecanet.training.run_dirs import choose_run_dir
+from ecanet.training.run_dirs import choose_run_dir, has_run, lock_run_dir
 
 __all__ = ["run"]
 
@@ -40,7 +42,7 @@ def run(
     recipe: Recipe | str,
     *,
     folder: str | Path | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     device: str | torch.device = "auto",
     devices: int | str = "auto",
     loggers: str | Sequence[str | Logger] | None = None,
@@ -54,7 +56,8 @@ def run(
     Args:
         recipe: a recipe, or the name of a recipe or data set, as for ``ecanet.recipes.find``.
         folder: the run's folder, ``runs/NAME-DATE`` by default.
-        resume: continue the run in ``folder`` from its last checkpoint. A finished run returns its results.
+        resume: continue the run in ``folder`` from its last checkpoint. A finished run returns its results. "auto"
+            starts a new run where there is none, so that a scheduler may give the same command again.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         devices: number of devices of that kind that train; all by default.
         loggers: ``tensorboard`` (the default), ``csv``, ``wandb``, ``mlflow`` or ``none``; several comma-separated, or
@@ -68,11 +71,14 @@ def run(
         DataError: data are missing or broken.
         CheckpointError: weights or a checkpoint cannot be used.
     """
-    recipe = complete(_check_recipe(recipe), trusted=not resume)
+    recipe = complete(_check_recipe(recipe), trusted=resume is not True)
+    resume = has_run(folder) if resume == "auto" else resume
     torch_device = find_device(device)
     run_dir = choose_run_dir(recipe, folder, resume)
     chosen = choose_loggers(loggers, run_dir, resume=resume)
-    with quiet_lightning():
+    with quiet_lightning(), ExitStack() as held:
+        if resume:
+            held.enter_context(lock_run_dir(run_dir, new=False))
         # A run keeps the split of a flat folder that it began with, whatever has become of the folder.
         split = data.read_split(run_dir / SPLIT_FILE) if resume else None
         images = build_data(recipe, split=split)
@@ -93,6 +99,8 @@ def run(
         if recipe.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
             # Lightning would compute in bfloat16 instead, with no more than a warning.
             raise ConfigError("precision 16-mixed needs a GPU; on a CPU set precision=bf16-mixed or precision=32")
+        if not resume:  # now that nothing is wrong, the directory may be made
+            held.enter_context(lock_run_dir(run_dir, new=True))
         with open_loggers(chosen, recipe, run_dir, resume=resume) as trainer.loggers:
             if trainer.is_global_zero:
                 _write_settings(recipe, task, run_dir, images.split, again=checkpoint is not None)

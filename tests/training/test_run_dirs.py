@@ -1,0 +1,97 @@
+"""One run trains in a folder at a time, and one command starts it or goes on."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from ecanet.errors import ConfigError
+from ecanet.recipes import DataConfig, ModelConfig, Recipe, to_dict
+from ecanet.training import run
+from ecanet.training.run_dirs import HOLDER, lock_run_dir
+
+TINY = Recipe(data=DataConfig(name="digits", batch_size=600), model=ModelConfig(name="resnet8"), epochs=1)
+
+OTHER = """
+import sys
+from pathlib import Path
+from ecanet.training.run_dirs import lock_run_dir
+
+with lock_run_dir(Path(sys.argv[1]), new=False):
+    print("locked", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Return a process that trains in the folder ``run``."""
+    command = [sys.executable, "-c", OTHER, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        yield process
+        process.kill()
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(other, tmp_path):
+    expected = rf"process {other.pid} on {socket.gethostname()} \(since .*\) trains there now"
+    with pytest.raises(ConfigError, match=expected) as caught:
+        run(TINY, folder=tmp_path / "run", device="cpu", quiet=True)
+    assert "\n" not in str(caught.value)
+    other.kill()  # whatever happens to the process, the lock goes with it
+    other.wait()
+    assert (tmp_path / "run" / HOLDER).exists()
+    run(TINY, folder=tmp_path / "run", device="cpu", quiet=True)
+    assert not (tmp_path / "run" / HOLDER).exists()
+
+
+def test_a_resumed_run_takes_the_lock(tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(TINY)))
+    with lock_run_dir(tmp_path, new=False), pytest.raises(ConfigError, match="trains there now"):
+        run(TINY, folder=tmp_path, resume=True, device="cpu", quiet=True)
+
+
+def test_of_two_new_runs_the_second_does_not_begin(tmp_path):
+    """Both were started when the folder was still empty."""
+    with lock_run_dir(tmp_path, new=True):
+        (tmp_path / "recipe.json").touch()
+    with pytest.raises(ConfigError, match="already holds a run"), lock_run_dir(tmp_path, new=True):
+        pass
+    with lock_run_dir(tmp_path, new=False):
+        assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
+
+
+def test_threads_are_kept_out_too(tmp_path):
+    def enter():
+        with lock_run_dir(tmp_path, new=False):
+            pass
+
+    with lock_run_dir(tmp_path, new=False), ThreadPoolExecutor() as pool, pytest.raises(ConfigError, match="now"):
+        pool.submit(enter).result()
+
+
+def test_one_command_starts_and_goes_on(ecanet, tmp_path):
+    command = ["train", "digits", "--model", "resnet8", "--batch-size", 600, "--epochs", 2, "--device", "cpu"]
+    code, _, err = ecanet(*command, "--auto-resume")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "name the run's directory (--out)" in err
+    command += ["--auto-resume", "--out", "run"]
+    code, out, err = ecanet(*command)
+    assert (code, err) == (0, "")
+    assert "resumed" not in out
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "previous.ckpt").replace(checkpoints / "last.ckpt")  # as if it had been killed in its second epoch
+    code, out, err = ecanet(*command)
+    assert (code, err) == (0, "")
+    assert "resumed after epoch 1" in out
+    code, out, err = ecanet(*command)  # the run is finished
+    assert (code, err) == (0, "")
+    assert "report run/report.html" in out
+    code, _, err = ecanet(*command, "--seed", 1)
+    assert (code, err) == (2, "ecanet: run holds another recipe: seed is 0 there and 1 here\n")
+    code, _, err = ecanet("train", "--resume", "run", "--auto-resume")
+    assert (code, err.count("\n")) == (2, 1)
