@@ -24,7 +24,7 @@ Usage: ecanet COMMAND [OPTIONS]
 Channel attention for convolutional networks: train, evaluate, compare.
 
 Commands:
-  train, eval, predict, detect, models,
+  train, eval, predict, detect, weights, models,
   cost, paper, ablate, inspect, bench
 
 The commands need more packages: {INSTALL}

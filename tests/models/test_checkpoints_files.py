@@ -230,7 +230,7 @@ def test_safetensors(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(CheckpointError, match="is truncated or not a checkpoint"):
         read_file(path)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(CheckpointError, match=r"needs safetensors; install it by pip install 'ecanet\[hub\]'"):
         read_file(path)
 

@@ -1,8 +1,8 @@
 """The command line: each command turns its options into one function call and prints the result.
 
-Read downward: `run` (train, eval, predict), `detect`, `models`, `compare` (cost, paper, ablate, inspect), `bench`,
-`options` (the options that several commands share). Heavy packages are imported inside the commands, so ``--help`` is
-quick. A user's mistake raises an `EcanetError`, which ``ecanet.__main__`` prints as one line.
+Read downward: `run` (train, eval, predict, weights), `detect`, `models`, `compare` (cost, paper, ablate, inspect),
+`bench`, `options` (the options that several commands share). Heavy packages are imported inside the commands, so
+``--help`` is quick. A user's mistake raises an `EcanetError`, which ``ecanet.__main__`` prints as one line.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from ecanet.cli.compare import ablate, cost, inspect, paper
 from ecanet.cli.detect import detect
 from ecanet.cli.models import models
 from ecanet.cli.options import console
-from ecanet.cli.run import evaluate, predict, train
+from ecanet.cli.run import evaluate, predict, train, weights
 
 __all__ = ["app"]
 
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "predict": predict,
     "detect": detect,
+    "weights": weights,
     "models": models,
     "cost": cost,
     "paper": paper,

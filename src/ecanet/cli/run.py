@@ -1,4 +1,4 @@
-"""The commands that train and use a classifier: train, eval, predict."""
+"""The commands that train and use a classifier: train, eval, predict, weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -133,6 +133,8 @@ def evaluate(
     from ecanet.training import evaluate
 
     check_one_source(checkpoint, weights)
+    if model is None and weights not in (None, "default"):
+        checkpoint, weights = weights, None  # a file that a run has written names its network
     metrics = evaluate(
         checkpoint,
         model=model_config(model, attention, kernel_sizes, weights),
@@ -169,6 +171,8 @@ def predict(
     from ecanet import networks, training
 
     checkpoint, *images = (None, *paths) if weights else paths
+    if model is None and weights not in (None, "default"):
+        checkpoint, weights = weights, None
     if not images:
         raise ConfigError("no images: give a run and images, or --model, --weights and images")
     found_device = networks.find_device(device)
@@ -190,6 +194,20 @@ def predict(
     for p in predictions:
         table.add_row(p.path, "  ".join(f"{name} {probability:.1%}" for name, probability in p.classes))
     console.print(table)
+
+
+def weights(
+    run: Annotated[Path, typer.Argument(help="Run directory.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="NAME.safetensors or NAME.pth.", show_default=False)],
+    which: Annotated[str, typer.Option(help="best or last epoch.")] = "best",
+) -> None:
+    """Write a run's weights alone, without optimizer state.
+
+    `eval`, `predict` and `--weights` take the file; it names its network.
+    """
+    from ecanet.training import write_weights
+
+    console.print(write_weights(run, out, which=which))
 
 
 def check_one_source(checkpoint: str | None, weights: str | None) -> None:

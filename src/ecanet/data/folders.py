@@ -183,7 +183,10 @@ def _read_flat(folder: Path, config: DataConfig, *, seed: int, train: bool, spli
         if train:
             found = drop_second_names(found, folder, listing.ignored["again"])
             share = DEFAULT_SHARE if config.val_share is None else config.val_share
-            split = make_split(found, share, seed=seed, folder=folder)
+            seen = frozenset(split.train if split is not None else ())
+            if again := sum(path in seen for paths in found.values() for path in paths):
+                notices.append(f"none of the {again:,} images that the weights were trained on is held out")
+            split = make_split(found, share, seed=seed, folder=folder, seen=seen)
             held_out = list(split.held_out)
         else:
             held_out = [path for paths in found.values() for path in paths]

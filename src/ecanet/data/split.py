@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -28,8 +28,8 @@ LARGEST_SPLIT = 2**24
 class Split:
     """The images of a run by their paths below the data's folder, such as ``cat/1.jpg``.
 
-    A split that holds out nothing is for another folder than the run's: all images are evaluated there, except those
-    whose paths are in ``train``.
+    A split that holds out nothing is about other images than its run's. To evaluate, all of them are taken except those
+    whose paths are in ``train``; to train, none of these paths is held out.
     """
 
     train: tuple[str, ...]
@@ -59,14 +59,17 @@ def count_held_out(images: int, share: float) -> int:
     return min(max(1, int(share * images + 0.5)), images - 1)
 
 
-def make_split(images: Mapping[str, Sequence[str]], share: float, *, seed: int, folder: Path) -> Split:
+def make_split(
+    images: Mapping[str, Sequence[str]], share: float, *, seed: int, folder: Path, seen: Collection[str] = ()
+) -> Split:
     """Return a split of the ``images`` of each class that holds out about ``share`` of every class.
 
     The images of a class are ordered by a hash of the seed and their paths, and the first are held out. So neither
-    the order in which files are listed nor another class's files change anything.
+    the order in which files are listed nor another class's files change anything. No image in ``seen`` is held out:
+    the run's first weights were trained on them.
 
     Raises:
-        DataError: a class has a single image, or the paths are too long for a checkpoint.
+        DataError: a class has a single image or has been seen as a whole, or the paths are too long for a checkpoint.
     """
     train: list[str] = []
     held_out: list[str] = []
@@ -76,8 +79,13 @@ def make_split(images: Mapping[str, Sequence[str]], share: float, *, seed: int, 
                 f"{folder / name}: only one image, and a class needs one to train on and one to hold out; add images, "
                 "or remove the folder"
             )
-        order = sorted(paths, key=lambda path: _hash(seed, path))
-        count = count_held_out(len(paths), share)
+        order = sorted(paths, key=lambda path: (path in seen, _hash(seed, path)))
+        count = min(count_held_out(len(paths), share), sum(path not in seen for path in paths))
+        if not count:
+            raise DataError(
+                f"{folder / name}: every image has the path of one that the weights were trained on, so none can be "
+                f"held out; add images, or make {folder}/train/CLASS/… and {folder}/val/CLASS/…"
+            )
         held_out += sorted(order[:count])
         train += sorted(order[count:])
     size = sum(len(path.encode(errors="surrogatepass")) for path in train + held_out)

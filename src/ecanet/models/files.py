@@ -6,6 +6,7 @@ name. Training scripts often store settings beside the weights. The classes in `
 """
 
 import io
+import json
 import pickle
 import re
 import threading
@@ -15,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -243,16 +244,20 @@ def make_name_error(path: Path) -> CheckpointError:
 
 
 def read_safetensors(path: Path) -> object:
-    """Return the tensors of a safetensors file by name.
+    """Return the tensors of a safetensors file by name; with the description that `ecanet weights` adds, as in a .pth.
 
     Raises:
         CheckpointError: safetensors is not installed.
     """
     try:
-        from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+        from safetensors import safe_open  # pyright: ignore[reportUnknownVariableType]
     except ImportError as error:
         raise CheckpointError(f"{path} needs safetensors; install it by pip install 'ecanet[hub]'") from error
-    return load_file(path)
+    with cast("Callable[..., Any]", safe_open)(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+        metadata = cast("dict[str, str]", file.metadata() or {})
+    about = metadata.get("ecanet")
+    return tensors if about is None else {"state_dict": tensors, "ecanet": json.loads(about)}
 
 
 def explain(error: Exception) -> str:

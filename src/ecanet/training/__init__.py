@@ -1,9 +1,10 @@
 """A run: recipe, data, network, task, trainer, report.
 
-Read downward: `trainer` (`run`), `run_dirs` (a run's directory), `checkpoints` (how a run writes and finds them),
-`loggers` (TensorBoard and others, by name), `detections` (`detect`), `trained` (`evaluate`, `predict`), `restoring`
-(`restore`), `preparation` (completes a recipe), `progress` (the output of a run while it trains), `tasks` (what a
-network learns and how it is scored), `detectors` and `building` (any network, with weights and attention).
+Read downward: `trainer` (`run`), `weights` (takes them out of a run), `run_dirs` (a run's directory), `checkpoints`
+(how a run writes and finds them), `loggers` (TensorBoard and others, by name), `detections` (`detect`), `trained`
+(`evaluate`, `predict`), `restoring` (`restore`), `preparation` (completes a recipe), `progress` (the output of a run
+while it trains), `tasks` (what a network learns and how it is scored), `detectors` and `building` (any network, with
+weights and attention).
 """
 
 from ecanet.training.building import Built, build
@@ -15,6 +16,7 @@ from ecanet.training.run_dirs import read_recipe
 from ecanet.training.tasks import TASKS, Classification, Detection, Task
 from ecanet.training.trained import Prediction, evaluate, image_files, predict
 from ecanet.training.trainer import run
+from ecanet.training.weights import write_weights
 
 __all__ = [
     "TASKS",
@@ -36,4 +38,5 @@ __all__ = [
     "read_recipe",
     "restore",
     "run",
+    "write_weights",
 ]

@@ -2,12 +2,57 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict, cast
 
 from ecanet import data, networks
 from ecanet.data import ClassificationData, DetectionData, Split
+from ecanet.errors import CheckpointError
+from ecanet.models import read_file
 from ecanet.recipes import Recipe
 
-__all__ = ["build_data", "complete", "lengthen"]
+__all__ = ["Description", "build_data", "complete", "find_seen", "lengthen", "read_description"]
+
+
+class Description(TypedDict):
+    """The plain values that a run writes beside its weights."""
+
+    recipe: dict[str, object]
+    spec: dict[str, object]
+    split: dict[str, list[str]] | None
+
+
+def read_description(path: Path) -> Description | None:
+    """Return what the run that wrote the weights file ``path`` says about itself; None if no run wrote it.
+
+    Raises:
+        CheckpointError: the file is missing, broken or unsafe.
+    """
+    content = read_file(path)
+    about = cast(dict[str, object], content).get("ecanet") if isinstance(content, dict) else None
+    if about is None:
+        return None
+    # Files of version 0.1.0 may have no split.
+    values = {"split": None, **cast(dict[str, object], about)} if isinstance(about, dict) else {}
+    if not isinstance(values.get("recipe"), dict) or not isinstance(values.get("spec"), dict):
+        raise CheckpointError(f"{path}: what its run says about itself is broken; take another checkpoint")
+    return cast(Description, values)
+
+
+def find_seen(recipe: Recipe) -> Split | None:
+    """Return the images of a folder that the recipe's weights were trained on, as a split that holds out nothing.
+
+    A run that begins with weights of another run on the same folder must not hold out images which these have seen.
+
+    Raises:
+        CheckpointError: the weights' file is missing, broken or unsafe.
+    """
+    weights = recipe.model.weights
+    if weights in (None, "default") or not recipe.data.name.startswith("folder:"):
+        return None
+    about = read_description(Path(weights))
+    split = None if about is None else about["split"]
+    return None if split is None else Split(train=tuple(split["train"]), held_out=())
 
 
 def complete(recipe: Recipe, *, trusted: bool) -> Recipe:
@@ -38,7 +83,7 @@ def complete(recipe: Recipe, *, trusted: bool) -> Recipe:
 def build_data(recipe: Recipe, *, train: bool = True, split: Split | None = None) -> ClassificationData | DetectionData:
     """Return the data of ``recipe``; photographs are normalized as its network expects.
 
-    ``split`` is the one that a run has made of a flat folder.
+    ``split`` is the one that a run has made of a flat folder, or that of `find_seen`.
 
     Raises:
         ConfigError: there is no such data set.

@@ -3,15 +3,14 @@
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 from ecanet import networks, recipes
 from ecanet.data import DataSpec, Split
 from ecanet.errors import CheckpointError, ConfigError
-from ecanet.models import load_checkpoint, read_file
+from ecanet.models import load_checkpoint
 from ecanet.recipes import ModelConfig, Recipe, from_dict
 from ecanet.training import tasks
-from ecanet.training.preparation import build_data, complete
+from ecanet.training.preparation import Description, build_data, complete, read_description
 
 __all__ = ["Source", "find_source", "restore", "restore_task"]
 
@@ -72,9 +71,11 @@ def find_source(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.is_dir():
         path = path / "checkpoints" / "best.ckpt"
-    content = None if path is None else read_file(path)
-    own = cast(dict[str, object], content).get("ecanet") if isinstance(content, dict) else None
-    source = _read_own(path, own) if own else _name_foreign(path, model, data_name)
+    weights = None if model is None else model.weights
+    file = Path(weights) if path is None and weights not in (None, "default") else path
+    own = None if file is None else read_description(file)
+    # A file that a run has written says which images it was trained on, whatever option names it.
+    source = _read_own(file, own) if own else _name_foreign(path, model, data_name)
     recipe, split = source.recipe, source.split
     if own and model is not None and networks.find_library(model.name)[0] == "file":
         model = recipe.model.but(name=model.name)  # where the network's file is now
@@ -90,10 +91,9 @@ def find_source(
     return replace(source, recipe=recipe, split=split if same or split is None else replace(split, held_out=()))
 
 
-def _read_own(path: Path | None, content: object) -> Source:
+def _read_own(path: Path | None, values: Description) -> Source:
     """Return what a run has written into its checkpoint beside the weights."""
-    values = cast(dict[str, dict[str, object]], content)
-    split = cast(dict[str, list[str]] | None, values.get("split"))
+    split = values["split"]
     return Source(
         path=path,
         recipe=from_dict(Recipe, values["recipe"]),

@@ -29,7 +29,7 @@ from ecanet.report import Report, environment, write_file
 from ecanet.training import tasks
 from ecanet.training.checkpoints import AtomicCheckpointIO, RunCheckpoint, find_last_checkpoint
 from ecanet.training.loggers import choose_loggers, open_loggers
-from ecanet.training.preparation import build_data, complete, lengthen
+from ecanet.training.preparation import build_data, complete, find_seen, lengthen
 from ecanet.training.progress import Display, History, quiet_lightning
 from ecanet.training.run_dirs import choose_run_dir, has_run, lock_run_dir
 
@@ -80,7 +80,7 @@ def run(
         if resume:
             held.enter_context(lock_run_dir(run_dir, new=False))
         # A run keeps the split of a flat folder that it began with, whatever has become of the folder.
-        split = data.read_split(run_dir / SPLIT_FILE) if resume else None
+        split = data.read_split(run_dir / SPLIT_FILE) if resume else find_seen(recipe)
         images = build_data(recipe, split=split)
         recipe = lengthen(recipe, images)
         if quiet:

@@ -53,8 +53,12 @@ def get_data(trainer: L.Trainer) -> ClassificationData | DetectionData:
 
 
 def read_spec(values: object) -> DataSpec:
-    """Return the data's description from the plain values that a checkpoint holds."""
-    return DataSpec(**cast(dict[str, Any], values))
+    """Return the data's description from the plain values beside the weights; JSON has lists for its tuples."""
+    fields = {
+        key: tuple(cast(list[object], value)) if isinstance(value, list) else value
+        for key, value in cast(dict[str, object], values).items()
+    }
+    return DataSpec(**cast(dict[str, Any], fields))
 
 
 class Task(L.LightningModule):

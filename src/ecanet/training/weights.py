@@ -1,0 +1,99 @@
+"""Take the weights out of a run: a file of tensors, with the description that `restore` needs and no optimizer."""
+
+import io
+import json
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ecanet.errors import CheckpointError, ConfigError
+from ecanet.models import read_file
+from ecanet.recipes import Recipe, from_dict
+from ecanet.report import Report, write_file
+from ecanet.training.run_dirs import read_recipe
+
+__all__ = ["write_weights"]
+
+SUFFIXES = (".safetensors", ".pth")
+
+
+def write_weights(run: str | Path, path: str | Path, *, which: str = "best") -> str:
+    """Write the weights of a finished run into ``path``; return a line that says which they are.
+
+    The tensors have the network's own names. They are the averaged ones (EMA) if the run has averaged, since these are
+    what it has evaluated. The file also says which network and which classes they are for, and which images of a flat
+    folder they were trained on, so `restore` takes it as it takes a checkpoint.
+
+    Args:
+        run: the run's directory.
+        path: ``NAME.safetensors`` (extra ``hub``), or ``NAME.pth`` with the entries ``state_dict`` and ``ecanet``.
+        which: "best", the epoch with the best held-out metric, or "last".
+
+    Raises:
+        ConfigError: ``run`` is no run or not finished, or ``path`` or ``which`` is something else.
+        CheckpointError: the run has no such checkpoint, it is broken, or a package is missing.
+    """
+    run, path = Path(run), Path(path)
+    if which not in ("best", "last"):
+        raise ConfigError(f"which weights must be best or last, got {which!r}")
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: name the file {path.stem}.safetensors or {path.stem}.pth")
+    _check_finished(run)
+    source = run / "checkpoints" / f"{which}.ckpt"
+    content = read_file(source)
+    try:
+        checkpoint = cast(dict[str, object], content)
+        about = cast(dict[str, dict[str, object]], checkpoint["ecanet"])
+        recipe = from_dict(Recipe, about["recipe"])
+        epoch = cast(int, checkpoint["epoch"]) + 1
+        tensors = cast(dict[str, Tensor], checkpoint["state_dict"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{source}: not the checkpoint of a run ({error} is missing); take another run") from None
+    # Contiguous copies: safetensors stores no other layout, and no tensor twice.
+    own = {
+        name.removeprefix("model."): value.contiguous().clone()
+        for name, value in tensors.items()
+        if name.startswith("model.")
+    }
+    try:
+        write_file(path, _to_bytes(path, own, about))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+    kind = "weights" if recipe.ema_decay is None else "averaged weights (EMA)"
+    return (
+        f"{path}: {recipe.model.name} with {recipe.model.attention}, {kind} of the {which} epoch "
+        f"({epoch} of {recipe.epochs}), {sum(value.numel() for value in own.values()):,} numbers"
+    )
+
+
+def _check_finished(run: Path) -> None:
+    """Raise ConfigError if ``run`` is no run, or one that has not ended."""
+    if run.is_file():
+        raise ConfigError(f"{run} is a file; give the run's directory")
+    began = (run / "recipe.json").exists()
+    ended = (run / "metrics.json").exists()
+    # A run that is being lengthened still has the report of the shorter one.
+    if began and not (ended and Report.read(run).recipe.epochs == read_recipe(run).epochs):
+        raise ConfigError(f"{run} is not finished; finish it (ecanet train --resume {run}), then take its weights")
+    if not began:
+        raise ConfigError(f"{run}: no run here (recipe.json is missing); give the directory of a run")
+
+
+def _to_bytes(path: Path, tensors: dict[str, Tensor], about: object) -> bytes:
+    """Return the content of a file; in a safetensors file the description is JSON in the metadata.
+
+    Raises:
+        CheckpointError: safetensors is not installed.
+    """
+    if path.suffix == ".pth":
+        file = io.BytesIO()
+        torch.save({"state_dict": tensors, "ecanet": about}, file)
+        return file.getvalue()
+    try:
+        from safetensors.torch import save  # pyright: ignore[reportUnknownVariableType]
+    except ImportError as error:
+        raise CheckpointError(f"{path} needs safetensors; install it by pip install 'ecanet[hub]'") from error
+    # Other libraries take the tensors for PyTorch's by this format.
+    return save(tensors, {"format": "pt", "ecanet": json.dumps(about)})
