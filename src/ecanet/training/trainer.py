@@ -32,6 +32,7 @@ from ecanet.training.loggers import choose_loggers, open_loggers
 from ecanet.training.preparation import build_data, complete, find_seen, lengthen
 from ecanet.training.progress import Display, History, quiet_lightning
 from ecanet.training.run_dirs import choose_run_dir, has_run, lock_run_dir
+from ecanet.training.stopping import find_scheduler, stop_on_signals
 
 __all__ = ["run"]
 
@@ -193,7 +194,8 @@ def _make_trainer(
             num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
             logger=False,  # they are opened when all else is known to be right
             callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
+            default_root_dir=run_dir,  # Lightning would look for checkpoints in the current folder
+            plugins=[AtomicCheckpointIO(), *find_scheduler()],
             # cuDNN would search for the fastest algorithm again at every new shape, and detection has many shapes.
             benchmark=torch.cuda.is_available() and recipe.task == "classification",
             # The data's own samplers share the images among the processes.
@@ -230,11 +232,14 @@ def _fit(
 
     SIGTERM ends the process with exit code 143, so that a script which waits for the run stops too.
     """
+    received: list[str] = []
     try:
-        trainer.fit(task, images, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+        with stop_on_signals() as received:
+            trainer.fit(task, images, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
     except SystemExit as stop:  # Lightning raises it after Ctrl-C and SIGTERM.
         if isinstance(stop, SIGTERMException):
-            print(f"stopped by SIGTERM; continue with: ecanet train --resume {run_dir}", file=sys.stderr, flush=True)
+            name = received[0] if received else "SIGTERM"
+            print(f"stopped by {name}; continue with: ecanet train --resume {run_dir}", file=sys.stderr, flush=True)
             raise SystemExit(143) from None
         raise KeyboardInterrupt from None
     except ValueError as error:
