@@ -18,7 +18,6 @@ LINES = {
     "cost timm:resnet50 --attention eca": "for this library's networks",
     "cost timm:resnet50 --set reduction=4": "for this library's networks",
     "cost resnet50 --attention none --set reduction=4": "attention 'none' has no options, got reduction",
-    "cost torchvision:fasterrcnn_resnet50_fpn": "cannot be counted on an image",
     "ablate digits --threads 0": "--threads",
     "ablate digits --out taken": "--out taken: taken is a file",
     "paper 2 --out taken": "--out taken: taken is a file",
@@ -33,6 +32,15 @@ LINES = {
     "paper 5 --measure speed": "the paper prints no speed in table 5",
     "bench --device tpu": "unknown device 'tpu'; write auto, cpu, cuda, cuda:N or mps",
     "eval nowhere --on-corrupt maybe": "no checkpoint",
+    "train digits --device cuda:9": "no device 'cuda:9' on this machine; choose one of auto, cpu",
+    "eval nowhere --device cuda:9": "no device 'cuda:9' on this machine; choose one of auto, cpu",
+    "predict nowhere pictures --device cuda:9": "no device 'cuda:9' on this machine; choose one of auto, cpu",
+    "detect nowhere taken --device cuda:9": "no device 'cuda:9' on this machine; choose one of auto, cpu",
+    "paper 3 --device cuda:9": "no device 'cuda:9' on this machine; choose one of auto, cpu",
+    "bench --device cuda:9": "no device 'cuda:9' on this machine; choose one of auto, cpu",
+    "models timm/resnet18": "unknown model 'timm/resnet18'; write timm:resnet18",
+    "cost timm/resnet18": "unknown model 'timm/resnet18'; write timm:resnet18",
+    "train digits --model torchvision/resnet18": "unknown model 'torchvision/resnet18'; write torchvision:resnet18",
 }
 
 

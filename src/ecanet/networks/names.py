@@ -61,13 +61,15 @@ def find_library(name: str) -> tuple[str, str]:
     (('timm', 'resnet18'), ('', 'resnet18'), ('file', 'make'))
 
     Raises:
-        ConfigError: there is no such library.
+        ConfigError: there is no such library, or it is written in another way.
     """
     library, _, inner = name.rpartition(":")
     if is_file(name):
         return "file", inner
     if library not in ("", "timm", "torchvision"):
         raise ConfigError(f"unknown library {library!r} in {name!r}; {HOW_TO_NAME}")
+    if not library and inner.startswith(("timm/", "torchvision/")):  # as other tools write it
+        raise ConfigError(f"unknown model {name!r}; write {name.replace('/', ':', 1)}")
     return library, inner
 
 
@@ -85,7 +87,7 @@ def find_kind(name: str) -> str:
     from torchvision.models import get_model_builder, list_models
 
     parts = get_model_builder(inner).__module__.split(".") if inner in list_models() else []
-    return parts[2] if len(parts) > 3 and parts[2] != "quantization" else ""  # quantized networks are classifiers
+    return parts[2] if len(parts) > 3 else ""
 
 
 def list_names(library: str) -> list[str]:
