@@ -5,7 +5,7 @@ import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -13,11 +13,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from ecanet.data import ClassificationData, DetectionData
 from ecanet.errors import CheckpointError, ConfigError, summarize
 from ecanet.models import read_file
 from ecanet.report import describe_disk, replace_file
 
-__all__ = ["AtomicCheckpointIO", "RunCheckpoint", "find_last_checkpoint"]
+__all__ = ["AtomicCheckpointIO", "RunCheckpoint", "find_last_checkpoint", "share_batch"]
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 """The checkpoint of the last epoch and that of the epoch before it, which is used if the last one is damaged."""
@@ -51,6 +52,27 @@ def find_last_checkpoint(run_dir: Path) -> Path | None:
             "the file back, or train in another folder"
         )
     return None
+
+
+def share_batch(checkpoint: Path, images: ClassificationData | DetectionData, processes: int) -> None:
+    """Give each of the ``processes`` its share of the images that the ``checkpoint``'s run had in a step.
+
+    So the gradient, the learning rate and the schedule stay the same with another number of processes.
+
+    Raises:
+        ConfigError: the images cannot be shared evenly, or they are a detector's, which are grouped by their shapes.
+    """
+    content = cast(dict[str, Any], torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True))
+    batch: int = content["ecanet"]["batch"]
+    if batch == images.config.batch_size * processes:
+        return
+    before = batch / images.config.batch_size
+    if batch % processes or isinstance(images, DetectionData):
+        raise ConfigError(
+            f"{checkpoint.parent.parent}: its run had {batch} images in a batch of {before:g} processes, which "
+            f"{processes} cannot {'take over' if batch % processes == 0 else 'share evenly'}; start as many as before"
+        )
+    images.config = images.config.but(batch_size=batch // processes)
 
 
 class RunCheckpoint(ModelCheckpoint):

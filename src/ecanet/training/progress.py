@@ -149,7 +149,7 @@ class Display(L.Callback):
             f"{recipe.data.name}: {len(images.train):,} training and {len(images.held_out):,} held-out images{start}"
         )
         self.console.print(
-            f"batch {pl_module.effective_batch} = {recipe.data.batch_size} images × {trainer.world_size} "
+            f"batch {pl_module.effective_batch} = {images.config.batch_size} images × {trainer.world_size} "
             f"device{'s' * (trainer.world_size > 1)} ({pl_module.device.type}) × {recipe.accumulate} accumulated"
             f"{', or all there are' * (pl_module.effective_batch == len(images.train))}; "
             f"learning rate {pl_module.learning_rate:g} "

@@ -27,7 +27,7 @@ from ecanet.networks import find_device
 from ecanet.recipes import Recipe, find, to_dict
 from ecanet.report import Report, environment, write_file
 from ecanet.training import tasks
-from ecanet.training.checkpoints import AtomicCheckpointIO, RunCheckpoint, find_last_checkpoint
+from ecanet.training.checkpoints import AtomicCheckpointIO, RunCheckpoint, find_last_checkpoint, share_batch
 from ecanet.training.loggers import choose_loggers, open_loggers
 from ecanet.training.preparation import build_data, complete, find_seen, lengthen
 from ecanet.training.progress import Display, History, quiet_lightning
@@ -100,6 +100,8 @@ def run(
         if recipe.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
             # Lightning would compute in bfloat16 instead, with no more than a warning.
             raise ConfigError("precision 16-mixed needs a GPU; on a CPU set precision=bf16-mixed or precision=32")
+        if checkpoint is not None:
+            share_batch(checkpoint, images, trainer.world_size)
         if not resume:  # now that nothing is wrong, the directory may be made
             held.enter_context(lock_run_dir(run_dir, new=True))
         with open_loggers(chosen, recipe, run_dir, resume=resume) as trainer.loggers:

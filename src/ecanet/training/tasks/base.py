@@ -71,6 +71,8 @@ class Task(L.LightningModule):
     monitor: ClassVar[str]
     split: Split | None = None
     """The images that the restored network was trained on, if its run has split a flat folder."""
+    resumed: tuple[int, int] = (0, 0)
+    """The finished epochs, and the steps in them, of the checkpoint from which a run was resumed."""
 
     def __init__(self, recipe: Recipe, spec: DataSpec, model: nn.Module):
         super().__init__()
@@ -114,16 +116,19 @@ class Task(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Save the recipe, the data's description and its split beside the weights, as plain values."""
-        split = get_data(self.trainer).split
+        data = get_data(self.trainer)
         checkpoint["ecanet"] = {
             "recipe": to_dict(self.recipe),
             "spec": asdict(self.spec),
-            "split": split and split.to_dict(),
+            "split": data.split and data.split.to_dict(),
+            "batch": data.config.batch_size * self.trainer.world_size,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Raise DataError if the classes of the data, or its split, have changed since the checkpoint."""
         content = cast(dict[str, dict[str, object]], checkpoint["ecanet"])
+        schedules = cast(list[dict[str, int]], checkpoint["lr_schedulers"])
+        self.resumed = cast(int, checkpoint["epoch"]) + 1, schedules[0]["last_epoch"]
         check_classes(self.recipe.data.name, self.spec, read_spec(content["spec"]))
         split = get_data(self.trainer).split
         if (split and split.to_dict()) != content.get("split"):
@@ -138,8 +143,9 @@ class Task(L.LightningModule):
 
         At most the number of images in the data set.
         """
-        images = self.recipe.data.batch_size * self.recipe.accumulate * self.trainer.world_size
-        training = get_data(self.trainer).train
+        data = get_data(self.trainer)
+        images = data.config.batch_size * self.recipe.accumulate * self.trainer.world_size
+        training = data.train
         assert training is not None
         return min(images, len(training))
 
@@ -163,8 +169,11 @@ class Task(L.LightningModule):
         steps = math.ceil(batches / self.recipe.accumulate)
         optimizer, epochs = self._make_optimizer(), self.recipe.epochs
         schedule = self.recipe.schedule.in_epochs(steps, epochs)
+        # With another number of processes, an epoch may have had another number of steps before the checkpoint.
+        first_epoch, first_step = self.resumed
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(schedule, step / steps, epochs)
+            optimizer,
+            lambda step: learning_rate_factor(schedule, (first_epoch * steps + step - first_step) / steps, epochs),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

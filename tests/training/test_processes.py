@@ -1,0 +1,102 @@
+"""A run that goes on with another number of processes keeps its batch, its learning rates and its images."""
+
+import csv
+import subprocess
+import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from ecanet import data
+from ecanet.errors import ConfigError
+from ecanet.recipes import DataConfig, ModelConfig, Recipe, ScheduleConfig
+from ecanet.training import run, tasks
+from ecanet.training.checkpoints import share_batch
+
+RECIPE = Recipe(
+    data=DataConfig(name="digits", batch_size=64),
+    model=ModelConfig(name="resnet8"),
+    schedule=ScheduleConfig(name="cosine", warmup_epochs=2),
+    epochs=6,
+)
+
+TRAIN_UNTIL = """
+import sys
+import lightning as L
+from ecanet.training import read_recipe, run
+
+class Stop(L.Callback):
+    def on_train_epoch_start(self, trainer, task):
+        if trainer.current_epoch == int(sys.argv[2]):
+            raise SystemExit(5)
+
+run(read_recipe(sys.argv[1]), folder=sys.argv[1], resume=True, device="cpu", callbacks=[Stop()])
+"""
+
+
+def write_checkpoint(folder, batch):
+    path = folder / "checkpoints" / "last.ckpt"
+    path.parent.mkdir()
+    torch.save({"ecanet": {"batch": batch}}, path)
+    return path
+
+
+@pytest.mark.parametrize(("batch", "processes", "share"), [(64, 1, 64), (64, 2, 32), (128, 1, 128), (192, 3, 64)])
+def test_processes_share_the_batch_of_before(tmp_path, batch, processes, share):
+    images = data.build(RECIPE.data)
+    share_batch(write_checkpoint(tmp_path, batch), images, processes)
+    assert images.config == RECIPE.data.but(batch_size=share)
+    assert images.train_dataloader().batch_size == share
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    expected = "had 64 images in a batch of 1 processes, which 3 cannot share evenly; start as many as before"
+    with pytest.raises(ConfigError, match=expected):
+        share_batch(write_checkpoint(tmp_path, 64), data.build(RECIPE.data), 3)
+
+
+def test_detectors_go_on_with_as_many_processes(tmp_path):
+    images = Mock(spec=data.DetectionData, config=DataConfig(name="scenes", batch_size=8))
+    with pytest.raises(ConfigError, match="which 2 cannot take over; start as many as before"):
+        share_batch(write_checkpoint(tmp_path, 8), images, 2)
+
+
+@pytest.mark.parametrize("steps", [20, 25, 31])
+def test_the_learning_rate_depends_on_the_epoch_and_not_on_the_steps_before(steps):
+    """Two epochs of 20 steps each were trained; then an epoch has other steps."""
+
+    def make_schedule(steps, resumed):
+        spec = data.build(RECIPE.data, train=False).spec
+        task = tasks.build(RECIPE, spec)
+        images = SimpleNamespace(train=range(1437), config=RECIPE.data, train_dataloader=lambda: range(steps))
+        task._trainer = SimpleNamespace(datamodule=images, world_size=1)
+        task.resumed = resumed
+        return task.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas[0]
+
+    whole, resumed = make_schedule(steps, (0, 0)), make_schedule(steps, (2, 40))
+    assert [resumed(40 + step) for step in range(4 * steps)] == [whole(2 * steps + step) for step in range(4 * steps)]
+
+
+def read_rates(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [float(row["learning_rate"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.slow
+def test_one_two_and_one_process_follow_one_schedule(tmp_path):
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    run(RECIPE, folder=whole, device="cpu", quiet=True)
+    shared.mkdir()
+    (shared / "recipe.json").write_text((whole / "recipe.json").read_text())
+    script = tmp_path / "train_until.py"
+    script.write_text(TRAIN_UNTIL)
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
+    for until, launcher in ((2, []), (4, torchrun), (99, [])):
+        command = [sys.executable, *launcher, str(script), str(shared), str(until)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) == (until == 99), done.stderr
+        if launcher:
+            assert "batch 64 = 32 images × 2 devices" in done.stdout
+    assert read_rates(shared) == read_rates(whole)
