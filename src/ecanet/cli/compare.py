@@ -143,6 +143,7 @@ def inspect(
     data_dir: DataDir = None,
     classes: Annotated[str | None, typer.Option(help="Comma-separated classes to plot.", show_default="four")] = None,
     image: Annotated[Path | None, typer.Option(help="Image file to explain.", show_default=False)] = None,
+    cam: Annotated[bool, typer.Option("--cam", help="Class-activation maps, gates on and off.")] = False,
     out: Annotated[Path, typer.Option(help="Output directory.")] = Path("inspect"),
 ) -> None:
     """Show what the gates of a trained network do.
@@ -160,6 +161,7 @@ def inspect(
         data_dir=data_dir,
         classes=split(classes),
         image=image,
+        cam=cam,
     )
     table = Table("gate", "channels", "mean", "spread: classes", "images", "saturated", "dead")
     for gate in inspection.records:

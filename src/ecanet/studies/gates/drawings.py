@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ecanet.data import DataSpec
+from ecanet.studies.gates.cams import Pair
 from ecanet.studies.gates.records import GateRecord
 
 if TYPE_CHECKING:
@@ -49,6 +51,31 @@ def draw_image(records: Sequence[GateRecord], effects: Sequence[Effect]) -> "Fig
         axes.set_title(f"{one.name}: {effect.log_odds - effect.held:+.2f}", fontsize=8)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
+
+
+def draw_cams(pairs: Sequence[Pair], spec: DataSpec) -> "Figure":
+    """Draw each image, its class-activation map with the gates switched off, and the map with them."""
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(7.6, 2.9 * len(pairs)), layout="constrained")
+    for row, pair in zip(figure.subplots(len(pairs), 3, squeeze=False), pairs, strict=True):
+        picture = spec.denormalize(pair.image.cpu()).expand(3, -1, -1).permute(1, 2, 0).numpy()
+        explained = _shorten(spec.class_names[pair.explained])
+        titles = [f"{_shorten(pair.title)}\nmaps explain {explained!r}"]
+        for head, one in (("gates off", pair.plain), ("gates on", pair.gated)):
+            answer = f"{head}: {_shorten(spec.class_names[one.answer])}"
+            titles.append(f"{answer}\n{explained!r} {one.probability:.1%}")
+        for axes, title, one in zip(row, titles, (None, pair.plain, pair.gated), strict=True):
+            axes.imshow(picture)
+            if one is not None:
+                axes.imshow(one.heat.numpy(), cmap="inferno", alpha=0.55, vmin=0, vmax=1)
+            axes.set_axis_off()
+            axes.set_title(title, fontsize=8, parse_math=False)  # class names may hold dollar signs
+    return figure
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 24 else f"{text[:23]}…"
 
 
 def _make_panels(count: int) -> tuple[Any, list[Any]]:

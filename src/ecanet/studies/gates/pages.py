@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ecanet.data import build_eval_transform, check_classes, read_image
+from ecanet.data import DataSpec, build_eval_transform, check_classes, read_image
 from ecanet.errors import ConfigError
 from ecanet.recipes import ModelConfig, suggestion, to_dict
 from ecanet.report import environment, figures, page, write_file
-from ecanet.studies.gates.drawings import Effect, draw_classes, draw_image, draw_kernels, draw_spread
+from ecanet.studies.gates.cams import Pair, compare, prepare_maps
+from ecanet.studies.gates.drawings import Effect, draw_cams, draw_classes, draw_image, draw_kernels, draw_spread
 from ecanet.studies.gates.records import (
     GateRecord,
     compute_image_weights,
@@ -44,6 +45,10 @@ class Inspection:
     effects: list[Effect]
     answer: str
     """The image's file name, likeliest class and probability; empty without an image."""
+    layer: str = ""
+    """The module whose activations the class-activation maps show; empty without maps."""
+    maps: Sequence[Pair] = ()
+    """The class-activation maps of a few images."""
 
 
 def run(
@@ -55,6 +60,7 @@ def run(
     data_dir: str | None = None,
     classes: Sequence[str] = (),
     image: str | Path | None = None,
+    cam: bool = False,
 ) -> Inspection:
     """Record the gates of a trained network on held-out data, and write numbers, figures and a page.
 
@@ -66,28 +72,37 @@ def run(
         data_dir: As for `ecanet.training.evaluate`.
         classes: Names of the classes to draw (default: those of the authors' poster, or the first four).
         image: An image file to explain.
+        cam: Draw class-activation maps with the gates and without, for ``image`` and the first image of each class.
 
     Raises:
-        ConfigError: a class does not exist, the network has no channel gates or is a detector, or ``image`` would be
-            overwritten.
+        ConfigError: a class does not exist, the network has no channel gates or is a detector, ``image`` would be
+            overwritten, or there can be no class-activation maps.
         CheckpointError: the checkpoint is missing, broken or for another network.
         DataError: data or image are missing or broken.
     """
     task = restore(checkpoint, model=model, data_name=data_name, data_dir=data_dir)
-    if image is not None and Path(image).resolve() == (Path(folder) / "image.png").resolve():
+    taken = [Path(folder) / name for name in ("image.png", "cams.png")]
+    if image is not None and Path(image).resolve() in [path.resolve() for path in taken]:
         raise ConfigError(f"{image} would be overwritten; choose another --out")
     if not isinstance(task, Classification):
         raise ConfigError(f"{task.recipe.model.name} is a detector; inspect shows the gates of classifiers")
     find_gates(task.model)  # raises if there is none, before the data are read
-    names = task.spec.class_names
+    spec, names = task.spec, task.spec.class_names
     drawn = [_find_class(name, names) for name in classes or [n for n in POSTER if n in names] or names[:4]]
+    layer = prepare_maps(task.model, (spec.channels, spec.size, spec.size)) if cam else ""
     images = build_data(task.recipe, train=False, split=task.split)
-    check_classes(task.recipe.data.name, images.spec, task.spec)
+    check_classes(task.recipe.data.name, images.spec, spec)
     for line in images.notices:
         print(line, file=sys.stderr, flush=True)
-    records = record(task.model, _iterate_batches(images), len(names))
+    first: dict[int, Tensor] = {}
+    records = record(task.model, _iterate_batches(images, first), len(names))
     effects, answer = ([], "") if image is None else explain(task, records, image)
-    found = Inspection(task=task, records=records, classes=drawn, effects=effects, answer=answer)
+    chosen = [] if image is None else [(Path(image).name, _prepare(spec, image)[0])]
+    chosen += [(f"is {names[label]}", first[label]) for label in drawn if label in first]
+    maps = compare(task.model, layer, chosen) if cam else []
+    found = Inspection(
+        task=task, records=records, classes=drawn, effects=effects, answer=answer, layer=layer, maps=maps
+    )
     write(found, Path(folder))
     return found
 
@@ -98,16 +113,28 @@ def _find_class(name: str, names: Sequence[str]) -> int:
     return list(names).index(name)
 
 
-def _iterate_batches(images: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the validation batches of a LightningDataModule as the network receives them."""
+def _iterate_batches(images: Any, first: dict[int, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the validation batches of a LightningDataModule as the network receives them.
+
+    The first image of each class is kept in ``first``, by label.
+    """
     for batch in images.val_dataloader():
-        yield images.on_after_batch_transfer(images.on_before_batch_transfer(batch, 0), 0)
+        x, labels = images.on_after_batch_transfer(images.on_before_batch_transfer(batch, 0), 0)
+        for image, label in zip(x, labels.tolist(), strict=True):
+            if label not in first:
+                first[label] = image.clone()  # alone, so that its batch can be freed
+        yield x, labels
+
+
+def _prepare(spec: DataSpec, path: str | Path) -> Tensor:
+    """Return the image file ``path`` as the network receives it (1, C, H, W)."""
+    return spec.normalize(build_eval_transform(spec)(read_image(path, spec.channels))[None])
 
 
 def explain(task: Task, records: Sequence[GateRecord], path: str | Path) -> tuple[list[Effect], str]:
     """Return the effect of each gate on the image file ``path``, and the network's answer in one line."""
     spec = task.spec
-    images = spec.normalize(build_eval_transform(spec)(read_image(path, spec.channels))[None])
+    images = _prepare(spec, path)
     with torch.inference_mode():
         logits = task.model(images).double()[0]
     best = int(logits.argmax())
@@ -148,9 +175,12 @@ def write(found: Inspection, folder: Path) -> None:
         drawn["kernels"] = draw_kernels(found.records)
     if found.effects:
         drawn["image"] = draw_image(found.records, found.effects)
-    # An earlier inspection may have drawn another image. In other folders image.png is somebody else's file.
+    if found.maps:
+        drawn["cams"] = draw_cams(found.maps, found.task.spec)
+    # An earlier inspection may have drawn other images. In other folders these files are somebody else's.
     if (folder / "inspect.json").exists():
-        (folder / "image.png").unlink(missing_ok=True)
+        for name in ("image.png", "cams.png"):
+            (folder / name).unlink(missing_ok=True)
     for name, figure in drawn.items():
         write_file(folder / f"{name}.png", figures.to_png(figure, dpi=110))
     write_file(folder / "inspect.json", to_json(found))
@@ -179,7 +209,8 @@ def to_json(found: Inspection) -> str:
         }
         for one in found.records
     ]
-    return json.dumps({"environment": environment(), "image": found.answer, "gates": rows}, indent=2, allow_nan=False)
+    content = {"environment": environment(), "image": found.answer, "gates": rows, "cams": _describe_maps(found)}
+    return json.dumps(content, indent=2, allow_nan=False)
 
 
 def _describe_effect(effect: Effect | None) -> dict[str, object] | None:
@@ -187,6 +218,22 @@ def _describe_effect(effect: Effect | None) -> dict[str, object] | None:
         return None
     numbers = {"log_odds": to_number(effect.log_odds), "held_at_mean": to_number(effect.held)}
     return {**numbers, "weights": to_list(effect.weights)}
+
+
+def _describe_maps(found: Inspection) -> dict[str, object] | None:
+    """Return the layer of the class-activation maps and the network's answers with the gates on and off."""
+    if not found.maps:
+        return None
+    names = found.task.spec.class_names
+    rows = [
+        {"image": pair.title, "explained": names[pair.explained]}
+        | {
+            state: {"answer": names[one.answer], "probability_of_explained": to_number(one.probability)}
+            for state, one in (("gates_on", pair.gated), ("gates_off", pair.plain))
+        }
+        for pair in found.maps
+    ]
+    return {"layer": found.layer, "images": rows}
 
 
 def to_html(found: Inspection, drawn: Mapping[str, "Figure"]) -> str:
@@ -198,6 +245,13 @@ def to_html(found: Inspection, drawn: Mapping[str, "Figure"]) -> str:
         "image": (f"One image: {found.answer}", effect),
         "classes": ("Weights by gate and class", "Mean weight of each channel over the held-out images of a class."),
         "spread": ("Spread", "How much the weights differ between classes, and between images; 0 is a constant gate."),
+        "cams": (
+            f"Class-activation maps at {found.layer}",
+            "Grad-CAM for the class that the network with its gates finds likeliest: with every gate switched off (it "
+            "multiplies by one number, its average over these images) and with the gates. Both maps have the same "
+            "weights: they show what the gates do in this network, not how one trained without gates would look. Each "
+            "map is scaled to its own range.",
+        ),
         "kernels": ("Learned kernels", "ECA's weights for each channel's neighbours; 0 is the channel itself."),
     }
     sections = [("Alarms", "", f"<ul>{''.join(alarms)}</ul>" if alarms else "<p>None.</p>")]
