@@ -1,6 +1,7 @@
 """Other libraries' networks, and a user's own, train and are used by the same commands as this library's."""
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -75,7 +76,9 @@ def test_the_same_commands_for_any_network(ecanet, photos, tmp_path, name):
     assert json.loads(out).keys() <= last["metrics"].keys() | last.keys() | {"val_loss", "top1"}
     code, out, _ = ecanet("predict", "run", "photos/dark", "--device", "cpu", "--json")
     assert (code, len(json.loads(out))) == (0, 8)
-    assert ecanet("inspect", "run", "--out", "inspection")[0] == 0
+    cam = ["--cam"] if find_spec("pytorch_grad_cam") else []  # an optional package
+    assert ecanet("inspect", "run", *cam, "--out", "inspection")[0] == 0
+    assert (tmp_path / "inspection" / "cams.png").exists() == bool(cam)
     code, _, err = ecanet("train", "--resume", "run", "--epochs", 3, "--device", "cpu")
     assert (code, err) == (0, "")
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 4
