@@ -1,6 +1,8 @@
 """Classification data: order, augmentation, class folders, and the messages for broken files."""
 
 import gzip
+import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -405,6 +407,46 @@ def test_training_skips_an_unreadable_batch_and_stops_if_no_image_is_left(photos
         path.write_bytes(b"no image")
     with pytest.raises(DataError, match="not one held-out image could be read"):
         run(recipe, folder=tmp_path / "none", quiet=True)
+
+
+def test_a_run_without_a_readable_training_image_is_refused(photos, tmp_path):
+    from ecanet.recipes.config import ModelConfig, Recipe
+    from ecanet.training.trainer import run
+
+    for path in (photos / "train").rglob("*.png"):
+        path.write_bytes(b"no image")
+    data = folder_config(photos, on_corrupt="skip", batch_size=3)
+    recipe = Recipe(data=data, model=ModelConfig(name="resnet8"), epochs=1)
+    with pytest.raises(DataError, match="not one training image could be read") as caught:
+        run(recipe, folder=tmp_path / "run", quiet=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "socket"])
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    if kind == "pipe":
+        os.mkfifo("x.jpg")
+    elif kind == "folder":
+        Path("x.jpg").mkdir()
+    else:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind("x.jpg")
+    with pytest.raises(DataError, match=r"^x.jpg: it is no file, but a folder, a pipe, a socket or a device$"):
+        read_image("x.jpg", 3)
+
+
+def test_normalization_makes_its_constants_once(monkeypatch):
+    """Each new tensor on a GPU would be a copy that the GPU waits for, twice in each step."""
+    spec = DataSpec(class_names=("a", "b"), channels=3, size=4, mean=(0.1, 0.2, 0.31), std=(0.5, 0.6, 0.7))
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    with torch.inference_mode():
+        first = spec.normalize(images)
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a tensor was made"))
+    again = spec.normalize(images)
+    assert torch.equal(again, first)
+    spec.normalize(images.float().requires_grad_()).sum().backward()  # as saliency maps need it
+    assert torch.equal(spec.denormalize(again), images)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -1,5 +1,6 @@
 """What a data set looks like (`DataSpec`), and the small data sets that are held in memory."""
 
+import functools
 import gzip
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,13 +43,20 @@ class DataSpec:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return uint8 images (N, C, H, W) as float32 with mean 0 and standard deviation 1."""
-        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))
+        mean, std = (_make_constant(values, images.device) for values in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
     def denormalize(self, images: Tensor) -> Tensor:
         """Return normalized images (N, C, H, W) as uint8: the inverse of `normalize`."""
-        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))
+        mean, std = (_make_constant(values, images.device) for values in (self.mean, self.std))
         return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+@functools.cache
+def _make_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return one value per channel as a tensor (C, 1, 1), made once: a GPU would wait for each new one."""
+    with torch.inference_mode(False):  # it may be needed again where gradients are computed
+        return torch.tensor(values, device=device)[:, None, None]
 
 
 def check_classes(name: str, found: DataSpec, expected: DataSpec) -> None:

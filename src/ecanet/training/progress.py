@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TypedDict
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, DataError
 from ecanet.report import Report, write_file
 from ecanet.training.tasks import Task, get_data
 
@@ -82,7 +83,11 @@ class History(L.Callback):
 
         Raises:
             ConfigError: the loss is not finite.
+            DataError: no process could read a training image.
         """
+        images = torch.tensor(float(self.images), device=trainer.strategy.root_device)
+        if not trainer.strategy.reduce(images, reduce_op="sum"):  # pyright: ignore[reportUnknownMemberType]
+            raise DataError(f"{get_data(trainer).config.name}: not one training image could be read")
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not math.isfinite(metrics.get("train_loss", 0.0)):
             raise ConfigError(
