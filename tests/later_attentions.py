@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from drawn_modules import draw
 from ecanet.attention import ATTENTIONS, ELA, EMA, ESE, GCT, SRM, CoordinateAttention, Fca, SimAM
 
 BUILD = {
@@ -35,18 +36,7 @@ PAIRS += [(3, 5), (2, 2)]
 
 
 def made(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Return the module in evaluation, with every parameter and statistic drawn at random."""
-    generator = torch.Generator().manual_seed(1)
-    module = BUILD[name]().eval()
-    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.dim() > 0:  # not a norm's counter
-            drawn = torch.randn(tensor.shape, generator=generator)
-            tensor.data = drawn.abs() + 0.5 if key.endswith("running_var") else drawn
-    return module.to(dtype)
-
-
-def image(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    return draw(BUILD[name](), dtype)
 
 
 def sigmoid(t: Tensor) -> Tensor:

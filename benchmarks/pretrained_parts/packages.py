@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ecanet.data.sources import get_cache_folder
 from ecanet.errors import DataError, summarize
+from ecanet.models import get_cache_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ecanet
+from drawn_modules import check_padding, draw, image
 from ecanet.attention import CBAM, AugmentedConv2d, DoubleAttention, GlobalContext, GSoP, NonLocal
 from ecanet.attention.long_range import shrink
 from ecanet.errors import AttachError, ConfigError
@@ -24,18 +25,7 @@ BUILD = {
 
 
 def made(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """The module with every parameter and statistic drawn at random: nothing at zero, one or its default."""
-    g = torch.Generator().manual_seed(1)
-    module = BUILD[name]().eval()
-    for name_, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.dim() > 0:  # not a norm's counter
-            drawn = torch.randn(tensor.shape, generator=g)
-            tensor.data = drawn.abs() + 0.5 if name_.endswith("running_var") else drawn
-    return module.to(dtype)
-
-
-def image(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    return draw(BUILD[name](), dtype)
 
 
 def sigmoid(t: float) -> float:
@@ -191,16 +181,7 @@ def test_augmented_convolution_looks_at_small_maps_only():
 
 @pytest.mark.parametrize("name", BUILD)
 def test_padding_has_no_influence(name):
-    module, x = made(name), image(2, 8, 4, 6)
-    mask = torch.zeros(2, 4, 6, dtype=torch.bool)
-    mask[:, :3, :5] = True
-    padded = torch.where(mask[:, None], x, torch.nan)
-    with torch.no_grad():
-        expected = module(x[:, :, :3, :5])
-        torch.testing.assert_close(module(padded, mask=mask)[:, :, :3, :5], expected, rtol=1e-9, atol=1e-9)
-        assert not torch.allclose(module(x)[:, :, :3, :5], expected, rtol=1e-3)  # unmasked, it does matter
-        empty = module(x, mask=torch.zeros_like(mask))
-        assert empty.isfinite().all()
+    check_padding(made(name), 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -33,6 +33,13 @@ KernelSizes = Annotated[
 DataName = Annotated[str | None, typer.Option("--data", help="Data set: digits, folder:PATH, …", show_default=False)]
 DataDir = Annotated[str | None, typer.Option("--data-dir", help="Directory of the data files.", show_default=False)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+LoggerNames = Annotated[
+    str | None, typer.Option("--logger", help="tensorboard,csv,wandb,mlflow or none.", show_default=False)
+]
+ValShare = Annotated[
+    float | None,
+    typer.Option("--val-share", help="Share to hold out of a folder without val/ (default 0.2).", show_default=False),
+]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Number of epochs.", show_default=False)]
 Settings = Annotated[
     list[str] | None,

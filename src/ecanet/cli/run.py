@@ -16,11 +16,13 @@ from ecanet.cli.options import (
     Device,
     Epochs,
     KernelSizes,
+    LoggerNames,
     ModelName,
     NoPreserve,
     OnCorrupt,
     ReplaceKind,
     Settings,
+    ValShare,
     Weights,
     Where,
     check_on_corrupt,
@@ -54,17 +56,12 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.", show_default=False)] = None,
     data_dir: DataDir = None,
-    val_share: Annotated[
-        float | None,
-        typer.Option(help="Share to hold out of a folder without val/ (default 0.2).", show_default=False),
-    ] = None,
+    val_share: ValShare = None,
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/NAME-DATE")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.", show_default=False)] = None,
     auto_resume: Annotated[bool, typer.Option("--auto-resume", help="Start in --out, or go on there.")] = False,
-    logger: Annotated[
-        str | None, typer.Option(help="tensorboard,csv,wandb,mlflow or none.", show_default=False)
-    ] = None,
+    logger: LoggerNames = None,
     device: Device = "auto",
 ) -> None:
     """Train a network: `ecanet train quickstart`.

@@ -14,16 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ecanet.errors import DataError
+from ecanet.models import get_cache_folder
 
-__all__ = ["digest_arrays", "get_cache_folder", "keep_arrays", "show_progress"]
+__all__ = ["digest_arrays", "keep_arrays", "show_progress"]
 
 Made = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images (N, H, W, C) and labels (N,)."""
-
-
-def get_cache_folder(*parts: str) -> Path:
-    """Return the folder that keeps downloaded and generated data between runs, or the folder ``parts`` below it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ecanet", *parts)
 
 
 def keep_arrays(

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ecanet.data.cache import get_cache_folder
 from ecanet.data.coco import CocoImage, CocoObject, encode_mask
 from ecanet.data.sources import SMALL_SETS
 from ecanet.errors import ConfigError, DataError
+from ecanet.models import get_cache_folder
 
 __all__ = ["SPRITES", "SceneConfig", "make_scenes", "write_scenes"]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ecanet.data import garments, glyphs
-from ecanet.data.cache import get_cache_folder
 from ecanet.errors import DataError, summarize
+from ecanet.models import get_cache_folder
 
 __all__ = ["SMALL_SETS", "DataSpec", "MemoryDataset", "SmallSet", "check_classes"]
 

@@ -4,13 +4,14 @@ Read downward: `detection` (detectors over these networks), `factory` (`create_m
 people's files), `matching` (finds a network's tensors in them), `files` (reads them without running code), `mobilenet`,
 `resnet` (the networks), `network` (timm's interface), `execution` (runs a residual block), `block` (what it is made
 of), `placement` (attentions that stand elsewhere), `slots` (which attention a block holds), `kernel_sizes` (the one
-table of the released sizes).
+table of the released sizes), `downloads` (the folder that keeps them).
 """
 
 from typing import TYPE_CHECKING
 
 from ecanet.models.block import DescribesItself, Layer, Parts, describe, gate_of, runnable_parts
 from ecanet.models.checkpoints import LoadReport, load_checkpoint, load_state_dict, rename
+from ecanet.models.downloads import get_cache_folder, quiet_loggers
 from ecanet.models.execution import Stage, call, is_eager, run
 from ecanet.models.factory import create_model, get_torchvision_weights, list_models
 from ecanet.models.files import read_file
@@ -40,11 +41,13 @@ __all__ = [
     "describe",
     "find_release",
     "gate_of",
+    "get_cache_folder",
     "get_torchvision_weights",
     "is_eager",
     "list_models",
     "load_checkpoint",
     "load_state_dict",
+    "quiet_loggers",
     "read_file",
     "rename",
     "resolve_kernel_sizes",

@@ -7,7 +7,6 @@ content of each file that a user has named; a checkpoint's file runs only if thi
 
 import hashlib
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import cast
 from torch import nn
 
 from ecanet.errors import ConfigError, summarize
+from ecanet.models import get_cache_folder
 
 __all__ = ["Factory", "find_factory", "is_file", "trust"]
 
@@ -82,8 +82,7 @@ def _read(path: Path) -> bytes:
 
 def _find_record(source: bytes) -> Path:
     """Return the path of the empty file that says that a user has named a file of this content."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ecanet")
-    return cache / "named-files" / hashlib.sha256(source).hexdigest()
+    return get_cache_folder("named-files") / hashlib.sha256(source).hexdigest()
 
 
 def _run(module_name: str, path: Path) -> None:

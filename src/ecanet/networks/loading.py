@@ -1,15 +1,13 @@
 """Weights for any network: its library's own, or a checkpoint's."""
 
-import logging
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ecanet.errors import CheckpointError, summarize
-from ecanet.models import LoadReport, get_torchvision_weights, load_checkpoint, load_state_dict
+from ecanet.models import LoadReport, get_torchvision_weights, load_checkpoint, load_state_dict, quiet_loggers
 from ecanet.networks.names import find_library
 
 __all__ = ["check_fit", "load_weights"]
@@ -79,7 +77,8 @@ def _download_timm(model: nn.Module, name: str) -> dict[str, Tensor]:
 
     create = cast(Callable[..., nn.Module], timm.create_model)
     try:
-        with _quiet("huggingface_hub", "timm"):
+        # A download that fails is tried several times, and then reported here.
+        with quiet_loggers("huggingface_hub", "timm"):
             return cast(dict[str, Tensor], create(name, pretrained=True).state_dict())
     except (OSError, RuntimeError, ValueError) as error:
         source = _describe_timm(model)
@@ -89,17 +88,3 @@ def _download_timm(model: nn.Module, name: str) -> dict[str, Tensor]:
             f"cannot get timm's weights for {name!r} ({summarize(error)}); download {source} by other means and pass "
             f"the file's path instead of default"
         ) from error
-
-
-@contextmanager
-def _quiet(*names: str) -> Generator[None]:
-    """Suppress the warnings of these loggers: a download that fails is tried several times, and then reported here."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import logging
 import math
 import time
 import warnings
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ecanet.errors import ConfigError, DataError
+from ecanet.models import quiet_loggers
 from ecanet.report import Report, write_file
 from ecanet.training.tasks import Task, get_data
 
@@ -219,14 +219,6 @@ class Display(L.Callback):
 @contextmanager
 def quiet_lightning() -> Generator[None]:
     """Suppress Lightning's tips, and warnings that do not concern this library's runs. Errors stay errors."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet_loggers("lightning.pytorch", "lightning.fabric"):
         warnings.filterwarnings("ignore", module=r"lightning\..*")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield
