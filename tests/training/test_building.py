@@ -104,7 +104,7 @@ def test_squeeze_excite_gives_way():
     [
         ("resnet20", {"replace": "se"}, "replace='se' is for other libraries' networks"),
         ("resnet20", {"attention": "none", "where": "layer1"}, "are about attention, and attention is 'none'"),
-        ("torchvision:fcn_resnet50", {}, "is no classifier: for an image it must return logits"),
+        ("torchvision:fcn_resnet50", {}, "is no classifier: it is for segmentation, and there are no data"),
         ("torchvision:resnet51", {}, "did you mean torchvision:resnet"),
         ("keras:resnet50", {}, "unknown library 'keras'"),
     ],

@@ -7,12 +7,15 @@ import typer
 
 from ecanet.cli.options import (
     AsJson,
-    Checkpoint,
+    Attention,
     Device,
-    Images,
+    KernelSizes,
+    ModelName,
     OnCorrupt,
+    Weights,
     check_folder,
     check_on_corrupt,
+    model_config,
     print_json,
     report_unreadable,
 )
@@ -20,21 +23,32 @@ from ecanet.errors import ConfigError, DataError
 
 
 def detect(
-    checkpoint: Checkpoint,
-    images: Images,
+    paths: Annotated[list[str], typer.Argument(help="A run, and images or folders.", metavar="[RUN] IMAGES...")],
     out: Annotated[Path, typer.Option(help="Output directory.")] = Path("detections"),
     threshold: Annotated[float, typer.Option(help="Lowest score to show (0 to 1).")] = 0.5,
     on_corrupt: OnCorrupt = "error",
+    model: ModelName = None,
+    weights: Weights = None,
+    attention: Attention = None,
+    kernel_sizes: KernelSizes = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Detect objects: draw boxes and masks on images, write JSON."""
+    """Detect objects: draw boxes and masks on images, write JSON.
+
+    Without a run: --model torchvision:fasterrcnn_resnet50_fpn_v2
+    --weights default knows COCO's classes.
+    """
     check_on_corrupt(on_corrupt)
     check_folder(out)
     if not 0 <= threshold <= 1:
         raise ConfigError(f"--threshold must be from 0 to 1, got {threshold:g}")
     from ecanet import networks, training
 
+    checkpoint, *images = (None, *paths) if weights else paths
+    if not images:
+        raise ConfigError("no images: give a run and images, or --model, --weights and images")
+    config = model_config(model, attention, kernel_sizes, weights)
     found_device = networks.find_device(device)
     # If --out is inside a directory of images, it may hold pictures that an earlier call drew: those are no input.
     files = [
@@ -48,7 +62,8 @@ def detect(
             f"the only images are those in --out {out}; name that directory itself and choose another --out"
         )
     found: list[training.ImageDetections] = []
-    for answer in training.detect(training.restore(checkpoint), files, out, threshold=threshold, device=found_device):
+    task = training.restore(checkpoint, model=config)
+    for answer in training.detect(task, files, out, threshold=threshold, device=found_device):
         if isinstance(answer, DataError):
             report_unreadable(answer, on_corrupt)
             continue

@@ -15,7 +15,6 @@ from ecanet.recipes import ModelConfig, Recipe, find, parse_kernel_sizes, with_s
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint file or run directory.", show_default=False)]
-Images = Annotated[list[str], typer.Argument(help="Image files or directories.", show_default=False)]
 ModelName = Annotated[
     str | None,
     typer.Option("--model", help="NAME, timm:NAME, torchvision:NAME, FILE.py:NAME.", show_default=False),

@@ -10,11 +10,18 @@ from ecanet.networks.factories import find_factory, trust
 from ecanet.networks.heads import exchange_head, find_head
 from ecanet.networks.loading import check_fit, load_weights
 from ecanet.networks.names import find, find_kind, find_library, is_ours, list_names
-from ecanet.networks.preprocessing import Preprocessing, find_preprocessing, image_size, imagenet_classes
+from ecanet.networks.preprocessing import (
+    Preprocessing,
+    detector_classes,
+    find_preprocessing,
+    image_size,
+    imagenet_classes,
+)
 
 __all__ = [
     "Preprocessing",
     "check_fit",
+    "detector_classes",
     "exchange_head",
     "find",
     "find_device",

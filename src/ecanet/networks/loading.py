@@ -44,15 +44,15 @@ def _load(model: nn.Module, name: str, weights: str | Path) -> LoadReport:
     return load_state_dict(model, state, source=f"torchvision's weights {member}")
 
 
-def check_fit(model: nn.Module, report: LoadReport, head: str) -> list[str]:
-    """Return the tensors of the layer ``head`` that the file has for other classes, so that they were not loaded.
+def check_fit(model: nn.Module, report: LoadReport, *heads: str) -> list[str]:
+    """Return the tensors of the layers ``heads`` that the file has for other classes, so that they were not loaded.
 
     Raises:
         CheckpointError: something else of the network is not in the file or does not fit.
     """
     gates = tuple(f"{gate}." for gate in (*report.neutral, *report.acting))
     lost = [name for name in (*report.missing, *report.mismatched) if not name.startswith(gates)]
-    exchanged = [name for name in lost if name.startswith(f"{head}.")]
+    exchanged = [name for name in lost if name.startswith(tuple(f"{head}." for head in heads))]
     if len(exchanged) < len(lost):
         first = next(name for name in lost if name not in exchanged)
         raise CheckpointError(

@@ -87,7 +87,7 @@ def find_kind(name: str) -> str:
     from torchvision.models import get_model_builder, list_models
 
     parts = get_model_builder(inner).__module__.split(".") if inner in list_models() else []
-    return parts[2] if len(parts) > 3 else ""
+    return parts[2] if len(parts) > 3 and parts[2] != "quantization" else ""  # quantized networks are classifiers
 
 
 def list_names(library: str) -> list[str]:

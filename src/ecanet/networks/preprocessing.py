@@ -8,7 +8,7 @@ from typing import Any, cast
 from ecanet.models import LAYERS
 from ecanet.networks.names import find_kind, find_library
 
-__all__ = ["Preprocessing", "find_preprocessing", "image_size", "imagenet_classes"]
+__all__ = ["Preprocessing", "detector_classes", "find_preprocessing", "image_size", "imagenet_classes"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +61,18 @@ def imagenet_classes() -> tuple[str, ...]:
     from torchvision.models import ResNet18_Weights
 
     return tuple(cast(dict[str, list[str]], ResNet18_Weights.DEFAULT.meta)["categories"])
+
+
+def detector_classes(name: str) -> tuple[str, ...]:
+    """Return the classes that the weights of torchvision's detector ``name`` know, by label from 1; COCO's.
+
+    >>> detector_classes("torchvision:fcos_resnet50_fpn")[:2]
+    ('person', 'bicycle')
+    """
+    from torchvision.models import WeightsEnum, get_model_weights  # pyright: ignore[reportUnknownVariableType]
+
+    newest = list(cast(Iterable[WeightsEnum], get_model_weights(find_library(name)[1])))[-1]
+    return tuple(cast(dict[str, list[str]], newest.meta)["categories"][1:])
 
 
 def _find_torchvision(name: str) -> Preprocessing:

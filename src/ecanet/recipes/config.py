@@ -239,7 +239,7 @@ class Recipe(Config):
     @property
     def learns_masks(self) -> bool:
         """Return whether the network predicts masks."""
-        return self.task == "detection" and self.model.name == "mask_rcnn"
+        return self.task == "detection" and self.model.name.startswith(("mask_rcnn", "torchvision:maskrcnn"))
 
     def but(self, **changes: object) -> Self:
         """Return a copy with ``changes``.

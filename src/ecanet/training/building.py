@@ -1,7 +1,11 @@
-"""Build any classifier by its name: with attention, weights, and a head for the classes at hand."""
+"""Build any classifier by its name: with attention, weights, and a head for the classes at hand.
+
+`load_and_attach` serves the detectors, too.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import torch
@@ -14,7 +18,7 @@ from ecanet.models import LoadReport
 from ecanet.recipes import ModelConfig
 from ecanet.surgery import attach, attached
 
-__all__ = ["Built", "build"]
+__all__ = ["Built", "build", "list_gates", "load_and_attach"]
 
 
 Image = tuple[int, int, int]
@@ -28,17 +32,18 @@ class Built:
     model: nn.Module
     name: str
     head: str
-    """Name of the layer that gives the logits."""
+    """Name of the layer that gives the logits; empty for a detector."""
     loaded: LoadReport | None = None
     """Which tensors of the weights matched; None without weights."""
     exchanged: list[str] = field(default_factory=list[str])
-    """Tensors of the head that the weights have for other classes; they start at zero."""
+    """Tensors of the head that the weights have for other classes; a classifier's start at zero."""
 
     def describe(self) -> list[str]:
         """Return lines that say what was loaded, exchanged and attached, and what was not."""
         lines = str(self.loaded).splitlines() if self.loaded is not None else []
         if self.exchanged:
-            lines.append(f"  new head, all zero: {', '.join(self.exchanged)} (the weights are for other classes)")
+            start = ", all zero" if self.head else ""
+            lines.append(f"  new head{start}: {', '.join(self.exchanged)} (the weights are for other classes)")
         sites = attached(self.model)
         if sites:
             calls = {site.calls for site in sites}
@@ -76,10 +81,14 @@ def build(config: ModelConfig, *, num_classes: int | None = None, image: Image =
         AttachError: there is no place for gates.
         CheckpointError: the weights cannot be had, or are not this network's.
     """
-    name, ours, plain = config.name, networks.is_ours(config.name), config.attention == "none"
-    choices = {"where": config.where, "replace": config.replace, "preserve": config.preserve}
-    if plain and any(value is not None for value in choices.values()):
-        raise ConfigError("where, replace and preserve are about attention, and attention is 'none'; leave them out")
+    name, ours, wanted = config.name, networks.is_ours(config.name), list_gates(config)
+    if task := networks.find_kind(name):
+        remedy = (
+            "; train it on images with boxes, coco:PATH or scenes"
+            if task == "detection"
+            else ", and there are no data for that here; name a classifier"
+        )
+        raise ConfigError(f"{name} is no classifier: it is for {task.replace('_', ' ')}{remedy}")
     if ours and config.replace is not None:
         raise ConfigError(f"replace={config.replace!r} is for other libraries' networks; in {name!r} choose attention")
     image = (image[0] if ours else 3, *image[1:])
@@ -87,12 +96,30 @@ def build(config: ModelConfig, *, num_classes: int | None = None, image: Image =
     if num_classes is not None:
         settings["num_classes"] = num_classes
     gates = {"attention": config.attention, "kernel_sizes": config.kernel_sizes, **config.options}
-    if ours and config.where is None and not plain:
+    if ours and config.where is None and wanted:
         return _build_in(config, networks.find(name, **settings, **gates), settings, image)
     model = networks.find(name, **settings, **({"attention": "none"} if ours else {}))
     built = _prepare(name, model, num_classes, image)
-    _load_and_attach(built, config.weights, {} if plain else {**choices, **gates}, image)
+    weights, example = config.weights, torch.rand(2, *image, generator=torch.Generator().manual_seed(0))
+    load = None if weights is None else partial(networks.load_weights, model, name, weights)
+    load_and_attach(built, load, wanted, example)
+    if load is not None:
+        _finish(built)
     return built
+
+
+def list_gates(config: ModelConfig) -> dict[str, object]:
+    """Return the arguments of `ecanet.attach` that ``config`` asks for; none for the plain network.
+
+    Raises:
+        ConfigError: the plain network has a setting for gates.
+    """
+    choices = {"where": config.where, "replace": config.replace, "preserve": config.preserve}
+    if config.attention != "none":
+        return {**choices, "attention": config.attention, "kernel_sizes": config.kernel_sizes, **config.options}
+    if any(value is not None for value in choices.values()):
+        raise ConfigError("where, replace and preserve are about attention, and attention is 'none'; leave them out")
+    return {}
 
 
 def _prepare(name: str, model: nn.Module, num_classes: int | None, image: Image) -> Built:
@@ -122,20 +149,20 @@ def _build_in(config: ModelConfig, model: nn.Module, settings: Mapping[str, obje
     return built
 
 
-def _load_and_attach(built: Built, weights: str | None, wanted: Mapping[str, object], image: Image) -> None:
-    """Load ``weights`` and attach what is ``wanted``; gates that the file holds are loaded, too."""
-    if weights is not None:
-        built.loaded = networks.load_weights(built.model, built.name, weights)
+def load_and_attach(
+    built: Built, load: Callable[[], LoadReport] | None, wanted: Mapping[str, object], example: object
+) -> None:
+    """Load weights by ``load`` and attach what is ``wanted``; gates that the file holds are loaded, too."""
+    if load is not None:
+        built.loaded = load()
     if wanted:
-        example = torch.rand(2, *image, generator=torch.Generator().manual_seed(0))
         insert = cast(Callable[..., nn.Module], attach)  # which checks the options itself
         insert(built.model, example=example, **wanted)
-    if weights is not None and built.loaded is not None:
+    if load is not None and built.loaded is not None:
         gates = [f"{site.name}." for site in attached(built.model)]
         # The file of an attached network fits only now; a plain one had to be loaded before `attach` replaced parts.
         if any(gate in name for gate in gates for name in built.loaded.unexpected):
-            built.loaded = networks.load_weights(built.model, built.name, weights)
-        _finish(built)
+            built.loaded = load()
 
 
 def _finish(built: Built) -> None:

@@ -8,7 +8,7 @@ from ecanet import networks, recipes
 from ecanet.data import DataSpec, Split
 from ecanet.errors import CheckpointError, ConfigError
 from ecanet.models import load_checkpoint
-from ecanet.recipes import ModelConfig, Recipe, from_dict
+from ecanet.recipes import DetectorConfig, ModelConfig, Recipe, from_dict
 from ecanet.training import tasks
 from ecanet.training.preparation import Description, build_data, complete, read_description
 
@@ -28,12 +28,12 @@ def restore(
     """Return the task of ``checkpoint`` with its trained ``model``, in evaluation mode.
 
     The arguments and errors are those of `evaluate`. Weights that were not written by a run, and come without
-    ``data_name``, are taken to be for ImageNet's 1,000 classes.
+    ``data_name``, are taken to be for ImageNet's 1,000 classes, or COCO's if the network is a detector.
     """
     source = find_source(checkpoint, model, data_name, data_dir)
     recipe, spec = source.recipe, source.spec
     if spec is None:
-        spec = build_data(recipe, train=False).spec if data_name else _describe_imagenet(recipe.model.name)
+        spec = build_data(recipe, train=False).spec if data_name else _describe_training_data(recipe.model.name)
     task = restore_task(source.path, recipe, spec).eval()
     task.split = source.split
     return task
@@ -103,22 +103,29 @@ def _read_own(path: Path | None, values: Description) -> Source:
 
 
 def _name_foreign(path: Path | None, model: ModelConfig | None, data_name: str | None) -> Source:
-    """Return the source of weights that no run has written: ``model`` loads them itself, a detector from ``path``."""
+    """Return the source of weights that no run has written.
+
+    ``model`` loads them itself, but this library's detectors have theirs at ``path``.
+    """
     if model is None:
         raise ConfigError(f"{path or 'these weights'} do not say what network they are for: name it with --model")
     recipe = recipes.find(data_name) if data_name else Recipe()
+    if networks.find_kind(model.name) == "detection":
+        images = recipe.data.but(name=data_name or "coco:", image_size=networks.find_preprocessing(model.name).size)
+        recipe = recipe.but(task="detection", data=images, detector=DetectorConfig(frozen_stages=0))
     if path is None and model.weights is None:
         raise ConfigError("there are no weights: give a checkpoint, or weights with --weights")
-    if path is not None and recipe.task == "classification":
+    if path is not None and (recipe.task == "classification" or not networks.is_ours(model.name)):
         model, path = model.but(weights=str(path)), None
     return Source(path=path, recipe=recipe.but(model=model))
 
 
-def _describe_imagenet(network: str) -> DataSpec:
-    """Return ImageNet's classes, and the images that ``network`` was made for."""
+def _describe_training_data(network: str) -> DataSpec:
+    """Return ImageNet's classes, or COCO's for a detector, and the images that ``network`` was made for."""
     made_for = networks.find_preprocessing(network)
+    detects = networks.find_kind(network) == "detection"
     return DataSpec(
-        class_names=networks.imagenet_classes(),
+        class_names=networks.detector_classes(network) if detects else networks.imagenet_classes(),
         channels=made_for.channels,
         size=made_for.size,
         mean=made_for.mean,
@@ -137,7 +144,6 @@ def restore_task(path: Path | None, recipe: Recipe, spec: DataSpec) -> tasks.Tas
     """
     task = tasks.build(recipe, spec)
     if path is None:
-        assert isinstance(task, tasks.Classification)
         if lost := [name for name in task.unexpected if not AUXILIARY.match(name)]:
             raise CheckpointError(
                 f"{recipe.model.weights}: {len(lost)} of its tensors have no place in {recipe.model.name} with "

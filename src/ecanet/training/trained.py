@@ -81,10 +81,11 @@ def evaluate(
             enable_model_summary=False,
         )
         metrics = trainer.validate(task, images, verbose=False)[0]
+        results = None if path is None else path.with_name(f"{path.stem}-results")
         try:
             for name, content in task.files().items():
-                assert path is not None  # only detectors have files, and theirs have a path
-                write_file(path.with_name(f"{path.stem}-results") / name, content)
+                if results is not None:
+                    write_file(results / name, content)
         except OSError as error:  # Do not lose metrics that may have taken hours to compute.
             print(f"result files were not written: {error}", file=sys.stderr)
         return {name: float(value) for name, value in metrics.items()}

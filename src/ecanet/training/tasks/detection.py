@@ -39,8 +39,15 @@ class Detection(Task):
     def forward(
         self, x: Sequence[Tensor], targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Return the losses by name in training mode, else the detections on each image of ``x`` (3, H, W), 0 to 1."""
-        return self.model(x, targets)
+        """Return the losses by name in training mode, else the detections on each image of ``x`` (3, H, W), 0 to 1.
+
+        torchvision's RetinaNet and FCOS have an output for the label 0, which means nothing: it is left out.
+        """
+        found = self.model(x, targets)
+        if isinstance(found, dict):
+            return cast(dict[str, Tensor], found)
+        detections = cast(list[dict[str, Tensor]], found)
+        return [{name: value[one["labels"] > 0] for name, value in one.items()} for one in detections]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """Return the sum of the detector's losses."""
