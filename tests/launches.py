@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecanet import ops
 from ecanet.ops import dispatch
-from ecanet.ops.triton import expansion, kernels, launch
+from ecanet.ops.triton import algebra, expansion, kernels, launch
 
-KERNEL_MODULES: tuple[ModuleType, ...] = (kernels, expansion)
+KERNEL_MODULES: tuple[ModuleType, ...] = (kernels, algebra, expansion)
 
 
 class StepCounts(NamedTuple):

@@ -56,6 +56,16 @@ class ChannelAttention(GatedAttention):
         g = self.gate(p)
         return g if self.gain == 1 else self.gain * g
 
+    def describe_gate(self) -> ops.ChannelGate | None:
+        """Return what `weigh` computes, in a form that a kernel can compute; None if it has no such form."""
+        return None
+
+    def computes_gate_of(self, kind: "type[ChannelAttention]") -> bool:
+        """Return whether `weigh` is that of ``kind``, which neither a subclass nor somebody else has replaced."""
+        own = vars(self)
+        replaced = type(self).gate is not kind.gate or type(self).weigh is not ChannelAttention.weigh
+        return not replaced and "gate" not in own and "weigh" not in own
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return ``x * gain * gate(mean(x))``, in ``x``'s dtype and memory format.
 
@@ -126,6 +136,14 @@ class ECA(ChannelAttention):
         sums = (F.pad(p, (r, r)).unfold(1, self.kernel_size, 1) @ kernel)[..., 0]
         return (sums if bias is None else sums + bias).sigmoid()
 
+    def describe_gate(self) -> ops.ChannelGate | None:
+        """Return kernel, bias, padding and gain, unless a hook computes the kernel."""
+        conv = self.conv
+        if vars(conv)["_forward_pre_hooks"] or not self.computes_gate_of(ECA):
+            return None
+        circular = self.padding_mode == "circular"
+        return ops.ChannelGate(conv.weight, conv.bias, self.kernel_size, circular=circular, gain=self.gain)
+
     def last_parameters(self) -> Iterable[Tensor]:
         """Return the kernel, and the bias if there is one."""
         return self.conv.parameters()
@@ -155,6 +173,12 @@ class ECANS(ChannelAttention):
         r = self.kernel_size // 2
         neighbours = F.pad(p, (r, r)).unfold(1, self.kernel_size, 1)  # N C k
         return (neighbours * self.conv.weight[:, 0].to(p.dtype)).sum(-1).sigmoid()
+
+    def describe_gate(self) -> ops.ChannelGate | None:
+        """Return the k weights of each channel, and the gain."""
+        if not self.computes_gate_of(ECANS):
+            return None
+        return ops.ChannelGate(self.conv.weight, None, self.kernel_size, own_taps=True, gain=self.gain)
 
     def last_parameters(self) -> Iterable[Tensor]:
         """Return the weights of all channels."""
@@ -191,6 +215,10 @@ class SEVar1(ChannelAttention):
         """Return the sigmoid of the means."""
         return p.sigmoid()
 
+    def describe_gate(self) -> ops.ChannelGate | None:
+        """Return one tap of 1, and the gain."""
+        return ops.ChannelGate(None, gain=self.gain) if self.computes_gate_of(SEVar1) else None
+
     def last_parameters(self) -> Iterable[Tensor]:
         """Refuse: there is no parameter.
 
@@ -216,6 +244,12 @@ class SEVar2(ChannelAttention):
     def gate(self, p: Tensor) -> Tensor:
         """Return ``sigmoid(w * p)``."""
         return (self.weight.to(p.dtype) * p).sigmoid()
+
+    def describe_gate(self) -> ops.ChannelGate | None:
+        """Return one weight for each channel, and the gain."""
+        if not self.computes_gate_of(SEVar2):
+            return None
+        return ops.ChannelGate(self.weight, own_taps=True, gain=self.gain)
 
     def last_parameters(self) -> Iterable[Tensor]:
         """Return the weights."""

@@ -4,9 +4,9 @@ Every operation has one specification and several implementations with the same 
 
 Read downward: `dispatch` (chooses the implementation), `proof` (checks the kernels on a device before networks use
 them), `triton` (the passes over memory as kernels for a GPU), `lean` (the passes in PyTorch), `tail` (the algebra
-between the passes), `nodes` (the autograd functions around the algebra), `passes` (the protocol of the passes),
-`reference` (the specification, in plain PyTorch), `tracing` (lets torch.fx record a function as one node), `calls`
-(whether a module must be called or its parts may be used).
+between the passes), `nodes` (the autograd functions around the algebra), `channel_gates` (gates that a kernel can
+compute), `passes` (the protocol of the passes), `reference` (the specification, in plain PyTorch), `tracing` (lets
+torch.fx record a function as one node), `calls` (whether a module must be called or its parts may be used).
 """
 
 from ecanet.ops import lean, proof, reference
@@ -18,6 +18,7 @@ from ecanet.ops.calls import (
     must_be_called,
     overrides_forward,
 )
+from ecanet.ops.channel_gates import ChannelGate
 from ecanet.ops.dispatch import (
     Impl,
     check_input,
@@ -38,6 +39,7 @@ from ecanet.ops.tracing import is_jit_tracing, is_traced, record_as_one_node
 
 __all__ = [
     "Activation",
+    "ChannelGate",
     "Gate",
     "Impl",
     "call_state",

@@ -62,7 +62,7 @@ def apply(z: Tensor, shortcut: Tensor | None, form: Form) -> tuple[Tensor, Tenso
     for group in split_into_groups(x):
         part = apply_affine(x[group], a[group], None if b is None else b[group], out[group])
         if s is not None and form.shortcut_a is not None:
-            part.addcmul_(s[group].to(a.dtype), broadcast_to_planes(form.shortcut_a[group]))
+            part.addcmul_(s[group].to(a.dtype), broadcast_to_planes(form.shortcut_a))
         elif s is not None:
             part.add_(s[group])
         if form.activation == "relu":
@@ -119,6 +119,11 @@ def grads(t: Tensor, z: Tensor, form: Form, m: Tensor, dm: Tensor | None, dv: Te
 def find_active(kept: Tensor, z: Tensor, form: Form) -> Tensor:
     """Return where the activation passed the gradient on: where the output ``kept`` was not clipped."""
     return ~(kept <= 0) if form.activation == "relu" else (kept > 0) & (kept < 6)
+
+
+def run_tail(*_: object) -> None:
+    """Return None: the algebra between the passes is left to autograd, which costs little beside them on a CPU."""
+    return
 
 
 def compute_frozen_tail(
@@ -211,7 +216,7 @@ def view_planes(x: Tensor) -> Tensor:
 
 
 def broadcast_to_planes(a: Tensor) -> Tensor:
-    """Return ``a`` (N, C) as (N, C, 1, 1)."""
+    """Return ``a`` (N, C) or (C,) as (N, C, 1, 1) or (C, 1, 1)."""
     return a[..., None, None]
 
 

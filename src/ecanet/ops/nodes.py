@@ -139,7 +139,7 @@ class _Tail(torch.autograd.Function):
         z, kept, shortcut = (restore_layout(x, ctx.layout) for x in (z, kept, shortcut))
         form = Form(a=a, b=b, mu=mu, shortcut_a=shortcut_a, shortcut_mu=shortcut_mu, activation=ctx.activation)
         if torch.is_grad_enabled() or is_batched(dy) or is_batched(second_dy):
-            _warn_of_slow_gradients()
+            warn_of_slow_gradients()
             return _differentiate(ctx, dy if second_dy is None else dy + second_dy, z, kept, shortcut, form)
         dy, second_dy = restore_layout(dy, ctx.layout), restore_layout(second_dy, ctx.layout)
         da, db, ds, t = ctx.passes.reduce(dy, second_dy, kept, z, shortcut, form)
@@ -153,7 +153,8 @@ class _Tail(torch.autograd.Function):
             dshortcut_mu = None
         else:
             to_shortcut = (None, t, shortcut_a.expand(3, *a.shape))
-            dshortcut_mu = -(shortcut_a * db).sum(0)
+            dshortcut_mu = -shortcut_a * db.sum(0)
+            ds = None if ds is None else ds.sum(0)
         db = None if b is None else db
         return None, t, coefficients, *to_shortcut, da, db, dmu, ds, dshortcut_mu, None, None, None
 
@@ -196,9 +197,9 @@ def _differentiate(
     dshortcut = t.to(z.dtype) if ctx.has_shortcut else None
     ds = dshortcut_mu = None
     if shortcut is not None and form.shortcut_a is not None and form.shortcut_mu is not None:
-        ds = sum_planes(t * centre(shortcut, form.shortcut_mu))
-        dshortcut_mu = -(form.shortcut_a * db).sum(0)
-        dshortcut = scale(t, form.shortcut_a).to(z.dtype)
+        ds = sum_planes(t * centre(shortcut, form.shortcut_mu)).sum(0)
+        dshortcut_mu = -form.shortcut_a * db.sum(0)
+        dshortcut = scale(t, form.shortcut_a.expand_as(db)).to(z.dtype)
     db = None if form.b is None else db
     return dz, None, None, dshortcut, None, None, da, db, dmu, ds, dshortcut_mu, None, None, None
 
@@ -224,7 +225,8 @@ def is_batched(gradient: Tensor | None) -> bool:
     return "Batched" in str(torch._C._dispatch_keys(gradient))  # pyright: ignore[reportPrivateUsage]
 
 
-def _warn_of_slow_gradients() -> None:
+def warn_of_slow_gradients() -> None:
+    """Warn once that gradients are computed in plain PyTorch operations."""
     if "slow" not in _warned:
         _warned.add("slow")
         warnings.warn(

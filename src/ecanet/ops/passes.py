@@ -7,17 +7,18 @@ numbers for each channel (C,).
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ecanet.ops.reference import Activation
+from ecanet.ops.reference import Activation, Gate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
     """The elementwise part of a tail: ``y = act(a (z - mu) + b + s)``.
 
-    ``s`` is the shortcut or, if it has a norm, ``shortcut_a (shortcut - shortcut_mu)``. ``a``, ``b`` and ``shortcut_a``
-    have shape (N, C), ``mu`` and ``shortcut_mu`` (C,). None means 0, and 1 for ``shortcut_a``.
+    ``s`` is the shortcut or, if it has a norm, ``shortcut_a (shortcut - shortcut_mu)``. ``a`` and ``b`` have shape
+    (N, C), and (C,) inside the kernels' own node; ``mu``, ``shortcut_a`` and ``shortcut_mu`` have (C,). None means 0,
+    and 1 for ``shortcut_a``.
     """
 
     a: Tensor
@@ -33,6 +34,19 @@ class Passes(Protocol):
 
     recomputes_sign: bool
     """True if the backward of a tail without a shortcut recomputes the activation's sign from z; else it is saved."""
+
+    def run_tail(
+        self,
+        z: Tensor,
+        norm: nn.Module,
+        gate: Gate | None,
+        shortcut: Tensor | None,
+        shortcut_norm: nn.Module | None,
+        activation: Activation,
+        second_output: bool,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return `tail.residual_tail` if these passes have a way of their own to compute it, else None."""
+        ...
 
     def moments(self, z: Tensor, order: int) -> tuple[Tensor, Tensor]:
         """Return mean and biased variance of each plane. With ``order`` 1 the variance is 0, with 0 both are.

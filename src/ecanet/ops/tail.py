@@ -43,6 +43,9 @@ def residual_tail(
     second_output: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return `reference.residual_tail` twice, computed by the four passes; see `nodes.apply_tail` for the second."""
+    whole = passes.run_tail(z, norm, gate, shortcut, shortcut_norm, activation, second_output)
+    if whole is not None:
+        return whole
     with disable_autocast(z):
         recomputed = activation if passes.recomputes_sign and shortcut is None else None
         branch = _fold_norm(z, norm, passes, gate is not None, recomputed)
@@ -55,7 +58,7 @@ def residual_tail(
             return nodes.apply_tail(z, branch.link, shortcut, None, form, passes, second_output)
         side = _fold_norm(shortcut, shortcut_norm, passes, False, None)
         form = Form(
-            a=a, b=b + side.b, mu=branch.mu, shortcut_a=side.a.expand_as(a), shortcut_mu=side.mu, activation=activation
+            a=a, b=b + side.b, mu=branch.mu, shortcut_a=side.a, shortcut_mu=side.mu, activation=activation
         )
         return nodes.apply_tail(z, branch.link, shortcut, side.link, form, passes, second_output)
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ecanet.errors import ConfigError
 from ecanet.ops.reference import Activation
-from ecanet.ops.triton.launch import ACTIVATIONS
+from ecanet.ops.triton.tiles import ACTIVATIONS
 from ecanet.testing import bound_sums, find_elementwise_excess
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,8 +10,8 @@ LAST means channels-last: the channels of a position are neighbours in memory. O
 The activation's sign bits (1 where it passes the gradient on) are packed: one byte holds eight neighbouring channels of
 a position. The bytes have shape (N, P, C / 8) if LAST, else (N, C / 8, P), so that a tile reads them in memory order.
 
-Arguments ending in ``_ptr`` are tensors. ``a``, ``b`` and ``sa`` (the shortcut's a) are (N, C), ``mu`` and ``smu``
-(the shortcut's mu) are (C,), as in `passes.Form`.
+Arguments ending in ``_ptr`` are tensors. ``a`` and ``b`` are (N, C) where ``row`` is C, and (C,) where it is 0, so that
+all samples share them. ``mu``, ``sa`` and ``smu`` (the shortcut's a and mu) are (C,), as in `passes.Form`.
 """
 
 # ruff: noqa: N803
@@ -116,7 +116,7 @@ def _passes_gradient(y, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _apply(
-    z_ptr, s_ptr, y_ptr, bits_ptr, a_ptr, b_ptr, mu_ptr, sa_ptr, smu_ptr, channels, positions,
+    z_ptr, s_ptr, y_ptr, bits_ptr, a_ptr, b_ptr, mu_ptr, sa_ptr, smu_ptr, channels, positions, row,
     HAS_B: tl.constexpr, HAS_MU: tl.constexpr, SHORTCUT: tl.constexpr, ACTIVATION: tl.constexpr, BITS: tl.constexpr,
     LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -126,14 +126,14 @@ def _apply(
     c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
     known = c < channels
     inside = (p < positions)[:, None] & known[None, :]
-    at = n.to(tl.int64) * channels + c
+    at = n.to(tl.int64) * row + c
     here = _offsets(n, p, c, channels, positions, LAST)
     x = tl.load(z_ptr + here, mask=inside, other=0.0).to(WIDE)
     y = _affine(x, a_ptr, b_ptr, mu_ptr, at, c, known, HAS_B, HAS_MU, WIDE)
     if SHORTCUT != NONE:
         s = tl.load(s_ptr + here, mask=inside, other=0.0).to(WIDE)
         if SHORTCUT == NORMED:
-            s = _affine(s, sa_ptr, sa_ptr, smu_ptr, at, c, known, False, True, WIDE)
+            s = _affine(s, sa_ptr, sa_ptr, smu_ptr, c, c, known, False, True, WIDE)
         y += s
     if ACTIVATION != NONE:
         y = tl.where(y <= 0, 0.0, y)
@@ -154,7 +154,7 @@ def _apply(
 @triton.jit
 def _reduce(
     dy_ptr, second_dy_ptr, bits_ptr, z_ptr, s_ptr, t_ptr, a_ptr, b_ptr, mu_ptr, smu_ptr, da_ptr, db_ptr, ds_ptr,
-    channels, positions, part,
+    channels, positions, part, row,
     HAS_B: tl.constexpr, HAS_MU: tl.constexpr, NORMED_SHORTCUT: tl.constexpr, ACTIVATION: tl.constexpr,
     SECOND_DY: tl.constexpr, BITS: tl.constexpr, WRITE: tl.constexpr,
     LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
@@ -168,7 +168,7 @@ def _reduce(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     byte = tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
     known = c < channels
-    at = n.to(tl.int64) * channels + c
+    at = n.to(tl.int64) * row + c
     begin = split * part
     end = tl.minimum(begin + part, positions)
     da = tl.zeros([BLOCK_P, BLOCK_C], WIDE)
@@ -199,7 +199,7 @@ def _reduce(
         if NORMED_SHORTCUT:
             s = tl.load(s_ptr + here, mask=inside, other=0.0).to(WIDE)
             ds += t * (s - tl.load(smu_ptr + c, mask=known, other=0.0).to(WIDE)[None, :])
-    at += split.to(tl.int64) * tl.num_programs(0) * channels
+    at = (split.to(tl.int64) * tl.num_programs(0) + n) * channels + c
     tl.store(da_ptr + at, tl.sum(da, axis=0), mask=known)
     tl.store(db_ptr + at, tl.sum(db, axis=0), mask=known)
     if NORMED_SHORTCUT:
@@ -208,17 +208,20 @@ def _reduce(
 
 @triton.jit
 def _grads(
-    t_ptr, z_ptr, dz_ptr, a_ptr, b_ptr, mu_ptr, m_ptr, dm_ptr, dv_ptr, channels, positions,
+    t_ptr, z_ptr, dz_ptr, a_ptr, b_ptr, mu_ptr, m_ptr, dm_ptr, dv_ptr, channels, positions, row, norm_row,
     HAS_B: tl.constexpr, HAS_MU: tl.constexpr, HAS_DM: tl.constexpr, HAS_DV: tl.constexpr, ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Store ``dz = a t + dm / P + 2 (z - m) dv / P``. With an ACTIVATION ``t`` is dy and the sign is recomputed."""
+    """Store ``dz = a t + dm / P + 2 (z - m) dv / P``. With an ACTIVATION ``t`` is dy and the sign is recomputed.
+
+    ``dm`` has ``row`` as ``a`` has; ``m`` and ``dv`` have ``norm_row``.
+    """
     n, tile_p, tile_c = _locate_tile(channels, positions, LAST, BLOCK_P, BLOCK_C)
     p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
     known = c < channels
     inside = (p < positions)[:, None] & known[None, :]
-    at = n.to(tl.int64) * channels + c
+    at, at_norm = n.to(tl.int64) * row + c, n.to(tl.int64) * norm_row + c
     here = _offsets(n, p, c, channels, positions, LAST)
     t = tl.load(t_ptr + here, mask=inside, other=0.0).to(WIDE)
     if HAS_DV or ACTIVATION != NONE:
@@ -230,6 +233,6 @@ def _grads(
     if HAS_DM:
         dz += (tl.load(dm_ptr + at, mask=known, other=0.0).to(WIDE) / positions)[None, :]
     if HAS_DV:
-        slope = tl.load(dv_ptr + at, mask=known, other=0.0).to(WIDE) * 2 / positions
-        dz += (x - tl.load(m_ptr + at, mask=known, other=0.0).to(WIDE)[None, :]) * slope[None, :]  # pyright: ignore[reportPossiblyUnboundVariable]
+        slope = tl.load(dv_ptr + at_norm, mask=known, other=0.0).to(WIDE) * 2 / positions
+        dz += (x - tl.load(m_ptr + at_norm, mask=known, other=0.0).to(WIDE)[None, :]) * slope[None, :]  # pyright: ignore[reportPossiblyUnboundVariable]
     tl.store(dz_ptr + here, dz.to(dz_ptr.dtype.element_ty), mask=inside)
