@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from launches import count_step
 
-BOUNDS = {"plain": (2291, 204), "eca": (2715, 204)}
+BOUNDS = {"plain": (18, 310), "eca": (34, 310)}
 """Most small operations and most launches of Triton in a training step of ResNet-50 at batch 256."""
 
 
@@ -39,15 +39,26 @@ def test_a_training_step_stays_within_its_bounds():
             assert describe_excess(name, counts) is None
 
 
-def test_one_more_operation_in_each_tail_exceeds_the_bounds(monkeypatch):
-    from ecanet.ops.triton import launch
+def test_one_more_operation_in_each_gated_tail_exceeds_the_bounds(monkeypatch):
+    from ecanet.ops.triton import node
 
-    right = launch._apply
+    right = node.compute_coefficients
 
-    def wasteful(z, *args):
-        z.new_zeros(1)
-        return right(z, *args)
+    def wasteful(z, grid, norm, gate, *rest):
+        if gate is not None:
+            z.new_zeros(1)
+        return right(z, grid, norm, gate, *rest)
 
-    wasteful.__name__ = right.__name__
-    monkeypatch.setattr(launch, "_apply", wasteful)
-    assert describe_excess("plain", count_step(make_network("plain"), 256)) is not None
+    monkeypatch.setattr(node, "compute_coefficients", wasteful)
+    assert describe_excess("eca", count_step(make_network("eca"), 256)) is not None
+
+
+@pytest.mark.parametrize(
+    ("attention", "batch"),
+    [("eca", 32), ("eca-ns", 256), *(pytest.param(f"se-var{i}", 32, marks=pytest.mark.slow) for i in (1, 2))],
+)
+def test_every_gate_of_taps_is_one_node(attention, batch):
+    """A sum over programs for ECA's taps is the only operation that a gate adds, whatever the number of samples."""
+    counts = count_step(make_network(attention), batch)
+    assert counts.small.total() == BOUNDS["plain"][0] + (16 if attention == "eca" else 0)
+    assert counts.launches.total() == BOUNDS["plain"][1]

@@ -3,6 +3,7 @@
 The CPU takes the place of the GPU: Triton's interpreter runs the kernels.
 """
 
+import functools
 import sys
 import warnings
 
@@ -89,25 +90,41 @@ def test_whole_network_runs_in_kernels(gpu, ran):
     assert ran == ["launch"]
 
 
+def scale(factor, index):
+    """Return a change of a launch: its tensor ``index`` comes out ``factor`` times as large."""
+    return lambda run, *tensors: (run(*tensors), tensors[index].mul_(factor))
+
+
+def lose(index):
+    """Return a change of a launch: its tensor ``index``, where it has one, is all zero."""
+    return lambda run, *t: run(*t[:index], None if t[index] is None else 0 * t[index], *t[index + 1 :])
+
+
 WRONG = {
-    "a scale 0.1 % off": ("_apply", lambda f: lambda z, s, a, *rest: f(z, s, 1.001 * a, *rest)),
-    "a shortcut left out": ("_apply", lambda f: lambda z, s, *rest: f(z, None if s is None else 0 * s, *rest)),
-    "the last position is not summed": ("_moments", lambda f: lambda z, order: f(z[:, :, :-1], order)),
-    "half a sum": ("_reduce", lambda f: lambda *args: (lambda sums, t: (sums * 0.5, t))(*f(*args))),
-    "the mean's gradient left out": ("_grads", lambda f: lambda *args: f(*args[:6], None, *args[7:])),
-    "a gradient that is NaN": ("_grads", lambda f: lambda *args: f(*args) * float("nan")),
-    "second gradient is lost": ("_reduce", lambda f: lambda dy, m, *rest: f(dy, None if m is None else 0 * m, *rest)),
-}  # fmt: skip
+    "outputs are 0.1 % off": ("_apply", scale(1.001, 2)),
+    "a shortcut left out": ("_apply", lose(1)),
+    "a twentieth of the mean is not summed": ("_moments", scale(0.95, 1)),
+    "half a sum": ("_reduce", scale(0.5, -1)),
+    "the mean's gradient left out": ("_grads", lose(7)),
+    "a gradient that is NaN": ("_grads", scale(float("nan"), 2)),
+    "second gradient is lost": ("_reduce", lose(1)),
+    "the gate's taps are not read": ("_coefficients", lose(7)),
+    "the affine's gradients are 1 % off": ("_coefficient_grads", scale(1.01, 4)),
+}
 
 
 @pytest.mark.parametrize("bug", WRONG)
 def test_wrong_kernel_is_found_and_warned_of_once(bug, gpu, ran, monkeypatch):
-    from ecanet.ops.triton import launch as fused
+    from ecanet.ops.triton.launch import Launch
 
     name, change = WRONG[bug]
-    wrong = change(getattr(fused, name))
-    wrong.__name__ = name
-    monkeypatch.setattr(fused, name, wrong)
+    call = Launch.__call__
+
+    def call_wrong(self, *tensors):
+        run = functools.partial(call, self)
+        change(run, *tensors) if self.kernel.fn.__name__ == name else run(*tensors)
+
+    monkeypatch.setattr(Launch, "__call__", call_wrong)
     with pytest.warns(
         UserWarning, match=r"fused kernels are not used on cpu: .* is (off by|not finite) .* lean passes run .*report"
     ):
@@ -122,12 +139,12 @@ def test_wrong_kernel_is_found_and_warned_of_once(bug, gpu, ran, monkeypatch):
 
 
 def test_kernel_that_raises_warns_and_falls_back(gpu, ran, monkeypatch):
-    from ecanet.ops.triton import launch as fused
+    from ecanet.ops.triton.launch import Launch
 
-    def broken(z, order):
+    def broken(self, *tensors):
         raise RuntimeError("PTX was compiled for something else\nand more")
 
-    monkeypatch.setattr(fused, "_moments", broken)
+    monkeypatch.setattr(Launch, "__call__", broken)
     with pytest.warns(
         UserWarning, match=r"do not run in torch.float32 \(RuntimeError: PTX was .* something else\)\. The"
     ):
@@ -198,5 +215,8 @@ def test_launches_on_the_device_of_the_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x.shape) or device_of(x))
     z = torch.randn(2, 9, 4, 3, requires_grad=True)
     ops.residual_tail(z, nn.BatchNorm2d(9), torch.sigmoid, z.detach(), impl="fused").sum().backward()
-    assert entered == [z.shape] * 4
+    assert entered == [z.shape] * 4  # one for each pass
+    entered.clear()
+    ops.residual_tail(z, nn.BatchNorm2d(9), shortcut=z.detach(), impl="fused").sum().backward()
+    assert entered == [z.shape] * 2  # one for each direction of the node
     assert fused.check(z) is None

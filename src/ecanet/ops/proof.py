@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ecanet.ops import reference, tail
+from ecanet.ops.channel_gates import ChannelGate, compute_weights
 from ecanet.ops.passes import Passes
 from ecanet.ops.reference import Activation
 from ecanet.testing import find_excess
@@ -41,22 +42,39 @@ class Case(NamedTuple):
 
     shortcut: Literal["plain", "normed"] | None
     activation: Activation
-    gated: bool
+    gate: Literal["shared taps", "own taps", "function"] | None
+    """The first two are computed in a kernel, a function in PyTorch."""
     training: bool
     second_output: bool = False
     normed: bool = True
 
 
 CASES = (
-    Case("plain", "relu", True, True, True),
-    Case("plain", "relu", False, True),
-    Case("plain", "relu", True, False),
-    Case("normed", "relu", True, True),
-    Case(None, "relu", False, True),
-    Case(None, "relu6", False, False),
-    Case(None, None, True, True),
-    Case(None, None, True, True, normed=False),
+    Case("plain", "relu", "shared taps", True, True),
+    Case("plain", "relu", None, True),
+    Case("plain", "relu", "own taps", False),
+    Case("normed", "relu", "own taps", True),
+    Case(None, "relu", None, True),
+    Case(None, "relu6", None, False),
+    Case(None, None, "shared taps", True),
+    Case("normed", "relu", "function", True),
+    Case(None, None, "function", True, normed=False),
 )
+
+
+class _TapsGate:
+    """A gate of the form that the kernels compute."""
+
+    def __init__(self, form: ChannelGate):
+        self.form = form
+
+    def weigh(self, p: Tensor) -> Tensor:
+        """Return the weights (N, C) for channel means ``p``."""
+        return compute_weights(p, self.form)
+
+    def describe_gate(self) -> ChannelGate:
+        """Return the form."""
+        return self.form
 
 
 class Inputs(NamedTuple):
@@ -196,15 +214,22 @@ def compute_results(case: Case, inputs: Inputs, passes: Passes | None) -> dict[s
     leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
     z, shortcut, slopes = leaves.values()
 
-    def gate(p: Tensor) -> Tensor:
+    def function(p: Tensor) -> Tensor:
         return torch.sigmoid(slopes * p)
 
+    gate = {
+        None: None,
+        "function": function,
+        "own taps": _TapsGate(ChannelGate(slopes, own_taps=True)).weigh,
+        "shared taps": _TapsGate(ChannelGate(slopes[:3], taps=3)).weigh,
+    }[case.gate]
     arguments = (
-        z, norm, gate if case.gated else None, shortcut if case.shortcut else None,
+        z, norm, gate, shortcut if case.shortcut else None,
         shortcut_norm if case.shortcut == "normed" else None, case.activation,
     )  # fmt: skip
     if not case.normed:
-        outputs = (reference.squeeze_scale(z, gate) if passes is None else tail.squeeze_scale(z, gate, passes),) * 2
+        only = reference.squeeze_scale(z, function) if passes is None else tail.squeeze_scale(z, function, passes)
+        outputs = only, only
     elif passes is None:
         outputs = (reference.residual_tail(*arguments),) * 2
     else:

@@ -57,9 +57,7 @@ def residual_tail(
         if shortcut is None or shortcut_norm is None:
             return nodes.apply_tail(z, branch.link, shortcut, None, form, passes, second_output)
         side = _fold_norm(shortcut, shortcut_norm, passes, False, None)
-        form = Form(
-            a=a, b=b + side.b, mu=branch.mu, shortcut_a=side.a, shortcut_mu=side.mu, activation=activation
-        )
+        form = Form(a=a, b=b + side.b, mu=branch.mu, shortcut_a=side.a, shortcut_mu=side.mu, activation=activation)
         return nodes.apply_tail(z, branch.link, shortcut, side.link, form, passes, second_output)
 
 

@@ -61,10 +61,10 @@ def _locate_tile(channels, positions, LAST: tl.constexpr, BLOCK_P: tl.constexpr,
 
 @triton.jit
 def _moments(
-    z_ptr, mean_ptr, variance_ptr, channels, positions, part,
+    z_ptr, out_ptr, channels, positions, part,
     ORDER: tl.constexpr, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Store the mean and, if ORDER is 2, the biased variance of each part of a plane."""
+    """Store the mean and, if ORDER is 2, the biased variance of each part of a plane: (2, parts, N, C)."""
     n, split = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin = split * part
@@ -89,10 +89,11 @@ def _moments(
     count = end - begin
     shift = tl.sum(total, axis=0) / count
     at = (split.to(tl.int64) * tl.num_programs(0) + n) * channels + c
-    tl.store(mean_ptr + at, first + shift, mask=c < channels)
+    tl.store(out_ptr + at, first + shift, mask=c < channels)
     if ORDER == 2:
         variance = tl.sum(square, axis=0) / count - shift * shift
-        tl.store(variance_ptr + at, tl.where(variance < 0, 0.0, variance), mask=c < channels)
+        at += (tl.num_programs(0) * tl.num_programs(2)).to(tl.int64) * channels
+        tl.store(out_ptr + at, tl.where(variance < 0, 0.0, variance), mask=c < channels)
 
 
 @triton.jit
@@ -153,13 +154,15 @@ def _apply(
 
 @triton.jit
 def _reduce(
-    dy_ptr, second_dy_ptr, bits_ptr, z_ptr, s_ptr, t_ptr, a_ptr, b_ptr, mu_ptr, smu_ptr, da_ptr, db_ptr, ds_ptr,
+    dy_ptr, second_dy_ptr, bits_ptr, z_ptr, s_ptr, t_ptr, a_ptr, b_ptr, mu_ptr, smu_ptr, sums_ptr,
     channels, positions, part, row,
     HAS_B: tl.constexpr, HAS_MU: tl.constexpr, NORMED_SHORTCUT: tl.constexpr, ACTIVATION: tl.constexpr,
     SECOND_DY: tl.constexpr, BITS: tl.constexpr, WRITE: tl.constexpr,
     LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Store the sums of ``t (z - mu)``, ``t`` and ``t (s - smu)`` over each part of a plane, and ``t`` if WRITE.
+
+    The sums are (2 or 3, parts, N, C).
 
     ``t`` is the gradient before the activation. The gradient after it is dy, or dy + second_dy if SECOND_DY. Without
     BITS the activation's sign is recomputed from z, as in `_apply`.
@@ -171,8 +174,7 @@ def _reduce(
     at = n.to(tl.int64) * row + c
     begin = split * part
     end = tl.minimum(begin + part, positions)
-    da = tl.zeros([BLOCK_P, BLOCK_C], WIDE)
-    db = tl.zeros([BLOCK_P, BLOCK_C], WIDE)
+    da, db = tl.zeros([BLOCK_P, BLOCK_C], WIDE), tl.zeros([BLOCK_P, BLOCK_C], WIDE)
     ds = tl.zeros([BLOCK_P, BLOCK_C], WIDE)
     for start in range(begin, end, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
@@ -200,10 +202,11 @@ def _reduce(
             s = tl.load(s_ptr + here, mask=inside, other=0.0).to(WIDE)
             ds += t * (s - tl.load(smu_ptr + c, mask=known, other=0.0).to(WIDE)[None, :])
     at = (split.to(tl.int64) * tl.num_programs(0) + n) * channels + c
-    tl.store(da_ptr + at, tl.sum(da, axis=0), mask=known)
-    tl.store(db_ptr + at, tl.sum(db, axis=0), mask=known)
+    kind = (tl.num_programs(0) * tl.num_programs(2)).to(tl.int64) * channels
+    tl.store(sums_ptr + at, tl.sum(da, axis=0), mask=known)
+    tl.store(sums_ptr + kind + at, tl.sum(db, axis=0), mask=known)
     if NORMED_SHORTCUT:
-        tl.store(ds_ptr + at, tl.sum(ds, axis=0), mask=known)
+        tl.store(sums_ptr + 2 * kind + at, tl.sum(ds, axis=0), mask=known)
 
 
 @triton.jit

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ecanet.errors import ConfigError
 from ecanet.ops.passes import Form
-from ecanet.ops.reference import Activation, accumulation_dtype
+from ecanet.ops.reference import accumulation_dtype
 from ecanet.ops.triton import kernels, tiles
 from ecanet.ops.triton.node import run_tail
+from ecanet.ops.triton.tiles import Launch
 
-__all__ = ["apply", "check", "find_active", "grads", "moments", "recomputes_sign", "reduce", "run_tail"]
+__all__ = ["Launch", "apply", "check", "find_active", "grads", "moments", "recomputes_sign", "reduce", "run_tail"]
 
 INTERPRETED = type(kernels._apply).__name__ == "InterpretedFunction"
 """True if Triton's interpreter runs these kernels on the CPU (TRITON_INTERPRET=1 before the import)."""
@@ -80,7 +81,8 @@ def _find_launcher(function: Callable[..., Any]) -> Callable[..., Any]:
 def _moments(z: Tensor, order: int) -> Tensor:
     if not z.numel():
         return z.new_zeros((2, *z.shape[:2]), dtype=accumulation_dtype(z.dtype))
-    parts, grid = tiles.moments(z, order), tiles.find_grid(z)
+    with torch.cuda.device_of(z):
+        parts, grid = tiles.moments(z, order), tiles.find_grid(z)
     if order == 1:
         parts[1].zero_()
     if grid.parts == 1:
@@ -99,7 +101,8 @@ def _apply(
     if not z.numel():
         return _fake_apply(z, shortcut, activation)
     form = _pack(a=a, b=b, mu=mu, shortcut_a=shortcut_a, shortcut_mu=shortcut_mu, activation=activation)
-    y, bits = tiles.apply(z, shortcut, form)
+    with torch.cuda.device_of(z):
+        y, bits = tiles.apply(z, shortcut, form)
     return y, z.new_empty(0, dtype=torch.uint8) if bits is None else bits
 
 
@@ -111,7 +114,8 @@ def _reduce(
         sums, t = _fake_reduce(dy, second_dy, bits, z, shortcut, shortcut_mu, None)
         return sums.zero_(), t
     form = _pack(a=a, b=b, mu=mu, shortcut_mu=shortcut_mu, activation=activation)
-    sums, t = tiles.reduce(dy, second_dy, bits, z, shortcut, form)
+    with torch.cuda.device_of(z):
+        sums, t = tiles.reduce(dy, second_dy, bits, z, shortcut, form)
     return sums.sum(1) if sums.shape[1] > 1 else sums[:, 0], z.new_empty(0) if t is dy else t
 
 
@@ -122,7 +126,8 @@ def _grads(
     if not z.numel():
         return torch.empty_like(z)
     dm, dv = (None if x is None else x.contiguous() for x in (dm, dv))
-    return tiles.grads(t, z, _pack(a=a, b=b, mu=mu, activation=activation), m, dm, dv)
+    with torch.cuda.device_of(z):
+        return tiles.grads(t, z, _pack(a=a, b=b, mu=mu, activation=activation), m, dm, dv)
 
 
 def _pack(**fields: Any) -> Form:
@@ -140,7 +145,9 @@ def _fake_moments(z: Tensor, order: int) -> Tensor:
 
 def _fake_apply(z: Tensor, shortcut: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     keep = shortcut is not None and rest[-1] is not None
-    return torch.empty_like(z), tiles.allocate_bits(z) if keep else z.new_empty(0, dtype=torch.uint8)
+    return torch.empty_like(z), z.new_empty(tiles.shape_bits(z), dtype=torch.uint8) if keep else z.new_empty(
+        0, dtype=torch.uint8
+    )
 
 
 def _fake_reduce(

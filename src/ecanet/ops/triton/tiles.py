@@ -1,14 +1,16 @@
 """How tensors are cut into tiles, and the launches of the four passes over them.
 
-Each launch enters its tensors' device, which need not be the current one. Tensors have elements: a launch over an
+Callers enter the device of their tensors, which need not be the current one. Tensors have elements: a launch over an
 empty grid is an error.
 """
 
 # Triton's launcher converts plain numbers to constexpr, but its annotations do not accept them.
 # pyright: reportArgumentType=false
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -28,9 +30,38 @@ PROGRAMS = 1024
 ACTIVATIONS: dict[Activation, int] = {None: 0, "relu": 1, "relu6": 2}
 
 
-class Grid(NamedTuple):
+class Launch:
+    """A kernel with its grid and all arguments but its tensors, which come first.
+
+    Triton finds the compiled kernel by the type of each argument, which takes longer than the launch. A `Launch` is
+    made for tensors of known types, so it looks only at what the compiled code depends on besides: whether all tensors
+    start at multiples of 16 bytes. Where they do not, Triton finds the kernel.
+    """
+
+    def __init__(self, kernel: Any, programs: tuple[int, int, int], others: tuple[object, ...], warps: int = 4):
+        self.kernel, self.programs, self.others, self.warps = kernel, programs, others, warps
+        self.run_compiled: Callable[..., None] | None = None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch the kernel."""
+        addresses = 0
+        for x in tensors:
+            if x is not None:
+                addresses |= x.data_ptr()
+        aligned = addresses % 16 == 0
+        if aligned and self.run_compiled is not None:
+            self.run_compiled(*tensors, *self.others)
+            return
+        compiled = self.kernel[self.programs](*tensors, *self.others, num_warps=self.warps)
+        if aligned and compiled is not None:  # the interpreter compiles nothing
+            self.run_compiled = compiled[self.programs]
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
     """How a tensor (N, C, ...) is cut into tiles, and the grids of launches over it."""
 
+    samples: int
     channels: int
     positions: int
     last: bool
@@ -42,18 +73,21 @@ class Grid(NamedTuple):
     """The grid with a program for each tile. Only the first axis of a grid is long enough for any number."""
     columns: tuple[int, int, int]
     """The grid with one program for each sample, block of channels and part of the planes."""
-    options: dict[str, Any]
-    """The constexpr arguments that all passes take."""
+    options: tuple[object, ...]
+    """The last arguments of all passes: LAST, BLOCK_P, BLOCK_C and WIDE."""
     wide: torch.dtype
+    device: torch.device
+    bits: tuple[int, int, int]
+    """The shape of the sign bits: one byte for eight channels of a position."""
 
 
 def find_grid(z: Tensor) -> Grid:
-    """Return how ``z`` is cut. It is computed once for each shape and layout, because it takes longer than a launch."""
-    return _compute_grid(z.shape, z.stride(), z.dtype)
+    """Return how ``z`` is cut. It is computed once for each kind of tensor, because it takes longer than a launch."""
+    return _compute_grid(z.shape, z.stride(), z.dtype, z.device)
 
 
 @lru_cache(maxsize=4096)
-def _compute_grid(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Grid:
+def _compute_grid(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Grid:
     n, channels = shape[:2]
     positions = shape[2:].numel()
     last = is_channels_last(channels, positions, stride)
@@ -67,12 +101,12 @@ def _compute_grid(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype
     parts = max(1, min(triton.cdiv(PROGRAMS, n * across), triton.cdiv(positions, 2 * block_p)))
     part = triton.cdiv(triton.cdiv(positions, parts), block_p) * block_p
     parts = triton.cdiv(positions, part)
-    wide = tl.float64 if dtype == torch.float64 else tl.float32
-    options = {"LAST": last, "BLOCK_P": block_p, "BLOCK_C": block_c, "WIDE": wide}
-    tiles = n * triton.cdiv(positions, block_p) * across
-    return Grid(
-        channels, positions, last, part, parts, (tiles, 1, 1), (n, across, parts), options, accumulation_dtype(dtype)
-    )
+    tiles = n * triton.cdiv(positions, block_p) * across, 1, 1
+    options = last, block_p, block_c, tl.float64 if dtype == torch.float64 else tl.float32
+    width = (channels + 7) // 8
+    bits = (n, positions, width) if last else (n, width, positions)
+    wide = accumulation_dtype(dtype)
+    return Grid(n, channels, positions, last, part, parts, tiles, (n, across, parts), options, wide, device, bits)
 
 
 def is_channels_last(channels: int, positions: int, stride: tuple[int, ...]) -> bool:
@@ -80,21 +114,63 @@ def is_channels_last(channels: int, positions: int, stride: tuple[int, ...]) -> 
     return channels > 1 and positions > 1 and stride[1] == 1
 
 
-def allocate_bits(z: Tensor) -> Tensor:
-    """Return an uninitialised tensor for the sign bits: one byte for eight channels of a position."""
-    positions, width = z.shape[2:].numel(), (z.shape[1] + 7) // 8
-    last = is_channels_last(z.shape[1], positions, z.stride())
-    return z.new_empty((z.shape[0], *((positions, width) if last else (width, positions))), dtype=torch.uint8)
+# the launches of the passes. Coefficients are (N, C) where ``planes``, else (C,).
+
+
+@lru_cache(maxsize=4096)
+def prepare_moments(grid: Grid, order: int) -> Launch:
+    """Return the launch that stores means and variances in a tensor (2, parts, N, C)."""
+    others = grid.channels, grid.positions, grid.part, order, *grid.options
+    return Launch(kernels._moments, grid.columns, others)
+
+
+@lru_cache(maxsize=4096)
+def prepare_apply(
+    grid: Grid, planes: bool, has_b: bool, has_mu: bool, shortcut: int, activation: Activation, bits: bool
+) -> Launch:
+    """Return the launch for z, shortcut, y, bits, a, b, mu, and the shortcut's a and mu.
+
+    ``shortcut`` is 0 without one, 1 for a plain one and 2 for one with a norm.
+    """
+    row = grid.channels if planes else 0
+    flags = has_b, has_mu, shortcut, ACTIVATIONS[activation], bits
+    return Launch(kernels._apply, grid.tiles, (grid.channels, grid.positions, row, *flags, *grid.options))
+
+
+@lru_cache(maxsize=4096)
+def prepare_reduce(
+    grid: Grid, planes: bool, has_b: bool, has_mu: bool, normed: bool, activation: Activation, second_dy: bool,
+    bits: bool,
+) -> Launch:  # fmt: skip
+    """Return the launch for two dy, bits, z, the shortcut with a norm, t, a, b, mu, its mu, and the sums.
+
+    ``t`` is written where there are bits or two dy.
+    """
+    row = grid.channels if planes else 0
+    flags = has_b, has_mu, normed, ACTIVATIONS[activation], second_dy, bits, bits or second_dy
+    others = grid.channels, grid.positions, grid.part, row, *flags, *grid.options
+    return Launch(kernels._reduce, grid.columns, others)
+
+
+@lru_cache(maxsize=4096)
+def prepare_grads(
+    grid: Grid, planes: bool, norm_planes: bool, has_b: bool, has_mu: bool, has_dm: bool, has_dv: bool,
+    activation: Activation,
+) -> Launch:  # fmt: skip
+    """Return the launch for t, z, dz, a, b, mu, m, dm and dv. ``norm_planes``: m and dv are (N, C)."""
+    rows = grid.channels if planes else 0, grid.channels if norm_planes else 0
+    flags = has_b, has_mu, has_dm, has_dv, ACTIVATIONS[activation]
+    return Launch(kernels._grads, grid.tiles, (grid.channels, grid.positions, *rows, *flags, *grid.options))
+
+
+# the passes with coefficients (N, C), as `launch` makes operators of them
 
 
 def moments(z: Tensor, order: int) -> Tensor:
     """Return means and biased variances of the parts of each plane: (2, parts, N, C). Order 1 stores only means."""
     grid = find_grid(z)
     out = z.new_empty((2, grid.parts, *z.shape[:2]), dtype=grid.wide)
-    with torch.cuda.device_of(z):
-        kernels._moments[grid.columns](
-            z, out, out[1], grid.channels, grid.positions, grid.part, ORDER=order, **grid.options
-        )
+    prepare_moments(grid, order)(z, out)
     return out
 
 
@@ -102,14 +178,11 @@ def apply(z: Tensor, shortcut: Tensor | None, form: Form) -> tuple[Tensor, Tenso
     """Return ``y`` of the form and, with a shortcut and an activation, the activation's sign bits."""
     grid = find_grid(z)
     y = torch.empty_like(z)
-    bits = allocate_bits(z) if form.activation is not None and shortcut is not None else None
-    with torch.cuda.device_of(z):
-        kernels._apply[grid.tiles](
-            z, shortcut, y, bits, form.a, form.b, form.mu, form.shortcut_a, form.shortcut_mu,
-            grid.channels, grid.positions, _row(form.a), HAS_B=form.b is not None, HAS_MU=form.mu is not None,
-            SHORTCUT=0 if shortcut is None else 1 if form.shortcut_a is None else 2,
-            ACTIVATION=ACTIVATIONS[form.activation], BITS=bits is not None, **grid.options,
-        )  # fmt: skip
+    keep = form.activation is not None and shortcut is not None
+    bits = z.new_empty(grid.bits, dtype=torch.uint8) if keep else None
+    kind = 0 if shortcut is None else 1 if form.shortcut_a is None else 2
+    run = prepare_apply(grid, True, form.b is not None, form.mu is not None, kind, form.activation, keep)
+    run(z, shortcut, y, bits, form.a, form.b, form.mu, form.shortcut_a, form.shortcut_mu)
     return y, bits
 
 
@@ -122,17 +195,14 @@ def reduce(
     N, C).
     """
     grid = find_grid(z)
-    normed = shortcut is not None and form.shortcut_mu is not None
+    shortcut = None if form.shortcut_mu is None else shortcut
     write = bits is not None or second_dy is not None
     t = torch.empty_like(z) if write else dy
-    sums = z.new_empty((3 if normed else 2, grid.parts, *z.shape[:2]), dtype=grid.wide)
-    with torch.cuda.device_of(z):
-        kernels._reduce[grid.columns](
-            dy, second_dy, bits, z, shortcut, t, form.a, form.b, form.mu, form.shortcut_mu, sums, sums[1], sums[-1],
-            grid.channels, grid.positions, grid.part, _row(form.a), HAS_B=form.b is not None,
-            HAS_MU=form.mu is not None, NORMED_SHORTCUT=normed, ACTIVATION=ACTIVATIONS[form.activation],
-            SECOND_DY=second_dy is not None, BITS=bits is not None, WRITE=write, **grid.options,
-        )  # fmt: skip
+    sums = z.new_empty((2 if shortcut is None else 3, grid.parts, *z.shape[:2]), dtype=grid.wide)
+    flags = form.b is not None, form.mu is not None, shortcut is not None
+    run = prepare_reduce(grid, True, *flags, form.activation, second_dy is not None, bits is not None)
+    written = t if write else None
+    run(dy, second_dy, bits, z, shortcut, written, form.a, form.b, form.mu, form.shortcut_mu, sums)
     return sums, t
 
 
@@ -140,18 +210,10 @@ def grads(t: Tensor, z: Tensor, form: Form, m: Tensor, dm: Tensor | None, dv: Te
     """Return ``dz = a t + dm / P + 2 (z - m) dv / P``."""
     grid = find_grid(z)
     dz = torch.empty_like(z)
-    with torch.cuda.device_of(z):
-        kernels._grads[grid.tiles](
-            t, z, dz, form.a, form.b, form.mu, m, dm, dv, grid.channels, grid.positions, _row(form.a), _row(m),
-            HAS_B=form.b is not None, HAS_MU=form.mu is not None, HAS_DM=dm is not None, HAS_DV=dv is not None,
-            ACTIVATION=ACTIVATIONS[form.activation], **grid.options,
-        )  # fmt: skip
+    flags = form.b is not None, form.mu is not None, dm is not None, dv is not None
+    run = prepare_grads(grid, True, True, *flags, form.activation)
+    run(t, z, dz, form.a, form.b, form.mu, m, dm, dv)
     return dz
-
-
-def _row(a: Tensor) -> int:
-    """Return the distance between samples in ``a``: C for (N, C), 0 for (C,), which all samples share."""
-    return a.shape[1] if a.dim() == 2 else 0
 
 
 def unpack_bits(bits: Tensor, z: Tensor) -> Tensor:
@@ -163,3 +225,10 @@ def unpack_bits(bits: Tensor, z: Tensor) -> Tensor:
     else:
         live = eight.transpose(2, 3).flatten(1, 2)[:, : grid.channels]
     return live.reshape(z.shape).bool()
+
+
+def shape_bits(z: Tensor) -> tuple[int, ...]:
+    """Return the shape of ``z``'s sign bits. Sizes may be symbols, as in compilers, for which there is no grid."""
+    positions, width = z.shape[2:].numel(), (z.shape[1] + 7) // 8
+    last = is_channels_last(z.shape[1], positions, z.stride())
+    return (z.shape[0], positions, width) if last else (z.shape[0], width, positions)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -161,8 +161,8 @@ def measure_memory(step: Step, device: str) -> float:
 def count_moved_mb(step: Step, smallest: int = 4096) -> float:
     """Return the MB that ``step`` reads and writes, by count: each operation's tensors once, without convolutions.
 
-    On a CPU each of the lean passes counts as one operation, because its groups of samples stay in the cache. Each pass
-    of the kernels does, too: it reads and writes each of its tensors once, and `traffic.count_interpreted_accesses`
+    On a CPU each of the lean passes counts as one operation, because its groups of samples stay in the cache. Each
+    launch of a kernel does, too: it reads or writes each of its tensors once, and `traffic.count_interpreted_accesses`
     shows it. Tensors of fewer than ``smallest`` elements do not count.
     """
     with traffic.count_operations(smallest) as count, _count_whole_passes(count, smallest):
@@ -174,17 +174,13 @@ def count_moved_mb(step: Step, smallest: int = 4096) -> float:
 def _count_whole_passes(count: traffic.Traffic, smallest: int) -> Generator[None]:
     """Count each pass of the kernels as one operation, and on a CPU each pass of `lean`."""
     names = ("moments", "apply", "reduce", "grads")
-    passes = {
-        (kind, name): cast(Callable[..., object], getattr(kind, name))
-        for kind in list_implementations()
-        for name in names
-    }
+    passes = {name: cast(Callable[..., object], getattr(lean, name)) for name in names}
 
-    def counting(kind: object, name: str, run: Callable[..., object]) -> Callable[..., object]:
+    def counting(name: str, run: Callable[..., object]) -> Callable[..., object]:
         def run_and_count(*args: object) -> object:
             before = count.read, count.written
             out = run(*args)
-            if kind is not lean or cast(Tensor, args[0]).device.type == "cpu":
+            if cast(Tensor, args[0]).device.type == "cpu":
                 read = find_large_tensors(_select_read(name, args), smallest)
                 written = find_large_tensors(out, smallest)
                 # replaces what the operations inside the pass have added
@@ -194,13 +190,24 @@ def _count_whole_passes(count: traffic.Traffic, smallest: int) -> Generator[None
 
         return run_and_count
 
-    for (kind, name), run in passes.items():
-        setattr(kind, name, counting(kind, name, run))
+    def count_launch(launch: object, *tensors: object) -> None:
+        count.read += sum(find_large_tensors(tensors, smallest).values())  # or written: only their sum is asked for
+        run_launch(launch, *tensors)
+
+    kernels = list_implementations()[1:]
+    launches = cast("Any", kernels[0]).Launch if kernels else None
+    run_launch: Callable[..., None] = launches.__call__ if launches else lambda *_: None
     try:
+        for name, run in passes.items():
+            setattr(lean, name, counting(name, run))
+        if launches:
+            launches.__call__ = count_launch
         yield
     finally:
-        for (kind, name), run in passes.items():
-            setattr(kind, name, run)
+        for name, run in passes.items():
+            setattr(lean, name, run)
+        if launches:
+            launches.__call__ = run_launch
 
 
 def _select_read(name: str, args: tuple[object, ...]) -> tuple[object, ...]:

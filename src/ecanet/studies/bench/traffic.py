@@ -96,7 +96,8 @@ class _Values(Protocol):
 def count_interpreted_accesses() -> Generator[Traffic]:
     """Count the bytes that Triton's interpreter loads and stores inside the block; yield the growing counts.
 
-    Masked lanes do not count. One-dimensional accesses do not, either: they read and write (N, C) coefficients.
+    Masked lanes do not count. One-dimensional accesses and blocks of fewer than 128 elements do not, either: with a few
+    samples they are the (N, C) coefficients.
     """
     builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
     traffic = Traffic()
@@ -104,7 +105,7 @@ def count_interpreted_accesses() -> Generator[Traffic]:
     store: Callable[..., object] = builder.create_masked_store
 
     def count_bytes(pointers: _Values, mask: _Values) -> int:
-        if pointers.data.ndim < 2:
+        if pointers.data.ndim < 2 or pointers.data.size < 128:
             return 0
         return int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
 
