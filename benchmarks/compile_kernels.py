@@ -21,11 +21,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ecanet.ops.triton import expansion
+from ecanet.ops.triton import algebra, expansion
 from ecanet.ops.triton import kernels as K
+from ecanet.ops.triton.coefficients import WARPS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SIZES = ("channels", "positions", "part", "rows", "inner")
+SIZES = ("channels", "positions", "part", "parts", "row", "norm_row", "samples", "rows", "inner")
 """Arguments that are 32-bit integers."""
 
 
@@ -68,6 +69,7 @@ def list_kernels() -> Iterator[Kernel]:
     for dtype in DTYPES:
         for channels_last in (True, False):
             yield from list_passes(dtype, channels_last)
+    yield from list_algebra()
     for dtype in DTYPES:
         yield from list_expansions(dtype)
 
@@ -83,7 +85,7 @@ def list_passes(dtype: str, channels_last: bool) -> Iterator[Kernel]:
     yield Kernel(
         name="_moments",
         function=K._moments,
-        tensors={"z": dtype, "mean": f, "variance": f},
+        tensors={"z": dtype, "out": f},
         constants={"ORDER": 2, **grid},
         **common,
     )
@@ -99,7 +101,7 @@ def list_passes(dtype: str, channels_last: bool) -> Iterator[Kernel]:
     yield Kernel(
         name="_reduce",
         function=K._reduce,
-        tensors={**tensors, **affine, "da": f, "db": f, "ds": f},
+        tensors={**tensors, **affine, "sums": f},
         constants={**given, **flags, **grid},
         **common,
     )
@@ -110,6 +112,36 @@ def list_passes(dtype: str, channels_last: bool) -> Iterator[Kernel]:
         constants={**given, "HAS_DM": True, "HAS_DV": True, "ACTIVATION": 0, **grid},
         **common,
     )
+
+
+def list_algebra() -> Iterator[Kernel]:
+    """Yield the kernels between the passes, without a gate and with ECA's of five taps, for a batch of 256."""
+    for gated in (False, True):
+        blocks = {"BLOCK_N": 64, "WIDTH": 32} if gated else {"BLOCK_N": 256, "WIDTH": 16}
+        gate = {"GATED": gated, "GAIN": 1.0, "TAPS": 5 if gated else 1, "EACH": False, "CIRCULAR": False}
+        common: dict[str, Any] = {
+            "dtype": "fp32",
+            "channels_last": True,
+            "options": {"num_warps": WARPS},
+            "extra": {"gate": "5 taps" if gated else "none"},
+        }
+        names = ("moments", "weight", "bias", "mean", "variance", "channel", *(("taps", "plane") if gated else ()))
+        flags = {"EPS": 1e-5, "MOMENTUM": 0.1, "BATCH": True, "UPDATE": True}
+        yield Kernel(
+            name="_coefficients",
+            function=algebra._coefficients,
+            tensors={**dict.fromkeys(names, "fp32"), "tracked": "i64"},
+            constants={**flags, **gate, **blocks, "WIDE": tl.float32},
+            **common,
+        )
+        names = ("sums", "channel", "daffine", "dmean", "dvariance", *(("plane", "taps", "dtaps") if gated else ()))
+        yield Kernel(
+            name="_coefficient_grads",
+            function=algebra._coefficient_grads,
+            tensors=dict.fromkeys(names, "fp32"),
+            constants={"KIND": 0, "BATCH": True, **gate, "COLUMNS": 8, **blocks, "WIDE": tl.float32},
+            **common,
+        )
 
 
 def list_expansions(dtype: str) -> Iterator[Kernel]:

@@ -11,6 +11,32 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+
+def speed_up_interpreter() -> None:
+    """Let Triton's interpreter prepare its language once for each launch, not again for each call of a device function.
+
+    That takes longer than the function itself.
+    """
+    try:
+        import triton.language as tl
+        from triton.runtime.interpreter import InterpretedFunction
+    except ImportError:
+        return
+    call, prepared = InterpretedFunction.__call__, {tl}  # a launch prepares `tl` itself
+
+    def call_prepared(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
+        languages = {value for value in self.fn.__globals__.values() if value is tl or value is tl.core}
+        if languages <= prepared:
+            return self.rewrite()(*args, **kwargs)
+        prepared.update(languages)
+        return call(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call_prepared
+
+
+if not torch.cuda.is_available():
+    speed_up_interpreter()
+
 # The same cases in every run, so that a failure can be repeated; a loaded machine must not fail a test by its speed.
 COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("default", max_examples=100, derandomize=True, **COMMON)

@@ -165,7 +165,7 @@ def _choose_blocks(grid: Grid, gate: GateKind | None) -> tuple[tuple[int, int], 
     rows = triton.next_power_of_2(grid.samples if gate is not None else grid.samples * grid.parts)
     taps = 1 if gate is None else gate.taps
     width = 16 if gate is None else 32 if taps < 9 else 64
-    block = min(rows, (8192 if gate is None else 4096) // width)
+    block = min(rows, (8192 if gate is None else 2048) // width)
     return (block, width), (triton.cdiv(grid.channels, width - taps + 1), 1, 1)
 
 

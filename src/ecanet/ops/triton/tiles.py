@@ -212,7 +212,8 @@ def grads(t: Tensor, z: Tensor, form: Form, m: Tensor, dm: Tensor | None, dv: Te
     dz = torch.empty_like(z)
     flags = form.b is not None, form.mu is not None, dm is not None, dv is not None
     run = prepare_grads(grid, True, True, *flags, form.activation)
-    run(t, z, dz, form.a, form.b, form.mu, m, dm, dv)
+    read = z if dv is not None or form.activation is not None else None
+    run(t, read, dz, form.a, form.b, form.mu, m, dm, dv)
     return dz
 
 

@@ -191,8 +191,10 @@ def _count_whole_passes(count: traffic.Traffic, smallest: int) -> Generator[None
         return run_and_count
 
     def count_launch(launch: object, *tensors: object) -> None:
-        count.read += sum(find_large_tensors(tensors, smallest).values())  # or written: only their sum is asked for
-        run_launch(launch, *tensors)
+        before = count.read, count.written
+        run_launch(launch, *tensors)  # in Triton's interpreter with operations, which are replaced too
+        moved = sum(find_large_tensors(tensors, smallest).values())
+        count.read, count.written = before[0] + moved, before[1]  # read or written: only the sum is asked for
 
     kernels = list_implementations()[1:]
     launches = cast("Any", kernels[0]).Launch if kernels else None
