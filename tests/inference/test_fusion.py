@@ -119,7 +119,7 @@ def test_automatic_fused_runs_the_whole_network_in_kernels(network, monkeypatch)
     of one position and two images would not do: their norm makes 1e-14 into 1e-10, in the reference itself.
     """
     pytest.importorskip("triton")
-    from ecanet.ops.triton import launch as fused
+    from ecanet.ops.triton.launch import Launch
 
     torch.manual_seed(0)
     if network == "own":
@@ -128,13 +128,13 @@ def test_automatic_fused_runs_the_whole_network_in_kernels(network, monkeypatch)
         model = ecanet.fuse(torchvision.models.resnet18(num_classes=3))
     model, images = model.double(), torch.randn(2, 3, *((8, 8) if network == "own" else (64, 64))).double()
     expected = step(copy.deepcopy(model), images)
-    shapes = []
-    original = fused.apply
-    monkeypatch.setattr(fused, "apply", lambda z, *rest: shapes.append(z.shape) or original(z, *rest))
+    launched, run = [], Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *x: launched.append(self.kernel.fn.__name__) or run(self, *x))
     with ops.prefer_impl("fused"):
         actual = step(model.train(), images)
     convolutions = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and "downsample" not in n]
-    assert len(shapes) == 2 * (len(convolutions) - (network != "own"))  # torchvision's stem is not a block's
+    normed = len(convolutions) - (network != "own")  # torchvision's stem is not a block's
+    assert launched.count("_apply") == 2 * normed
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-12, atol=2e-12 * b.abs().max().clamp(min=1).item())
     with pytest.raises(ConfigError, match="'lean' or 'fused', got 'fast'"), ops.prefer_impl("fast"):

@@ -56,7 +56,10 @@ def call_state(module: nn.Module) -> tuple[object, ...]:
         kind.forward,
         attributes.get("forward"),
         attributes.get("_compiled_call_impl"),
-        *(len(attributes[hooks]) for hooks in HOOKS),
+        len(attributes["_forward_hooks"]),
+        len(attributes["_forward_pre_hooks"]),
+        len(attributes["_backward_hooks"]),
+        len(attributes["_backward_pre_hooks"]),
         *attributes["_modules"].values(),
     )
 

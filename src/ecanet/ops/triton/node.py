@@ -38,9 +38,11 @@ class _Context(Protocol):
     plan: Plan
     layout: torch.memory_format
     has_shortcut: bool
+    grid: Grid
     channels: Tensor
     planes: Tensor | None
     side_channels: Tensor | None
+    coefficients: tuple[Tensor, Tensor, Tensor]
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Any, ...]
 
@@ -108,7 +110,8 @@ class _Tail(torch.autograd.Function):
         apply = prepare_apply(grid, planes is not None, True, True, kind, plan.activation, keep)
         apply(z, shortcut, y, bits, a, b, mu, side_a, side_mu)
         ctx.plan, ctx.layout, ctx.has_shortcut = plan, nodes.find_layout(z), shortcut is not None
-        ctx.channels, ctx.planes, ctx.side_channels = channels, planes, side_channels
+        ctx.grid, ctx.channels, ctx.planes, ctx.side_channels = grid, channels, planes, side_channels
+        ctx.coefficients = a, b, mu
         # a shortcut without a norm is not needed again: its gradient is t
         kept = shortcut if side_a is not None else None
         ctx.save_for_backward(z, kept, weight, bias, side_weight, side_bias, taps, gate_bias, bits)
@@ -135,10 +138,8 @@ def _run_backward(
     parameters: list[Tensor | None], bits: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of all inputs of `_Tail`."""
-    plan, grid, channels, planes, side_channels = ctx.plan, find_grid(z), ctx.channels, ctx.planes, ctx.side_channels
-    mu, _, a, b = channels.unbind()
-    if planes is not None:
-        a, b, _, _ = planes.unbind()
+    plan, grid, channels, planes, side_channels = ctx.plan, ctx.grid, ctx.channels, ctx.planes, ctx.side_channels
+    a, b, mu = ctx.coefficients
     gated, two = planes is not None, second_dy is not None
     side_mu, side_a = (None, None) if side_channels is None else (side_channels[0], side_channels[2])
     sums = z.new_empty((2 if side_mu is None else 3, grid.parts, grid.samples, grid.channels), dtype=grid.wide)
