@@ -1,5 +1,6 @@
 """Class-activation maps of `ecanet inspect --cam`: a network with its gates beside the same network without them."""
 
+import itertools
 import json
 import sys
 
@@ -11,9 +12,10 @@ from torch.nn import functional as F
 from torchvision.models import mobilenet_v2, resnet18
 
 import ecanet
+from ecanet.data import DataSpec
 from ecanet.errors import ConfigError
 from ecanet.recipes import ModelConfig
-from ecanet.studies.gates import cams, pages
+from ecanet.studies.gates import cams, drawings, pages
 
 IMAGE = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -167,6 +169,26 @@ def test_maps_are_those_of_the_definition(make):
     assert torch.equal(model(image[None]), before)
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", [r"a$\frac$", "_hidden_$5$", "a long name " * 50])
+def test_titles_fit_and_are_no_formulas(name):
+    spec = DataSpec(class_names=(name, "other"), channels=1, size=8, mean=(0.5,), std=(0.5,))
+    heat = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+    on, off = (cams.Map(heat=heat, answer=answer, probability=1.0) for answer in (0, 1))
+    pair = cams.Pair(title=f"is {name}", image=torch.zeros(1, 8, 8), explained=0, gated=on, plain=off)
+    figure = drawings.draw_cams([pair, pair], spec)
+    figure.draw_without_rendering()
+    shown = spec.class_names[0] if len(name) < 25 else f"{name[:23]}…"
+    titles = [axes.title for axes in figure.axes]
+    assert [title.get_text() for title in titles[1:3]] == [
+        f"gates off: other\n{shown!r} 100.0%",
+        f"gates on: {shown}\n{shown!r} 100.0%",
+    ]
+    boxes = [title.get_window_extent() for title in titles]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert min(box.x0 for box in boxes) >= figure.bbox.x0
+    assert max(box.x1 for box in boxes) <= figure.bbox.x1
 
 
 @pytest.fixture

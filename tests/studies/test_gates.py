@@ -12,7 +12,8 @@ import ecanet
 from ecanet import recipes
 from ecanet.attention import CBAM, ECA, ESE, GCT, SRM, Fca, GlobalContext, SEVar2, SimAM
 from ecanet.errors import ConfigError
-from ecanet.studies.gates import pages, records
+from ecanet.report import figures
+from ecanet.studies.gates import drawings, pages, records
 
 
 def images(n: int, channels: int = 4) -> Tensor:
@@ -244,6 +245,24 @@ def test_an_image_file_is_prepared_as_the_data_are(trained_folder, tmp_path):
     for effect in found.effects:
         assert effect.log_odds == pytest.approx(torch.tensor(share, dtype=torch.float64).logit().item(), rel=1e-3)
         assert effect.held != effect.log_odds
+
+
+NAMES = [r"a$\frac$", "$5_to_10_$", "_hidden", "long " * 50, "日本"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+@pytest.mark.filterwarnings("ignore:Glyph")  # the font has no Chinese signs
+def test_class_names_are_drawn_as_they_are(name):
+    """A name is no formula, and one with an underscore in front is in the legend like any other."""
+    model = nn.Sequential(SEVar2(4))
+    found = records.record(model, [(images(4), torch.tensor([0, 1, 0, 1]))], 2)
+    figure = drawings.draw_classes(found, {0: name, 1: "other"})
+    assert figures.to_png(figure).startswith(b"\x89PNG")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == [name if len(name) < 25 else f"{name[:23]}…", "other", "all classes"]
+    assert max(text.get_window_extent().x1 for text in legend.get_texts()) <= figure.bbox.x1
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -31,12 +31,16 @@ def draw_classes(records: Sequence[GateRecord], classes: Mapping[int, str]) -> "
     """Draw the mean weight of each channel for the ``classes`` (names by label), one panel for each gate."""
     figure, panels = _make_panels(len(records))
     for one, axes in zip(records, panels, strict=True):
-        for label, name in classes.items():
-            axes.plot(one.class_means[label], linewidth=0.8, label=name)
-        axes.plot(one.mean, color="black", linewidth=0.8, linestyle=":", label="all classes")
+        for label in classes:
+            axes.plot(one.class_means[label], linewidth=0.8)
+        axes.plot(one.mean, color="black", linewidth=0.8, linestyle=":")
         axes.set_ylim(-0.02 * one.ceiling, 1.02 * one.ceiling)
         axes.set_title(f"{one.name}, {one.channels} channels", fontsize=8)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    names = [*map(_shorten, classes.values()), "all classes"]
+    columns = int(figure.get_figwidth() // 2.2)  # a name of 24 letters takes about 2 inches
+    legend = figure.legend(panels[0].lines, names, loc="outside lower center", ncols=columns, fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # class names may hold dollar signs
     return figure
 
 
@@ -57,7 +61,7 @@ def draw_cams(pairs: Sequence[Pair], spec: DataSpec) -> "Figure":
     """Draw each image, its class-activation map with the gates switched off, and the map with them."""
     from matplotlib.figure import Figure
 
-    figure: Any = Figure(figsize=(7.6, 2.9 * len(pairs)), layout="constrained")
+    figure: Any = Figure(figsize=(8.4, 3.1 * len(pairs)), layout="constrained")
     for row, pair in zip(figure.subplots(len(pairs), 3, squeeze=False), pairs, strict=True):
         picture = spec.denormalize(pair.image.cpu()).expand(3, -1, -1).permute(1, 2, 0).numpy()
         explained = _shorten(spec.class_names[pair.explained])
@@ -70,7 +74,7 @@ def draw_cams(pairs: Sequence[Pair], spec: DataSpec) -> "Figure":
             if one is not None:
                 axes.imshow(one.heat.numpy(), cmap="inferno", alpha=0.55, vmin=0, vmax=1)
             axes.set_axis_off()
-            axes.set_title(title, fontsize=8, parse_math=False)  # class names may hold dollar signs
+            axes.set_title(title, fontsize=8, parse_math=False)
     return figure
 
 
