@@ -113,6 +113,8 @@ BROKEN = {
     "three points or more": annotation(9, segmentation=[[1.0, 2.0, 3.0, 4.0]]),
     "as x, y, x, y": annotation(9, segmentation=[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]]),
     "coordinates are not all finite": annotation(9, segmentation=[[1.0, 2.0, 3.0, 4.0, 5.0, math.inf]]),
+    r"the coordinate 100000, far outside": annotation(9, segmentation=[[1.0, 2.0, 1e5, 4.0, 5.0, 6.0]]),
+    r"the coordinate -1e\+08, far outside": annotation(9, segmentation=[[1.0, -1e8, 3.0, 4.0, 5.0, 6.0]]),
     "it has no mask": annotation(9, segmentation=[]),
     "which mask_rcnn needs for training": annotation(9, segmentation=None),
     r"the box \[1, 2, 1000": annotation(9, box=(1, 2, 10**400, 4)),
@@ -155,12 +157,21 @@ IMAGE = {"id": 1, "file_name": "1.png", "width": 20, "height": 12}
         ("{", "cannot be read as JSON"),
         ("[]", "no list called 'images'"),
         ('{"images": [{"id": 1}]}', "no 'file_name'"),
-        (json.dumps({"images": [IMAGE | {"id": "1"}]}), "an id that is not an integer: '1'"),
+        (json.dumps({"images": [IMAGE | {"id": "1"}]}), "an id that is not an integer of 64 bits: '1'"),
+        (json.dumps({"images": [IMAGE | {"id": 2**70}]}), "an id that is not an integer of 64 bits: '1180591620717411"),
         (json.dumps({"images": [IMAGE | {"width": None}]}), "a width that is not a number of pixels: 'None'"),
         (json.dumps({"images": [IMAGE | {"height": "90"}]}), "a height that is not a number of pixels: '90'"),
         (json.dumps({"images": [IMAGE | {"height": 90.5}]}), "a height that is not a number of pixels"),
         (json.dumps({"images": [IMAGE | {"file_name": None}]}), "a file_name that is not a text"),
         (json.dumps({"images": [IMAGE], "categories": [{"id": "a", "name": "b"}]}), "an id that is not an integer"),
+        (json.dumps({"images": [IMAGE], "categories": [{"id": 1, "name": "b" * 5000}]}), "a name of 5000 characters"),
+        (json.dumps({"images": [IMAGE], "categories": [{"id": 1, "name": "a\0b"}]}), "with control characters"),
+        (
+            json.dumps({"images": [IMAGE], "categories": [{"id": 1, "name": "\ud800"}]}),
+            "a name with control characters",
+        ),
+        (json.dumps({"images": [IMAGE], "categories": [{"id": 1, "name": ["a"]}]}), "a name that is not a text"),
+        ("[" * 200_000 + "]" * 200_000, "lie too deep in one another"),
     ],
 )
 def test_a_file_in_another_format_is_refused(tmp_path, content, complaint):
@@ -168,6 +179,19 @@ def test_a_file_in_another_format_is_refused(tmp_path, content, complaint):
     (path / "annotations" / "instances_val2017.json").write_text(content)
     with pytest.raises(DataError, match=complaint):
         read(path)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b.png", "\ud800.png"])
+def test_a_file_name_that_cannot_exist_is_a_missing_image(tmp_path, name):
+    path = folder(tmp_path, [annotation()])
+    file = path / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["images"][0]["file_name"] = name
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="is missing") as caught:
+        read(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
 
 
 def test_an_image_of_another_size_than_annotated_is_named(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ecanet.data.coco import (
+    LONGEST_NAME,
     CocoImage,
     CocoObject,
     find_annotation_problem,
@@ -142,9 +143,13 @@ def _check_images(images: Sequence[CocoImage], folder: Path) -> Iterator[tuple[C
     # one listing of the folder: COCO has 118,000 images, and asking for each file is slow on network disks
     names = {path.name for path in folder.iterdir()}
     for image in images:
-        path = folder / image["file_name"]
-        exists = image["file_name"] in names or path.is_file()
-        yield image, find_size_problem(image["width"], image["height"]) if exists else f"{path} is missing"
+        name = image["file_name"]
+        try:
+            exists = name in names or (folder / name).is_file()
+        except OSError:  # the name is too long
+            exists = False
+        shown = (name if name.isprintable() else ascii(name))[:LONGEST_NAME]
+        yield image, find_size_problem(image["width"], image["height"]) if exists else f"{folder / shown} is missing"
 
 
 def _make_picture(image: CocoImage, folder: Path, annotations: Sequence[CocoObject]) -> Picture:

@@ -1,6 +1,7 @@
 """COCO's annotation format: its types, the checks of a file's content, and masks as run lengths."""
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -36,6 +37,12 @@ A detector resizes the long side to about 1,000 pixels, which would leave no pix
 
 MAX_COORDINATE = 1e9
 """Numbers beyond this many pixels cannot be coordinates on an image; pycocotools would overflow."""
+
+FARTHEST_POINT = 10
+"""Distance of a polygon's point from the image, in lengths of its long side: pycocotools' memory grows with it."""
+
+LARGEST_ID = 2**63 - 1
+LONGEST_NAME = 255
 
 
 class CocoImage(TypedDict):
@@ -117,6 +124,8 @@ def read_coco(path: Path) -> CocoFile:
         content = cast(object, json.loads(path.read_bytes()))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; coco:PATH needs PATH/annotations/instances_train2017.json") from None
+    except RecursionError:
+        raise DataError(f"{path}: not a COCO annotation file (its lists lie too deep in one another)") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error})") from None
     required = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name"), "annotations": ()}
@@ -150,12 +159,25 @@ def _check_entries(path: Path, key: str, content: object, names: Collection[str]
 def _find_entry_problem(entry: Mapping[str, object]) -> str | None:
     """Return a description of the first value in an image's or category's entry that has a wrong type."""
     for name, value in entry.items():
-        if name == "id" and type(value) is not int:
-            return f"an id that is not an integer: {str(value)[:40]!r}"
+        if name == "id" and not (type(value) is int and abs(value) <= LARGEST_ID):
+            return f"an id that is not an integer of 64 bits: {str(value)[:40]!r}"
         if name == "file_name" and not (isinstance(value, str) and value):
             return f"a file_name that is not a text: {str(value)[:40]!r}"
+        if name == "name" and (problem := _find_name_problem(value)):
+            return problem
         if name in ("width", "height") and not (is_pixel_number(value) and value >= 1 and value == int(value)):
             return f"a {name} that is not a number of pixels: {str(value)[:40]!r}"
+    return None
+
+
+def _find_name_problem(name: object) -> str | None:
+    """Return a description if ``name`` cannot be a class's name: reports, files and terminals would fail on it."""
+    if not isinstance(name, (str, int, float)):
+        return f"a name that is not a text: {str(name)[:40]!r}"
+    if len(str(name)) > LONGEST_NAME:
+        return f"a name of {len(str(name))} characters; at most {LONGEST_NAME} are allowed: {str(name)[:40]!r}"
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in str(name)):
+        return f"a name with control characters: {ascii(str(name))[:60]}"
     return None
 
 
@@ -201,8 +223,11 @@ def _find_mask_problem(segmentation: object, height: int, width: int) -> str | N
             coordinates = _to_list(polygon)
             if coordinates is None or len(coordinates) < 6 or len(coordinates) % 2:
                 return "a polygon needs three points or more, as x, y, x, y, …"
-            if _to_numbers(polygon) is None:
+            numbers = _to_numbers(polygon)
+            if numbers is None:
                 return "a polygon's coordinates are not all finite numbers"
+            if (farthest := max(numbers, key=abs)) and abs(farthest) > FARTHEST_POINT * max(height, width):
+                return f"a polygon has the coordinate {farthest:g}, far outside the image of {width} × {height} pixels"
         return None
     mask = cast("dict[str, object]", segmentation) if isinstance(segmentation, dict) else None
     size: object = cast(object, segmentation) if mask is None else mask.get("size")

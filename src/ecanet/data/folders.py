@@ -12,7 +12,14 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ecanet.data.listing import Listing, describe_ignored, find_similar_names, list_folder, list_names
+from ecanet.data.listing import (
+    Listing,
+    describe_ignored,
+    find_similar_names,
+    list_folder,
+    list_names,
+    make_readable,
+)
 from ecanet.data.pictures import IMAGE_SUFFIXES, Unreadable, read_image
 from ecanet.data.split import Split, compare_split, drop_second_names, leave_out_trained, make_split
 from ecanet.errors import DataError
@@ -145,7 +152,7 @@ def _read_parts(folder: Path, training: Path, held_out: Path, *, train: bool) ->
     known = (*TRAIN, *HELD_OUT, *TEST)
     ignored["beside"] = [f"{name}/" for name in list_names(folder) if name.lower() not in known]
     return FolderImages(
-        class_names=names,
+        class_names=tuple(make_readable(name) for name in names),
         train=(training, by_label[training]) if train else None,
         held_out=(held_out, by_label[held_out]),
         split=None,
@@ -193,7 +200,7 @@ def _read_flat(folder: Path, config: DataConfig, *, seed: int, train: bool, spli
             held_out, lines = leave_out_trained(held_out, split, folder)
             notices += lines
     return FolderImages(
-        class_names=names,
+        class_names=tuple(make_readable(name) for name in names),
         train=(folder, _group(split.train, names)) if train and split is not None else None,
         held_out=(folder, _group(held_out, names)),
         split=split,

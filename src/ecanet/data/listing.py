@@ -9,7 +9,7 @@ from pathlib import Path
 from ecanet.data.pictures import IMAGE_SUFFIXES
 from ecanet.errors import DataError
 
-__all__ = ["Listing", "describe_ignored", "find_similar_names", "list_folder", "list_names"]
+__all__ = ["Listing", "describe_ignored", "find_similar_names", "list_folder", "list_names", "make_readable"]
 
 SILENT = (".DS_Store", "Thumbs.db", "desktop.ini")
 """Files that file managers leave in every folder."""
@@ -93,6 +93,16 @@ def shorten(names: Sequence[str]) -> str:
     """Return the first few ``names`` in one line."""
     shown = [name if name.isprintable() else ascii(name) for name in names[:NAMED]]
     return ", ".join(shown + ["…"] * (len(names) > NAMED))
+
+
+def make_readable(name: str) -> str:
+    """Return the name of a file as a text for pages and terminals: other bytes and control characters are escaped.
+
+    >>> make_readable("caf\\udce9"), make_readable("two\\nlines"), make_readable("$5 é")
+    ('caf\\\\xe9', 'two\\\\nlines', '$5 é')
+    """
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def find_similar_names(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -83,8 +83,9 @@ def plot_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) 
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="predicted", ylabel="true")
     if numbered:
-        axes.set_xticks(range(classes), class_names, rotation=45, ha="right")
-        axes.set_yticks(range(classes), class_names)
+        labels = [shorten(name) for name in class_names]
+        axes.set_xticks(range(classes), labels, rotation=45, ha="right", parse_math=False)
+        axes.set_yticks(range(classes), labels, parse_math=False)
         for row in range(classes):
             for column in range(classes):
                 if count := int(counts[row, column]):
@@ -93,12 +94,21 @@ def plot_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) 
     return to_svg(figure)
 
 
+def shorten(name: str) -> str:
+    """Return a class's name in at most 24 characters.
+
+    >>> shorten("a" * 30)
+    'aaaaaaaaaaaaaaaaaaaaaaa…'
+    """
+    return name if len(name) <= 24 else f"{name[:23]}…"
+
+
 def plot_precision_recall(curves: Mapping[str, Sequence[float]]) -> str:
     """Return precision against recall as SVG, one line per name; precisions are at recall 0, 0.01, …, 1."""
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     for name, precisions in curves.items():
-        axes.plot([at / 100 for at in range(len(precisions))], precisions, label=name)
+        axes.plot([at / 100 for at in range(len(precisions))], precisions, label=shorten(name))
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

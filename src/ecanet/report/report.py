@@ -98,7 +98,7 @@ class Report:
         write_file(self.folder / "environment.json", json.dumps(self.environment, indent=2))
         names = self.artifacts.get("class_names", [])
         for at, example in enumerate(self.artifacts.get("examples", [])):
-            label = re.sub(r"\W+", "-", names[example["label"]])
+            label = re.sub(r"\W+", "-", names[example["label"]])[:40]
             write_file(self.folder / "examples" / f"{at:02d}-{label}.png", figures.to_png(example["image"]))
         path = self.folder / "report.html"
         write_file(path, self.to_html())
