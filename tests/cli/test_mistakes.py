@@ -15,9 +15,11 @@ from ecanet.studies import cost
 
 LINES = {
     "cost resnet50 --image-size -5": "the image size must be positive",
-    "cost timm:resnet50 --attention eca": "for this library's networks",
-    "cost timm:resnet50 --set reduction=4": "for this library's networks",
+    "cost timm:resnet18 --attention eca --set reduction=4": "attention 'eca' has no option 'reduction'",
+    "cost timm:resnet18 --set reduction=4": "reduction: these are options of an attention; name it",
+    "models timm:resnet18 --kernel-sizes 5": "--kernel-sizes is about an attention: name it",
     "cost resnet50 --attention none --set reduction=4": "attention 'none' has no options, got reduction",
+    "cost torchvision:r3d_18": "cannot be counted on an image",
     "ablate digits --threads 0": "--threads",
     "ablate digits --out taken": "--out taken: taken is a file",
     "paper 2 --out taken": "--out taken: taken is a file",
@@ -83,7 +85,6 @@ def test_a_long_network_name_is_not_cut_off(ecanet):
         (lambda: library.create_model("resnet18", weigths="torchvision"), "did you mean 'weights'"),
         (lambda: library.create_model("resnet18", weights=True), "weights must be None, 'torchvision', a member"),
         (lambda: library.fuse(library.attach(torchvision.models.resnet18())), "detach, fuse, then attach again"),
-        (lambda: cost.make_table(["timm:resnet18"], attentions=["eca"]), "for this library's networks"),
     ],
 )
 def test_a_mistake_in_a_call(call, said):
@@ -128,9 +129,9 @@ def test_the_load_report_lists_gates_that_change_a_plain_networks_outputs(tmp_pa
     assert ("acting: 3" in str(report)) == (not same)
 
 
-def test_cost_shows_no_attention_name_for_timms_networks():
+def test_cost_shows_no_attention_name_for_timms_networks_as_they_are():
     row = cost.make_table(["resnet18", "timm:resnet18"], attentions=["eca"])
-    assert [r["attention"] for r in row] == ["eca", ""]
+    assert [r["attention"] for r in row] == ["eca", "", "eca"]
     assert row[1]["parameters"] == sum(p.numel() for p in timm.create_model("resnet18").parameters())
 
 

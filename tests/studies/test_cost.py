@@ -1,5 +1,6 @@
 """Cost: the paper's own cells, the counts that torchvision publishes, and a network small enough to count by hand."""
 
+import json
 import re
 from pathlib import Path
 
@@ -81,6 +82,28 @@ def test_the_counts_are_those_torchvision_publishes(name):
     assert abs(row["MACs"] / 1e9 - published["_ops"]) < slack
     if find_kind(f"torchvision:{name}") == "detection":  # which resizes the image
         assert make_table([f"torchvision:{name}"], side=96)[0]["MACs"] == row["MACs"]
+
+
+@pytest.mark.parametrize("attention", ["eca", "se"])
+def test_attached_gates_are_counted_as_built_in_ones(attention):
+    (built, gated), (plain, attached) = (
+        make_table([name], attentions=["none", attention]) for name in ("resnet18", "torchvision:resnet18")
+    )
+    assert [row["attention"] for row in (plain, attached)] == ["", attention]
+    for column in ("parameters", "MACs", "bytes", "attention parameters"):
+        assert attached[column] - plain[column] == gated[column] - built[column] > 0
+    assert make_table(["torchvision:resnet18"], attentions=[attention])[0] == plain  # always beside the plain one
+    assert make_table(["torchvision:resnet18"]) == [plain]
+
+
+def test_commands_count_attached_gates(ecanet):
+    code, out, err = ecanet("models", "timm:resnet18", "--attention", "eca", "--kernel-sizes", 5, "--json")
+    assert (code, err) == (0, "")
+    plain, attached = json.loads(out)
+    assert attached["parameters"] - plain["parameters"] == 8 * 5
+    code, out, err = ecanet("cost", "timm:resnet18", "--attention", "eca", "--kernel-sizes", 5, "--json")
+    assert (code, err) == (0, "")
+    assert [row["attention parameters"] for row in json.loads(out)] == [0, 8 * 5]
 
 
 def test_a_network_counted_by_hand():

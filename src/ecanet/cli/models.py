@@ -14,8 +14,8 @@ from ecanet.recipes import parse_kernel_sizes
 class Row(TypedDict):
     """One network with one attention module.
 
-    ``attention`` is empty for other libraries' networks. ``parameters`` is None if the two do not fit, and ``note``
-    says why.
+    ``attention`` is empty for another library's network as it is. ``parameters`` is None if the two do not fit, and
+    ``note`` says why.
     """
 
     model: str
@@ -36,7 +36,7 @@ def models(
 ) -> None:
     """List networks and count their parameters.
 
-    With a name: that network with every attention.
+    With a name: that network with every attention, or with --attention.
     With --attach: where attach puts gates in that network.
     """
     name = None if name is None else name_network(name)
@@ -62,17 +62,25 @@ def models(
 def count(name: str | None, attention: str | None, kernel_sizes: str | None) -> list[Row]:
     """Return one row for each network and attention: of all networks plain and with ECA, or of ``name`` with all.
 
-    Another library's network is one row, since its attention is its own.
+    Another library's network is one row, since its attention is its own, and one more with ``attention`` attached.
 
     Raises:
         ConfigError: the network does not exist, or the attention or kernel sizes that were given do not fit it.
+        AttachError: there is no place for gates.
     """
     from ecanet import list_attentions, list_models, networks
 
     options: dict[str, object] = {} if kernel_sizes is None else {"kernel_sizes": parse_kernel_sizes(kernel_sizes)}
     if name is not None and not networks.is_ours(name):
-        options |= {} if attention is None else {"attention": attention}
-        return [Row(model=name, attention="", parameters=count_parameters(name, options), note="")]
+        if options and attention in (None, "none"):
+            raise ConfigError("--kernel-sizes is about an attention: name it, such as --attention eca")
+        found = [Row(model=name, attention="", parameters=count_parameters(name, {}), note="")]
+        if attention not in (None, "none"):
+            from ecanet.studies import cost
+
+            parameters = sum(p.numel() for p in cost.attach_by_name(name, attention, **options).parameters())
+            found.append(Row(model=name, attention=attention, parameters=parameters, note=""))
+        return found
     rows: list[Row] = []
     attentions = [attention] if attention else list_attentions() if name else ["none", "eca"]
     for model in [name] if name else list_models():
@@ -107,15 +115,13 @@ def count_parameters(name: str, options: dict[str, object]) -> int:
 
 def show_attached(name: str, attention: str, kernel_sizes: str | None, as_json: bool) -> None:
     """Print the sites at which `ecanet.attach` puts ``attention`` in the network ``name``."""
-    from ecanet import attach, attached, networks
+    from ecanet import attached
+    from ecanet.studies import cost
 
-    model = networks.find(name, **({"attention": "none"} if networks.is_ours(name) else {}))
-    parameters = sum(p.numel() for p in model.parameters())
-    if kernel_sizes is None:
-        attach(model, attention)
-    else:
-        attach(model, attention, kernel_sizes=parse_kernel_sizes(kernel_sizes))
+    options = {} if kernel_sizes is None else {"kernel_sizes": parse_kernel_sizes(kernel_sizes)}
+    model = cost.attach_by_name(name, attention, **options)
     sites = attached(model)
+    parameters = sum(p.numel() for p in model.parameters()) - sum(site.parameters for site in sites)
     if as_json:
         print_json({"model": name, "parameters": parameters, "sites": [asdict(site) for site in sites]})
         return

@@ -1,11 +1,13 @@
 """One name for any network, and one name for any device.
 
-Read downward: `loading` (weights into a network), `heads` (the layer that gives the logits), `preprocessing` (the
-images that a network is made for), `names` (``resnet50`` is this library's, ``timm:NAME`` and ``torchvision:NAME`` are
-theirs), `factories` (``FILE.py:FACTORY`` is yours), `devices` (``auto``, ``cpu``, ``cuda``, ``cuda:N`` and ``mps``).
+Read downward: `loading` (weights into a network), `examples` (images to attach gates on), `heads` (the layer that gives
+the logits), `preprocessing` (the images that a network is made for), `names` (``resnet50`` is this library's,
+``timm:NAME`` and ``torchvision:NAME`` are theirs), `factories` (``FILE.py:FACTORY`` is yours), `devices` (``auto``,
+``cpu``, ``cuda``, ``cuda:N`` and ``mps``).
 """
 
 from ecanet.networks.devices import find_device
+from ecanet.networks.examples import is_detector, small_example
 from ecanet.networks.factories import find_factory, trust
 from ecanet.networks.heads import exchange_head, find_head
 from ecanet.networks.loading import check_fit, load_weights
@@ -32,8 +34,10 @@ __all__ = [
     "find_preprocessing",
     "image_size",
     "imagenet_classes",
+    "is_detector",
     "is_ours",
     "list_names",
     "load_weights",
+    "small_example",
     "trust",
 ]

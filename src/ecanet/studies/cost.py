@@ -1,33 +1,23 @@
 """Count what a network costs: parameters, multiply-accumulates and bytes, in today's units and in the paper's.
 
-The paper prints its columns in units of 2^20 and 2^30, and its authors used an operation counter of 2019. Its rules,
-which `count_operations` restates, are:
-
-- a convolution counts 1 for each multiply-accumulate
-- a batch norm counts 4 for each element
-- a ReLU counts 1 for each element, but only in the *last* call of each ReLU module
-- a linear layer counts 2 * in - 1 for each output
-- an average pool counts H W + 1 for each output, also where it is written as a mean
-- sigmoids, products and additions count nothing
-
-ResNet-18 and 34 were counted in 2020 with another version, in which a ReLU counts nothing.
+The paper prints its columns in units of 2^20 and 2^30; `operations` has its rules.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TypedDict, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecanet.attention import ECANS, GCT, SEGC, SRM, Attention, ChannelAttention, SEVar2, StatisticsAttention
+from ecanet.attention import Attention
 from ecanet.errors import ConfigError, summarize
-from ecanet.networks import find, image_size, is_ours
+from ecanet.networks import find, image_size, is_ours, small_example
+from ecanet.studies.operations import ModuleCounter, PoolCounter
 from ecanet.studies.shapes import run_on_shapes
+from ecanet.surgery import attach
 
 PEERS = {
     "torchvision": {"SqueezeExcitation"},
@@ -105,7 +95,7 @@ def count(model: nn.Module, size: Sequence[int] = (3, 224, 224)) -> Cost:
         raise ConfigError(f"the image size must be positive, got {tuple(size)}; use for example (3, 224, 224)")
     on_meta = copy.deepcopy(model).to("meta").eval()
     dtype = next((p.dtype for p in on_meta.parameters()), None)
-    modules, pools = _ModuleCounter(on_meta), _PoolCounter()
+    modules, pools = ModuleCounter(on_meta), PoolCounter()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as flops, pools:
             run_on_shapes(on_meta, size, dtype)
@@ -135,124 +125,17 @@ def _is_peer(module: nn.Module) -> bool:
     return type(module).__name__ in PEERS.get(package, ())
 
 
-class _PoolCounter(TorchDispatchMode):
-    """Counts average pools, as modules or as means over the spatial axes: window + 1 for each output."""
-
-    def __init__(self) -> None:
-        super().__init__()  # pyright: ignore[reportUnknownMemberType]
-        self.operations = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and args and isinstance(args[0], Tensor) and self._is_pool(func, args[0], args[1:]):
-            self.operations += args[0].numel() + out.numel()  # right because the windows do not overlap
-        return out
-
-    @staticmethod
-    def _is_pool(func: Callable[..., object], x: Tensor, rest: tuple[object, ...]) -> bool:
-        if func is torch.ops.aten.mean.dim:
-            spatial = set(range(2, x.dim()))
-            return bool(spatial) and {axis % x.dim() for axis in cast(Sequence[int], rest[0])} == spatial
-        return func is torch.ops.aten._adaptive_avg_pool2d.default
-
-
-class _ModuleCounter:
-    """Forward hooks that count the operations of each module, except of pools."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.operations: dict[nn.Module, int] = {}
-        self.elementwise_macs = 0
-        for module in model.modules():
-            is_gate = isinstance(module, ChannelAttention | StatisticsAttention)
-            if is_gate or not any(True for _ in module.children()):
-                module.register_forward_hook(self._count)
-
-    def total(self, *, relu: bool = True) -> int:
-        """Return the operations of one forward pass, with or without those of the ReLUs."""
-        return sum(n for module, n in self.operations.items() if relu or not isinstance(module, nn.ReLU | nn.ReLU6))
-
-    def _count(self, module: nn.Module, args: tuple[object, ...], out: object) -> None:
-        x = args[0] if args else None
-        if not isinstance(x, Tensor) or not isinstance(out, Tensor):
-            return
-        self.elementwise_macs += x.shape[0] * count_elementwise_macs(module)
-        self.operations[module] = count_operations(module, x, out)  # a second call of a module replaces the first
-
-
-def count_operations(module: nn.Module, x: Tensor, out: Tensor) -> int:
-    """Return the operations of one call of ``module`` with input ``x`` and output ``out``, by the rules of 2019.
-
-    Global pools are not included: they may be written without a module.
-
-    >>> count_operations(nn.Linear(10, 2), torch.zeros(1, 10), torch.zeros(1, 2))
-    38
-    """
-    match module:
-        case ChannelAttention() | StatisticsAttention():
-            return x.shape[0] * count_gate_operations(module)
-        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-            taps = prod(module.kernel_size) + (module.bias is not None)
-            return module.in_channels * out.numel() * taps // module.groups
-        case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d():
-            return 4 * x.numel()
-        case nn.ReLU() | nn.ReLU6() | nn.LeakyReLU():
-            return x.numel()
-        case nn.AvgPool1d() | nn.AvgPool2d() | nn.AvgPool3d():
-            side = module.kernel_size
-            window = side ** (x.dim() - 2) if isinstance(side, int) else prod(side)
-            return out.numel() * (window + 1)
-        case nn.Linear():
-            return (2 * module.in_features - 1) * out.numel()
-        case _:
-            return 0
-
-
-def count_elementwise_macs(module: nn.Module) -> int:
-    """Return the multiply-accumulates of a gate's own products for one image, where there is no matrix product.
-
-    PyTorch's counter does not see them: one for each weight.
-    """
-    match module:
-        case ECANS() | SEVar2():
-            return sum(p.numel() for p in module.parameters())
-        case SRM():
-            return module.weight.numel()
-        case GCT():
-            return module.alpha.numel() + module.gamma.numel()
-        case _:
-            return 0
-
-
-def count_gate_operations(module: ChannelAttention | StatisticsAttention) -> int:
-    """Return the operations of a gate on the channel means of one image, by the rules of 2019 for its layers."""
-    total = module.weight.numel() if isinstance(module, SEGC) else 0
-    for layer in module.children():
-        match layer:
-            case nn.Linear():
-                total += (2 * layer.in_features - 1) * layer.out_features
-            case nn.Conv1d():  # ECA slides its kernel over the channels; ECA-NS has one kernel for each channel
-                total += module.channels * layer.kernel_size[0]
-            case _:
-                pass
-    return total
-
-
 def make_table(
     models: Sequence[str], *, attentions: Sequence[str] | None = None, side: int | None = None, **options: object
 ) -> list[CostRow]:
-    """Return one row for each network; for this library's own networks, one for each of ``attentions``.
+    """Return one row for each network and attention; for other libraries' networks, one more for the plain network.
 
     Args:
         models: Names as `ecanet.networks.find` reads them: ``resnet50``, ``timm:NAME``, ``torchvision:NAME``.
-        attentions: Attention modules of this library's networks (default: none and eca).
+        attentions: Attention modules, built into this library's networks (default: none and eca), and attached to
+            others (default: none).
         side: Height and width of the image in pixels (default: the size that the network is made for).
-        options: Options of `ecanet.create_model`, used with every attention but none.
+        options: Options of `ecanet.create_model` or `ecanet.attach`, used with every attention but none.
 
     >>> row = make_table(["resnet50"], attentions=["eca"])[0]
     >>> row["paper #Param"], row["paper FLOPs"]
@@ -260,26 +143,29 @@ def make_table(
 
     Raises:
         ConfigError: a network, attention or option does not exist, or a network cannot process an image of ``side``.
+        AttachError: a network has no place for gates.
     """
-    if (attentions or options) and not any(is_ours(name) for name in models):
-        raise ConfigError("attention and its options are for this library's networks; attach() puts it into others'")
-    chosen_attentions = attentions or ("none", "eca")
-    if options and set(chosen_attentions) == {"none"}:
+    if options and not attentions and not any(is_ours(name) for name in models):
+        raise ConfigError(f"{', '.join(options)}: these are options of an attention; name it, such as eca")
+    if options and set(attentions or ("eca",)) == {"none"}:
         raise ConfigError(f"attention 'none' has no options, got {', '.join(options)}; name another attention")
     rows: list[CostRow] = []
     for name in models:
-        if not is_ours(name):
-            rows.append(_make_row(name, "", side, {}))
-            continue
-        for attention in chosen_attentions:
-            chosen = {} if attention == "none" else options
-            rows.append(_make_row(name, attention, side, {"attention": attention, **chosen}))
+        ours = is_ours(name)
+        chosen = attentions or ("none", "eca") if ours else ("", *(a for a in attentions or () if a != "none"))
+        rows += [_make_row(name, one, side, {} if one in ("", "none") else options) for one in chosen]
     return rows
 
 
-def _make_row(name: str, attention: str, side: int | None, options: dict[str, object]) -> CostRow:
-    with torch.device("meta"):  # counting needs only shapes
-        model = find(name, **options)
+def _make_row(name: str, attention: str, side: int | None, options: Mapping[str, object]) -> CostRow:
+    if is_ours(name):
+        with torch.device("meta"):  # counting needs only shapes
+            model = find(name, attention=attention, **options)
+    elif attention:
+        model = attach_by_name(name, attention, **options)
+    else:
+        with torch.device("meta"):
+            model = find(name)
     size = image_size(name)
     size = size if side is None else (size[0], side, side)
     cost = count(model, size)
@@ -294,6 +180,19 @@ def _make_row(name: str, attention: str, side: int | None, options: dict[str, ob
         "paper #Param": f"{cost.parameters / 2**20:.2f}M",
         "paper FLOPs": format_operations(cost.operations_2020 if name in ("resnet18", "resnet34") else cost.operations),
     }
+
+
+def attach_by_name(name: str, attention: str, **options: object) -> nn.Module:
+    """Return the network ``name`` with random weights and ``attention`` attached and proven.
+
+    Raises:
+        ConfigError: the network or the attention does not exist, or an option does not fit.
+        AttachError: there is no place for gates.
+    """
+    model = find(name, **({"attention": "none"} if is_ours(name) else {}))
+    insert = cast(Callable[..., nn.Module], attach)  # which checks the options itself
+    with small_example(model) as example:
+        return insert(model, attention, example=example, **options)
 
 
 def format_operations(operations: int) -> str:

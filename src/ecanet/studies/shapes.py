@@ -11,7 +11,9 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_detector", "run_on_shapes"]
+from ecanet.networks import is_detector
+
+__all__ = ["run_on_shapes"]
 
 
 class _Resize(Protocol):
@@ -44,13 +46,6 @@ class _Heads(Protocol):
 class _TwoStage(Protocol):
     rpn: _RegionProposals
     roi_heads: _Heads
-
-
-def is_detector(model: nn.Module) -> bool:
-    """Return whether ``model`` is one of torchvision's detectors, or this library's, which are built from them."""
-    return all(hasattr(model, part) for part in ("transform", "backbone", "anchor_generator")) or (
-        hasattr(model, "rpn") and hasattr(model, "roi_heads")
-    )
 
 
 def run_on_shapes(model: nn.Module, size: Sequence[int], dtype: torch.dtype | None = None) -> None:

@@ -1,7 +1,6 @@
 """Build the detector of a recipe: this library's, over one of its networks, or torchvision's, with gates attached."""
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -18,9 +17,6 @@ from ecanet.surgery import attached
 from ecanet.training.building import Built, list_gates, load_and_attach
 
 __all__ = ["StoredBatchNorm2d", "build_detector", "select_classes"]
-
-EXAMPLE = 64
-"""Side of the images on which gates are attached and proven."""
 
 WITHOUT_EPS = {f"torchvision:{name}_resnet50_fpn" for name in ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet")}
 """Detectors whose weights torchvision runs with an eps of 0 in the backbone's norms, since they were trained so."""
@@ -109,7 +105,7 @@ def _build_theirs(recipe: Recipe, spec: DataSpec) -> Built:
     built = Built(model=network, name=model.name, head="")
     frozen = _freeze(network, settings, model.name)
     load = None if model.weights is None else partial(_load, network, model.name, model.weights, spec.class_names)
-    with _small_images(network) as example:
+    with networks.small_example(network) as example:
         load_and_attach(built, load, wanted, example)
     if built.loaded is not None:
         built.exchanged = networks.check_fit(network, built.loaded, *_find_class_layers(model.name))
@@ -125,25 +121,6 @@ def _set_size(network: nn.Module, sides: tuple[int, ...]) -> None:
     transform: Any = network.get_submodule("transform")
     if transform.fixed_size is None and sides != tuple(transform.min_size):
         transform.min_size, transform.max_size = sides, round(max(sides) * 5 / 3)
-
-
-@contextmanager
-def _small_images(network: nn.Module) -> Generator[object]:
-    """Resize images to `EXAMPLE` pixels and look at few regions for a while; yield an example for `ecanet.attach`.
-
-    Gates depend neither on the size nor on the regions, and a run at 800 pixels with 1,000 regions takes long.
-    """
-    transform: Any = network.get_submodule("transform")
-    regions: dict[str, int] = getattr(getattr(network, "rpn", None), "_post_nms_top_n", {})
-    before = transform.min_size, transform.max_size, dict(regions)
-    transform.min_size, transform.max_size = (EXAMPLE,), EXAMPLE
-    regions.update(dict.fromkeys(regions, 4))
-    image = torch.rand(3, EXAMPLE, EXAMPLE, generator=torch.Generator().manual_seed(0))
-    try:
-        yield ([image, image],)
-    finally:
-        transform.min_size, transform.max_size, kept = before
-        regions.update(kept)
 
 
 def _find_class_layers(name: str) -> set[str]:
