@@ -272,7 +272,10 @@ def test_the_command_prints_one_row_for_each_network(ecanet):
     code, out, err = ecanet("cost", "resnet50", "timm:seresnet50", "--attention", "se", "--set", "reduction=8")
     assert (code, err) == (0, "")
     cells = [re.split(r"[ │]{2,}", line.strip("│ ")) for line in out.splitlines()]
-    rows = {row[0]: row[1:] for row in cells if len(row) == 6}
+    rows: dict[str, list[str]] = {}
+    for row in cells:
+        if len(row) == 6:  # of two rows that begin alike, the plain network's stands first
+            rows.setdefault(row[0], row[1:])
     se = 2 * 2_514_944  # reduction 8 doubles the parameters that SE adds at 16
     assert rows["resnet50 se"] == [f"{25_557_032 + se:,}", f"{se:,}", "4.094 G", "122.6", "29.17M / 3.87G"]
     assert rows["timm:seresnet50"][0] == "28,088,024"
