@@ -126,7 +126,7 @@ def test_models_takes_other_libraries_networks(ecanet, name):
 def test_settings_reach_the_recipe(ecanet, tmp_path):
     options = [
         "--model",
-        "resnet56",
+        "resnet14",
         "--attention",
         "se",
         "--kernel-sizes",
@@ -141,7 +141,7 @@ def test_settings_reach_the_recipe(ecanet, tmp_path):
     assert code == 0
     recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
     assert recipe["model"] == {
-        "name": "resnet56", "attention": "se", "kernel_sizes": "adaptive", "where": None, "replace": None,
+        "name": "resnet14", "attention": "se", "kernel_sizes": "adaptive", "where": None, "replace": None,
         "preserve": None, "weights": None, "options": {"reduction": 4},
     }  # fmt: skip
     assert (recipe["data"]["batch_size"], recipe["data"]["flip"], recipe["seed"]) == (50, True, 9)

@@ -128,7 +128,7 @@ def run_without(packages, *arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [pytest.param((), marks=pytest.mark.slow), ("--help",)], ids=" ".join)
 def test_help_without_typer(arguments):
     assert run_without({"typer"}, *arguments) == (0, SHORT_HELP, "")
 
@@ -139,11 +139,12 @@ def test_the_short_help_lists_the_commands_and_the_remedy():
     assert max(map(len, SHORT_HELP.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_the_version_without_typer():
     assert run_without(TRAIN_EXTRA, "--version") == (0, f"ecanet {library.__version__}\n", "")
 
 
-@pytest.mark.parametrize("arguments", ["models", "eval --help"])
+@pytest.mark.parametrize("arguments", ["models", pytest.param("eval --help", marks=pytest.mark.slow)])
 def test_a_command_without_the_train_extra_is_one_line(arguments):
     code, out, err = run_without(TRAIN_EXTRA, *arguments.split())
     assert (code, out) == (2, "")

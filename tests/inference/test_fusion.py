@@ -111,7 +111,7 @@ def test_a_hook_on_the_gate_hears():
     assert heard == [1]
 
 
-@pytest.mark.parametrize("network", ["own", "torchvision"])
+@pytest.mark.parametrize("network", ["own", pytest.param("torchvision", marks=pytest.mark.slow)])
 def test_automatic_fused_runs_the_whole_network_in_kernels(network, monkeypatch):
     """Stem, inner pairs and tails, in Triton's interpreter, against the reference.
 

@@ -25,7 +25,7 @@ STEPS, RATE = 20, 0.01
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 CASES = [
     pytest.param("auto", 28, 128, "contiguous", marks=pytest.mark.slow),
-    ("auto", 28, 128, "channels_last"),
+    pytest.param("auto", 28, 128, "channels_last", marks=pytest.mark.slow),
     pytest.param("fused", 7, 4, "contiguous", marks=pytest.mark.slow),  # in Triton's interpreter
     ("fused", 7, 4, "channels_last"),
 ]

@@ -50,6 +50,7 @@ def test_the_whole_list_on_a_small_network():
     assert rows["eca-ns"].cost.parameters - plain.parameters == 3 * (16 + 32 + 64)
 
 
+@pytest.mark.slow
 def test_the_whole_list_on_a_large_network():
     recipe = RECIPE.but(model=RECIPE.model.but(name="resnet50"), data=RECIPE.data.but(image_size=32))
     rows = {row.name: row for row in plan(recipe, VARIANTS, lambda line: None)}

@@ -178,7 +178,8 @@ def test_weight_decay_can_leave_out_norms(tmp_path):
     for decay_norms in (True, False):
         task = task_of(TINY.but(optimizer=replace(TINY.optimizer, weight_decay=0.5, decay_norms=decay_norms)))
         # the trainer is asked for the batch and the number of steps only
-        loader = type("Data", (), {"train_dataloader": lambda self: [0] * 3, "train": [0] * 300})()
+        given = {"train_dataloader": lambda self: [0] * 3, "train": [0] * 300, "config": TINY.data}
+        loader = type("Data", (), given)()
         task._trainer = type("Trainer", (), {"world_size": 1, "datamodule": loader})()  # pyright: ignore[reportAttributeAccessIssue]
         optimizer = task.configure_optimizers()["optimizer"]
         decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
@@ -419,7 +420,7 @@ def test_checkpoints_hold_only_tensors_and_plain_values(tmp_path):
     for path in (report.best_checkpoint, report.last_checkpoint):
         assert content(path)["ecanet"]["recipe"] == to_dict(report.recipe)
     left = [p.name for p in report.folder.rglob("*") if p.name.startswith(".")]
-    assert left == []
+    assert set(left) <= {".lock"}  # which the next run takes
 
 
 def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -431,7 +432,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="disk full"):
         checkpoints.AtomicCheckpointIO().save_checkpoint({}, path)
     assert path.read_bytes() == b"old"
 
