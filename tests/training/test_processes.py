@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ecanet import data
-from ecanet.errors import ConfigError
+from ecanet.errors import CheckpointError, ConfigError
 from ecanet.recipes import DataConfig, ModelConfig, Recipe, ScheduleConfig
 from ecanet.training import run, tasks
 from ecanet.training.checkpoints import share_batch
@@ -55,6 +55,14 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     expected = "had 64 images in a batch of 1 processes, which 3 cannot share evenly; start as many as before"
     with pytest.raises(ConfigError, match=expected):
         share_batch(write_checkpoint(tmp_path, 64), data.build(RECIPE.data), 3)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path):
+    path = write_checkpoint(tmp_path, 64)
+    torch.save({"ecanet": {}}, path)
+    with pytest.raises(CheckpointError, match="does not say how many images a step had") as caught:
+        share_batch(path, data.build(RECIPE.data), 1)
+    assert "\n" not in str(caught.value)
 
 
 def test_detectors_go_on_with_as_many_processes(tmp_path):

@@ -105,7 +105,7 @@ def open_image(path: str | Path) -> Image.Image:
     Raises:
         DataError: it is no regular file, or it is HEIC or AVIF, and nothing is installed that reads it.
     """
-    if Path(path).exists() and not Path(path).is_file():  # to open a pipe would wait for someone who writes to it
+    if not Path(path).is_file() and Path(path).exists():  # to open a pipe would wait for someone who writes to it
         raise DataError("it is no file, but a folder, a pipe, a socket or a device")
     try:
         return Image.open(path)

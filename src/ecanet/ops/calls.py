@@ -51,6 +51,7 @@ def call_state(module: nn.Module) -> tuple[object, ...]:
     """Return what decides whether ``module`` must be called, and its children, in a form that is quick to compare."""
     attributes = cast(dict[str, dict[object, object]], vars(module))
     kind = type(module)
+    # `HOOKS` spelled out, without a loop: this runs for each block in each step.
     return (
         kind,
         kind.forward,

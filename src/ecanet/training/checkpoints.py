@@ -61,9 +61,15 @@ def share_batch(checkpoint: Path, images: ClassificationData | DetectionData, pr
 
     Raises:
         ConfigError: the images cannot be shared evenly, or they are a detector's, which are grouped by their shapes.
+        CheckpointError: the checkpoint does not say how many images a step had.
     """
     content = cast(dict[str, Any], torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True))
-    batch: int = content["ecanet"]["batch"]
+    batch: int | None = content.get("ecanet", {}).get("batch")
+    if batch is None:
+        raise CheckpointError(
+            f"{checkpoint}: it does not say how many images a step had, as checkpoints of earlier versions do not; "
+            f"train in another folder, from its weights (--weights {checkpoint})"
+        )
     if batch == images.config.batch_size * processes:
         return
     before = batch / images.config.batch_size
