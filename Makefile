@@ -28,7 +28,8 @@ demo: $(READY)  ## train an ECA-ResNet on real digits, write a report, classify 
 	@echo "Next: $(BIN)/ecanet --help, README.md"
 
 test: $(READY)  ## the default tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	@# A file's tests stay in one process, so that what they share is made once.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(READY)  ## the tests that take minutes, and the random tests with thousands of cases each
 	$(BIN)/python -m pytest -q -m slow --hypothesis-profile=thorough

@@ -39,7 +39,7 @@ if not torch.cuda.is_available():
 
 # The same cases in every run, so that a failure can be repeated; a loaded machine must not fail a test by its speed.
 COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("default", max_examples=100, derandomize=True, **COMMON)
+settings.register_profile("default", max_examples=40, derandomize=True, **COMMON)
 settings.register_profile("thorough", max_examples=4000, **COMMON)
 settings.load_profile("default")
 
