@@ -74,7 +74,7 @@ def options_for(attention: str) -> dict[str, object]:
 def test_attach_keeps_outputs_gradients_and_keys():
     counts = Counter[str]()
 
-    @settings(max_examples=max(300, settings.default.max_examples))
+    @settings(max_examples=max(100, settings.default.max_examples))
     @given(plans(), st.sampled_from(ATTENTIONS))
     def check(plan: NetworkPlan, attention: str) -> None:
         plain, image = build(plan)

@@ -55,7 +55,8 @@ def test_onnx_runtime_gives_the_same_at_other_sizes(tmp_path, name, dynamo):
             torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["attached", pytest.param("built", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["attached", "built"])
 def test_a_gate_adds_seven_nodes(tmp_path, name):
     torch.manual_seed(0)
     counts = []

@@ -160,7 +160,7 @@ def calibrated(model):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "resnet18")) for n in LARGE])
 def test_rounding_and_top_1(name):
     torch.manual_seed(0)
     model = calibrated(LARGE[name]())

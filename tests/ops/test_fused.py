@@ -32,8 +32,8 @@ CASES = [
         last,
         dtype,
         id=f"{shape}-{'channels_last' if last else 'contiguous'}-{dtype}",
-        # Triton's interpreter takes seconds for the large ones; float32 shows the same steps.
-        marks=[pytest.mark.slow] if dtype != torch.float32 and max(shape) > 64 else [],
+        # Triton's interpreter takes seconds for the large ones.
+        marks=[pytest.mark.slow] if max(shape) > 64 else [],
     )
     for shape in SHAPES
     for last in (False, True)

@@ -27,7 +27,7 @@ CASES = [
     pytest.param("auto", 28, 128, "contiguous", marks=pytest.mark.slow),
     pytest.param("auto", 28, 128, "channels_last", marks=pytest.mark.slow),
     pytest.param("fused", 7, 4, "contiguous", marks=pytest.mark.slow),  # in Triton's interpreter
-    ("fused", 7, 4, "channels_last"),
+    pytest.param("fused", 7, 4, "channels_last", marks=pytest.mark.slow),
 ]
 
 

@@ -235,10 +235,8 @@ def test_mistakes_are_named(tmp_path):
     assert not (tmp_path / "cells").exists()
 
 
-SLOW_TO_REPEAT = [pytest.param(left, marks=pytest.mark.slow) for left in ("no checkpoint yet", "an empty folder")]
-
-
-@pytest.mark.parametrize("left", ["everything but the cell's file", *SLOW_TO_REPEAT])
+@pytest.mark.slow
+@pytest.mark.parametrize("left", ["everything but the cell's file", "no checkpoint yet", "an empty folder"])
 def test_an_interrupted_cell_is_resumed(left, tmp_path):
     """The states in which a kill can leave a cell, apart from the one in the test with a real kill."""
     quiet = {"folder": tmp_path, "variants": ["se-var1"], "seeds": 1, "threads": 1, "say": lambda line: None}

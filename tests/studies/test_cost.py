@@ -36,7 +36,10 @@ OPERATIONS = {
 ATTENTIONS = ("none", "se", "eca")
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+DEEP = ("resnet101", "resnet152")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in DEEP)) for n in PARAMETERS])
 def test_the_counts_are_those_the_paper_prints(name):
     for attention, parameters, printed in zip(ATTENTIONS, PARAMETERS[name], OPERATIONS[name], strict=True):
         options = {"reduction": 8} if (name, attention) == ("mobilenet_v2", "se") else {}

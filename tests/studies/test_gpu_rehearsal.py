@@ -57,6 +57,7 @@ def record(rehearsal) -> dict:
     return json.loads(rehearsal.read_text())
 
 
+@pytest.mark.slow
 def test_the_rehearsal_runs_every_part(record):
     assert list(record["parts"]) == PARTS
     for name, part in record["parts"].items():
@@ -68,6 +69,7 @@ def test_the_rehearsal_runs_every_part(record):
         assert record[name], name
 
 
+@pytest.mark.slow
 def test_the_rehearsal_checks_the_kernels(record):
     assert record["parts"]["proof"]["figures"] == {"float32": {"tails": "right", "expansion": "right"}}
     steps = record["parts"]["first-steps"]["figures"]
@@ -75,6 +77,7 @@ def test_the_rehearsal_checks_the_kernels(record):
     assert 0 < max(steps["largest_difference"].values()) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_rehearsal_times_every_network(record):
     figures = {name: part["figures"] for name, part in record["parts"].items()}
     assert set(figures["training"]["ms"]) == NETWORKS | {"ecanet eca lean"}
@@ -89,6 +92,7 @@ def test_the_rehearsal_times_every_network(record):
         assert rate == pytest.approx(1e3 * timed["batch"] / spread["median"])
 
 
+@pytest.mark.slow
 def test_the_rehearsal_times_every_kernel(rehearsal, record):
     for rows in record["parts"]["passes"]["figures"].values():
         assert list(rows) == [

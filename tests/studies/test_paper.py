@@ -77,6 +77,7 @@ def cells(measured: tables.Measured, column: str, *, own: bool) -> list[Cell]:
     return [c[column] for row, c in zip(measured.table.rows, measured.cells, strict=True) if row.own is own]
 
 
+@pytest.mark.slow
 def test_every_cell_the_authors_counted_is_reproduced(counted):
     parameters = cells(counted["3"], "#Param", own=True) + cells(counted["poster"], "#Param", own=True)
     operations = cells(counted["3"], "FLOPs", own=True) + cells(counted["poster"], "FLOPs", own=True)
@@ -99,12 +100,14 @@ def test_every_accuracy_and_speed_is_the_papers():
     assert printed == copied
 
 
+@pytest.mark.slow
 def test_the_module_column_of_table_2(counted):
     column = [found["#Param"] for found in counted["2"].cells]
     assert len(column) == 10
     assert all(cell.agrees for cell in column)
 
 
+@pytest.mark.slow
 def test_rows_copied_from_other_papers_show_our_count(counted):
     copied = [
         found for row, found in zip(counted["3"].table.rows, counted["3"].cells, strict=True) if "copied" in row.notes
@@ -116,6 +119,7 @@ def test_rows_copied_from_other_papers_show_our_count(counted):
     assert str(copied[0]["#Param"]) == "33.00M (here 31.37M; 32.90 x 10^6)"
 
 
+@pytest.mark.slow
 def test_three_other_networks_confirm_the_rules(counted):
     """Table 4's Inception-v3 and two DenseNets, by torchvision: parameters and operations to the printed digit."""
     rows = {row.printed["Model"]: found for row, found in zip(TABLES["4"].rows, counted["4"].cells, strict=True)}
@@ -242,6 +246,7 @@ def test_speed_is_a_share_of_the_plain_networks_rate():
         assert float(larger.split()[0]) < 0.9
 
 
+@pytest.mark.slow
 def test_markdown_and_json_hold_every_cell(counted):
     text = pages.to_markdown([counted["3"], counted["6"]])
     for row in (*TABLES["3"].rows, *TABLES["6"].rows):

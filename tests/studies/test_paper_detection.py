@@ -63,6 +63,7 @@ def table_5():
     return tables.run("5")[0]
 
 
+@pytest.mark.slow
 def test_every_cell_the_authors_counted_is_reproduced(table_5):
     own = [cells for row, cells in zip(table_5.table.rows, table_5.cells, strict=True) if row.own]
     assert len(own) == 18
@@ -70,6 +71,7 @@ def test_every_cell_the_authors_counted_is_reproduced(table_5):
     assert "Of 36 cells counted by the authors, 36 agree." in pages.to_markdown([table_5])
 
 
+@pytest.mark.slow
 def test_rows_copied_from_another_paper_show_our_count(table_5):
     copied = {r.printed["Method"]: c for r, c in zip(table_5.table.rows, table_5.cells, strict=True) if not r.own}
     assert copied.keys() == {"R-50 + 1 NL", "R-50 + GC"}

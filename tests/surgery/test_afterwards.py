@@ -361,7 +361,13 @@ def check_torchscript():
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
 
 
-@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+TAKE_LONG = ("ddp", "prepare_fx", "pickle")
+
+
+@pytest.mark.parametrize(
+    "check",
+    [pytest.param(check, id=name, marks=[pytest.mark.slow] * (name in TAKE_LONG)) for name, check in CHECKS.items()],
+)
 def test_each_gate_acts_once_after(check, tmp_path):
     check(*([tmp_path] if check.__code__.co_argcount else []))
 

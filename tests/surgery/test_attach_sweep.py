@@ -25,7 +25,6 @@ SAMPLE = (
     ("torchvision", "squeezenet1_1"),
     ("timm", "convnext_atto"),
     ("timm", "dla34"),
-    ("timm", "efficientnet_b0"),
     ("timm", "nf_resnet26"),
     ("timm", "resnetv2_18"),
     ("timm", "swiftformer_xs"),

@@ -215,6 +215,7 @@ def test_the_gate_survives_fusing_the_norm():
     assert len(ecanet.attached(model)) == 1
 
 
+@pytest.mark.slow
 def test_pickle_into_a_fresh_process_does_not_lose_hooks(tmp_path):
     torch.save(small(), tmp_path / "model.pt")
     code = f"""

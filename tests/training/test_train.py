@@ -338,7 +338,7 @@ class CrashError(Exception):
 @pytest.mark.parametrize(
     "changes", [{}, {"ema_decay": 0.8, "mixup": 0.3, "accumulate": 2}], ids=["plain", "everything"]
 )
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_with_the_weights_of_a_whole_run(tmp_path, changes, workers):
     recipe = TINY.but(**changes)
     recipe = recipe.but(data=recipe.data.but(workers=workers))
