@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from ecanet.data.samplers import BalancedSampler
+from ecanet.data.samplers import BalancedSampler, EpochSampler
 from ecanet.errors import ConfigError
 from ecanet.recipes import DataConfig
 from photographs import flat, make_flat
@@ -13,13 +13,15 @@ from photographs import flat, make_flat
 CASES = [[3, 3], [1, 9], [2, 50, 7], [40, 1, 1, 1], [5, 4, 3, 2, 1, 30, 11]]
 
 
-def draw(labels: list[int], *, seed: int = 0, epoch: int = 0, rank: int = 0, world: int = 1) -> list[int]:
-    images: list[int] = list(range(len(labels)))
-    sampler = BalancedSampler(images, labels, seed=seed, rank=rank, world=world, generator=torch.Generator())  # type: ignore
+def draw(
+    labels: list[int], *, seed: int = 0, epoch: int = 0, rank: int = 0, world: int = 1, batch_size: int = 1
+) -> list[int]:
+    sampler = BalancedSampler(labels, batch_size=batch_size, seed=seed, rank=rank, world=world)
     sampler.set_epoch(epoch)
     drawn = list(sampler)
     assert len(drawn) == len(sampler)
-    return drawn
+    assert len({(one.image, one.repeat) for one in drawn}) == len(drawn)
+    return [one.image for one in drawn]
 
 
 def repeat(counts: list[int]) -> list[int]:
@@ -44,16 +46,23 @@ def test_every_class_is_drawn_equally_often(counts):
 
 
 @pytest.mark.parametrize("counts", CASES)
-@pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_an_epoch(counts, world):
+@pytest.mark.parametrize(("world", "batch_size"), [(2, 1), (3, 1), (2, 3), (4, 2), (3, 40)])
+def test_processes_share_the_batches_of_one(counts, world, batch_size):
     labels = repeat(counts)
-    shares = [draw(labels, seed=5, epoch=2, rank=rank, world=world) for rank in range(world)]
-    assert len({len(share) for share in shares}) == 1
-    alone = draw(labels, seed=5, epoch=2)
-    together = [at for step in zip(*shares, strict=True) for at in step]
-    assert together[: len(alone)] == alone
-    assert together[len(alone) :] == alone[: len(together) - len(alone)]
-    assert len(together) - len(alone) < world
+    together = batch_size * world
+    alone = draw(labels, seed=5, epoch=2, batch_size=together)
+    shares = [draw(labels, seed=5, epoch=2, rank=rank, world=world, batch_size=batch_size) for rank in range(world)]
+    batches = [alone[at : at + together] for at in range(0, len(alone), together)]
+    for step, batch in enumerate(batches):
+        parts = [share[step * batch_size : (step + 1) * batch_size] for share in shares]
+        assert sorted(one for part in parts for one in part) == sorted(batch)
+    assert all(len(share) <= len(batches) * batch_size for share in shares)
+
+
+def test_each_of_many_processes_has_an_image():
+    shares = [list(EpochSampler(2, batch_size=4, seed=0, rank=rank, world=5)) for rank in range(5)]
+    assert [len(share) for share in shares] == [1] * 5
+    assert {draw.image for share in shares for draw in share} == {0, 1}
 
 
 def test_the_draw_depends_on_seed_and_epoch_alone():

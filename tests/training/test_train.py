@@ -344,14 +344,13 @@ def test_an_interrupted_run_ends_with_the_weights_of_a_whole_run(tmp_path, chang
     recipe = recipe.but(data=recipe.data.but(workers=workers))
     whole = run(recipe, tmp_path / "whole")
 
-    def crash(self: Any, batch: Any, batch_idx: int) -> None:
-        if self.current_epoch == 2 and batch_idx == 1:
-            raise CrashError
+    class Crash(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, task: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.current_epoch == 2 and batch_idx == 1:
+                raise CrashError
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Classification, "on_train_batch_start", crash)
-        with pytest.raises(CrashError):
-            run(recipe, tmp_path / "broken")
+    with pytest.raises(CrashError):
+        run(recipe, tmp_path / "broken", callbacks=[Crash()])
     resumed = run(recipe, tmp_path / "broken", resume=True)
     assert equal(weights(resumed), weights(whole))
     timed = ("images_per_second", "seconds")

@@ -5,7 +5,7 @@
 (generated detection data), `annotations` (a COCO data set), `coco` (COCO's file format), `folders` (one folder per
 class), `sources` (small data sets in memory), `glyphs` and `garments` (generated ones), `typefaces` and `photographs`
 (what they are made from), `cache` (keeps generated data), `split` (which images of a flat folder are held out),
-`listing` (the files below class folders), `pictures` (reads one image file).
+`listing` (the files below class folders), `pictures` (reads one image file), `randomness` (an image's random numbers).
 """
 
 from ecanet.data.annotations import Annotations
@@ -14,7 +14,7 @@ from ecanet.data.builder import build
 from ecanet.data.coco import RunLengths, encode_mask, find_size_problem
 from ecanet.data.images import ClassificationData, build_eval_transform
 from ecanet.data.pictures import IMAGE_SUFFIXES, read_image, to_tensor
-from ecanet.data.samplers import derive_seed
+from ecanet.data.randomness import derive_seed, use_sample_stream
 from ecanet.data.sources import DataSpec, check_classes
 from ecanet.data.split import Split, read_split
 
@@ -37,4 +37,5 @@ __all__ = [
     "read_image",
     "read_split",
     "to_tensor",
+    "use_sample_stream",
 ]

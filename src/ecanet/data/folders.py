@@ -21,6 +21,7 @@ from ecanet.data.listing import (
     make_readable,
 )
 from ecanet.data.pictures import IMAGE_SUFFIXES, Unreadable, read_image
+from ecanet.data.randomness import Draw, use_sample_stream
 from ecanet.data.split import Split, compare_split, drop_second_names, leave_out_trained, make_split
 from ecanet.errors import DataError
 from ecanet.recipes import DataConfig
@@ -39,14 +40,17 @@ DEFAULT_SHARE = 0.2
 """Share of a flat folder's images that is held out."""
 
 
-class FolderDataset(Dataset[tuple[Tensor, int] | Unreadable]):
-    """Images as uint8 tensors (C, H, W), after ``transform``, with the class's index.
+class FolderDataset(Dataset[tuple[Tensor, int, Draw] | Unreadable]):
+    """Images as uint8 tensors (C, H, W), after ``transform``, with the class's index and the sampler's draw.
 
-    ``paths`` lists the images by class, below ``folder``.
+    ``paths`` lists the images by class, below ``folder``. The random numbers of ``transform`` depend on the ``seed``
+    and the draw alone.
     """
 
-    def __init__(self, folder: Path, paths: Mapping[int, Sequence[str]], channels: int, transform: Transform):
-        self.channels, self.transform = channels, transform
+    def __init__(
+        self, folder: Path, paths: Mapping[int, Sequence[str]], channels: int, transform: Transform, *, seed: int = 0
+    ):
+        self.channels, self.transform, self.seed = channels, transform, seed
         self.samples = [(str(folder / path), label) for label in sorted(paths) for path in paths[label]]
 
     def __len__(self) -> int:
@@ -56,12 +60,14 @@ class FolderDataset(Dataset[tuple[Tensor, int] | Unreadable]):
         """Return the label of each image."""
         return [label for _, label in self.samples]
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
-        path, label = self.samples[index]
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int, Draw] | Unreadable:
+        path, label = self.samples[draw.image]
         try:
-            return self.transform(read_image(path, self.channels)), label
+            image = read_image(path, self.channels)
         except DataError as error:
             return Unreadable(str(error))
+        with use_sample_stream(self.seed, draw.epoch, draw.image, draw.repeat):
+            return self.transform(image), label, draw
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from torchvision.transforms import v2  # pyright: ignore[reportMissingTypeStubs]
 from ecanet.data.folders import FolderDataset, Transform, find_images
 from ecanet.data.module import IMAGENET_MEAN, IMAGENET_STD, DataModule
 from ecanet.data.pictures import Unreadable
+from ecanet.data.randomness import Draw, draw_uniform, use_sample_stream
 from ecanet.data.samplers import BalancedSampler, EpochSampler
 from ecanet.data.sources import SMALL_SETS, DataSpec, MemoryDataset
 from ecanet.data.split import Split
@@ -25,8 +26,11 @@ from ecanet.recipes import DataConfig
 __all__ = ["ClassificationData", "build_eval_transform", "flip_images", "has_labels", "load_images", "shift_images"]
 
 ImageDataset = MemoryDataset | FolderDataset
-LoadedBatch = tuple[Tensor | None, Tensor | None, list[Unreadable]]
-"""Images (N, C, H, W) and labels (N,), or None if no image could be read; and the unreadable images."""
+LoadedBatch = tuple[Tensor | None, Tensor | None, list[Draw], list[Unreadable]]
+"""Images (N, C, H, W), labels (N,) and draws, or None if no image could be read; and the unreadable images."""
+
+Augmentation = Callable[[Tensor, list[Draw]], Tensor]
+"""A function of a whole batch of images (N, C, H, W), and the draw of each."""
 
 
 def has_labels(name: str) -> bool:
@@ -50,7 +54,10 @@ def load_images(
 
 
 class ClassificationData(DataModule):
-    """Training and held-out images with labels; ``augment`` changes the training images of a batch."""
+    """Training and held-out images with labels; ``augment`` changes the training images of a batch.
+
+    ``drawn`` has the sampler's draws of the last batch, without unreadable images.
+    """
 
     def __init__(
         self,
@@ -59,32 +66,29 @@ class ClassificationData(DataModule):
         train: ImageDataset | None,
         held_out: ImageDataset,
         *,
-        augment: Transform | None = None,
+        augment: Augmentation | None = None,
         seed: int = 0,
     ):
         super().__init__(config, spec, seed=seed)
         self.train, self.held_out, self.augment = train, held_out, augment
+        self.drawn: list[Draw] = []
 
     def train_dataloader(self) -> DataLoader[object]:
         """Return batches in an order that depends only on the seed and the epoch."""
         assert self.train is not None
         rank, world = self.get_rank()
-        generator = torch.Generator()
-        shares = {"seed": self.seed, "rank": rank, "world": world}
+        shares = {"batch_size": self.config.batch_size, "seed": self.seed, "rank": rank, "world": world}
         if self.config.sampler == "balanced":
-            sampler = BalancedSampler(self.train, self.train.get_labels(), generator=generator, **shares)
+            sampler = BalancedSampler(self.train.get_labels(), **shares)
         else:
-            sampler = EpochSampler(self.train, generator=generator, **shares)
+            sampler = EpochSampler(len(self.train), **shares)
         # Lightning sets the later epochs, but in the first one the workers begin before it does.
         sampler.set_epoch(self.first_epoch)
-        drop_last = len(sampler) > self.config.batch_size
-        # The workers end with their epoch: persistent ones would continue their random streams, and a resumed run
-        # could not reproduce them.
-        return self._make_loader(self.train, sampler, generator=generator, drop_last=drop_last, persistent=False)
+        return self._make_loader(self.train, sampler)
 
     def val_dataloader(self) -> DataLoader[object]:
         """Return batches of the held-out images in order; each image is evaluated by exactly one process."""
-        return self._make_loader(self.held_out, self.share_held_out(len(self.held_out)))
+        return self._make_loader(self.held_out, [Draw(at, 0) for at in self.share_held_out(len(self.held_out))])
 
     test_dataloader = val_dataloader
 
@@ -94,7 +98,7 @@ class ClassificationData(DataModule):
         Raises:
             DataError: an image could not be read, and ``on_corrupt`` is "error".
         """
-        images, labels, unreadable = batch
+        images, labels, self.drawn, unreadable = batch
         self.report_unreadable(unreadable)
         if images is None or labels is None:
             # an empty batch, for which the task takes no step
@@ -106,18 +110,10 @@ class ClassificationData(DataModule):
         """Return the images normalized, and augmented in training, on the device."""
         images, labels = batch
         if self.augment is not None and self.trainer is not None and self.trainer.training:
-            images = self.augment(images)
+            images = self.augment(images, self.drawn)
         return self.spec.normalize(images), labels
 
-    def _make_loader(
-        self,
-        dataset: ImageDataset,
-        sampler: Sampler[int] | range,
-        *,
-        generator: torch.Generator | None = None,
-        drop_last: bool = False,
-        persistent: bool = True,
-    ) -> DataLoader[object]:
+    def _make_loader(self, dataset: ImageDataset, sampler: Sampler[Draw] | list[Draw]) -> DataLoader[object]:
         in_memory = isinstance(dataset, MemoryDataset)
         workers = 0 if in_memory and self.config.workers is None else self.count_workers()
         return DataLoader(
@@ -127,24 +123,24 @@ class ClassificationData(DataModule):
             num_workers=workers,
             collate_fn=cast("Callable[..., LoadedBatch]", _pass_on if in_memory else _collate),
             pin_memory=torch.cuda.is_available(),
-            drop_last=drop_last,
-            generator=generator,
-            persistent_workers=persistent and workers > 0,
+            persistent_workers=workers > 0,
+            # Without its own generator, the loader would draw a seed for its workers from the run's random state.
+            generator=torch.Generator(),
         )
 
 
-def _pass_on(batch: tuple[Tensor, Tensor]) -> LoadedBatch:
+def _pass_on(batch: tuple[Tensor, Tensor, list[Draw]]) -> LoadedBatch:
     """Return a batch that `MemoryDataset` has made already."""
     return (*batch, [])
 
 
-def _collate(samples: Sequence[tuple[Tensor, int] | Unreadable]) -> LoadedBatch:
+def _collate(samples: Sequence[tuple[Tensor, int, Draw] | Unreadable]) -> LoadedBatch:
     readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
     unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
     if not readable:
-        return None, None, unreadable
-    images, labels = zip(*readable, strict=True)
-    return torch.stack(images), torch.tensor(labels), unreadable
+        return None, None, [], unreadable
+    images, labels, drawn = zip(*readable, strict=True)
+    return torch.stack(images), torch.tensor(labels), list(drawn), unreadable
 
 
 def _load_small_set(config: DataConfig, seed: int, train: bool) -> ClassificationData:
@@ -163,17 +159,30 @@ def _load_small_set(config: DataConfig, seed: int, train: bool) -> Classificatio
         images, labels = small.load(config.root, train)
         return MemoryDataset(v2.functional.resize(images, [size, size]) if size != images.shape[-1] else images, labels)
 
-    transforms: list[Transform] = []
-    if config.crop_padding:
-        transforms.append(lambda images: shift_images(images, config.crop_padding))
-    if config.flip:
-        transforms.append(flip_images)
-    if config.random_augment:
-        augment_one = cast(Transform, v2.RandAugment(magnitude=config.random_augment))
-        transforms.append(lambda images: torch.stack([augment_one(image) for image in images]))
-    augment = cast(Transform, v2.Compose(transforms)) if transforms else None
     spec = replace(small.spec, size=size)
-    return ClassificationData(config, spec, load(True) if train else None, load(False), augment=augment, seed=seed)
+    return ClassificationData(
+        config, spec, load(True) if train else None, load(False), augment=_choose_augmentation(config, seed), seed=seed
+    )
+
+
+def _choose_augmentation(config: DataConfig, seed: int) -> Augmentation | None:
+    """Return the augmentation of a batch of small images, or None if ``config`` has none."""
+    augment_one = cast(Transform, v2.RandAugment(magnitude=config.random_augment))
+
+    def augment(images: Tensor, drawn: list[Draw]) -> Tensor:
+        if config.crop_padding:
+            images = shift_images(images, config.crop_padding, draw_uniform(seed, drawn, stream=0, count=2))
+        if config.flip:
+            images = flip_images(images, draw_uniform(seed, drawn, stream=1, count=1)[0])
+        if not config.random_augment:
+            return images
+        changed: list[Tensor] = []
+        for image, draw in zip(images, drawn, strict=True):
+            with use_sample_stream(seed, draw.epoch, draw.image, draw.repeat):
+                changed.append(augment_one(image))
+        return torch.stack(changed)
+
+    return augment if config.crop_padding or config.flip or config.random_augment else None
 
 
 def _load_folder(config: DataConfig, seed: int, train: bool, split: Split | None) -> ClassificationData:
@@ -197,7 +206,7 @@ def _load_folder(config: DataConfig, seed: int, train: bool, split: Split | None
     if config.random_augment:
         transforms.append(v2.RandAugment(magnitude=config.random_augment))
     augment = cast(Transform, v2.Compose(transforms))
-    training = FolderDataset(*found.train, spec.channels, augment) if found.train else None
+    training = FolderDataset(*found.train, spec.channels, augment, seed=seed) if found.train else None
     held_out = FolderDataset(*found.held_out, spec.channels, build_eval_transform(spec))
     module = ClassificationData(config, spec, training, held_out, seed=seed)
     module.split, module.notices = found.split, found.notices
@@ -211,14 +220,16 @@ def build_eval_transform(spec: DataSpec) -> Transform:
     return cast(Transform, v2.Compose([resize, v2.CenterCrop(spec.size)]))
 
 
-def shift_images(images: Tensor, padding: int) -> Tensor:
-    """Return images (N, C, H, W), each shifted at random by up to ``padding`` pixels along each axis.
+def shift_images(images: Tensor, padding: int, where: Tensor) -> Tensor:
+    """Return images (N, C, H, W), each shifted by up to ``padding`` pixels along each axis.
 
-    Zeros fill the border. This equals a random crop after zero padding, independently for each image.
+    ``where`` has two numbers from 0 up to 1 for each image (2, N): 0 is the farthest shift down, or to the right. Zeros
+    fill the border. With random numbers this equals a random crop after zero padding, independently for each image.
     """
     n, _, h, w = images.shape
     padded = F.pad(images, [padding] * 4)
-    top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), device=images.device)
+    # The integers are found in float64 on the CPU: rounded to float32, a number below 1 may become 1.
+    top, left = (where * (2 * padding + 1)).long().to(images.device)[:, :, None]
     rows = top + torch.arange(h, device=images.device)  # N H
     columns = left + torch.arange(w, device=images.device)  # N W
     each = torch.arange(n, device=images.device)[:, None, None]
@@ -226,7 +237,7 @@ def shift_images(images: Tensor, padding: int) -> Tensor:
     return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def flip_images(images: Tensor) -> Tensor:
-    """Return images (N, C, H, W), each flipped left to right with probability 1/2."""
-    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+def flip_images(images: Tensor, chance: Tensor) -> Tensor:
+    """Return images (N, C, H, W), flipped left to right where ``chance`` (N,), from 0 up to 1, is below 1/2."""
+    flip = (chance < 0.5).to(images.device)[:, None, None, None]
     return torch.where(flip, images.flip(-1), images)

@@ -1,37 +1,53 @@
-"""Which images form a batch, as a function of the seed, the epoch and the process alone.
+"""Which images form a batch, as a function of the seed and the epoch alone; processes share each batch.
 
 A resumed run therefore sees the images that the interrupted one would have seen.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, DistributedSampler, Sampler
+from torch.utils.data import Sampler
 
-__all__ = ["BalancedSampler", "EpochSampler", "GroupedBatchSampler", "derive_seed"]
+from ecanet.data.randomness import Draw, derive_seed
 
-
-def derive_seed(*numbers: int) -> int:
-    """Return one seed of 32 bits for several ``numbers``; PyTorch's CPU generator uses no more than 32 bits."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+__all__ = ["BalancedSampler", "EpochSampler", "GroupedBatchSampler"]
 
 
-class EpochSampler(DistributedSampler[int]):
-    """A random order of the images for each epoch, of which each process gets its share.
+class EpochSampler(Sampler[Draw]):
+    """A random order of the images for each epoch, of which each of ``world`` processes gets its share.
 
-    ``generator`` is the random generator from which the loader seeds this process's workers in each epoch.
+    A step takes ``batch_size`` images in every process, so together the processes take the batch that one process would
+    take with ``world`` times the batch size. An epoch has whole batches only: the rest of the order is left out. If
+    there are fewer images than a batch has, they form one batch, of which some processes may get one image more.
     """
 
-    def __init__(self, dataset: Dataset[object], *, seed: int, rank: int, world: int, generator: torch.Generator):
-        super().__init__(dataset, num_replicas=world, rank=rank, seed=seed)  # pyright: ignore[reportUnknownMemberType]
-        self.run_seed, self.generator = seed, generator
+    def __init__(self, images: int, *, batch_size: int, seed: int, rank: int, world: int):
+        self.images, self.batch_size = images, batch_size
+        self.seed, self.rank, self.world = seed, rank, world
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order, and the workers' seeds, of ``epoch``."""
-        # PyTorch would add the epoch to the seed, so that epoch 1 of seed 0 had the order of epoch 0 of seed 1.
-        self.seed = derive_seed(self.run_seed, epoch)
-        self.generator.manual_seed(derive_seed(self.run_seed, epoch, self.rank))
+        """Choose the order of ``epoch``."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        steps = self.images // (self.batch_size * self.world)
+        # One process of several may have no image of the short batch; then it gets the first one once more.
+        return steps * self.batch_size or max(1, len(range(self.rank, self.images, self.world)))
+
+    def __iter__(self) -> Iterator[Draw]:
+        order = self.order_images()
+        padded = order * -(-self.world // len(order))  # each process needs an image
+        yield from padded[self.rank :: self.world][: len(self)]
+
+    def order_images(self) -> list[Draw]:
+        """Return the images of the epoch in their order, for all processes."""
+        seed = derive_seed(self.seed, self.epoch)
+        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(seed))
+        indices = cast(list[int], order.tolist())  # pyright: ignore[reportUnknownMemberType]
+        return [Draw(index, self.epoch) for index in indices]
 
 
 class BalancedSampler(EpochSampler):
@@ -41,35 +57,25 @@ class BalancedSampler(EpochSampler):
     some classes, which change with the epoch. Within a class, no image is drawn once more before all were drawn.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset[object],
-        labels: Sequence[int],
-        *,
-        seed: int,
-        rank: int,
-        world: int,
-        generator: torch.Generator,
-    ):
-        super().__init__(dataset, seed=seed, rank=rank, world=world, generator=generator)
+    def __init__(self, labels: Sequence[int], *, batch_size: int, seed: int, rank: int, world: int):
+        super().__init__(len(labels), batch_size=batch_size, seed=seed, rank=rank, world=world)
         values = np.asarray(labels, dtype=np.int64)
         self.classes = [np.flatnonzero(values == label) for label in np.unique(values)]
-        self.images = len(values)
 
-    def __iter__(self) -> Iterator[int]:
-        """Yield this process's share of the epoch's images, as `DistributedSampler` shares them."""
-        random = np.random.default_rng(self.seed)
+    def order_images(self) -> list[Draw]:
+        """Return the images of the epoch in their order, for all processes."""
+        random = np.random.default_rng(derive_seed(self.seed, self.epoch))
         share, rest = divmod(self.images, len(self.classes))
         with_one_more = random.permutation(len(self.classes)) < rest
-        drawn: list[int] = []
+        drawn: list[Draw] = []
         for members, one_more in zip(self.classes, with_one_more, strict=True):
             count = share + int(one_more)
-            rounds = -(-count // len(members))
-            drawn += [int(at) for _ in range(rounds) for at in random.permutation(members)][:count]
-        order = [drawn[int(at)] for at in random.permutation(len(drawn))]
-        # Processes take equally many steps: where the images cannot be shared evenly, the first are repeated.
-        padded = order * -(-self.total_size // len(order))
-        return iter(padded[: self.total_size][self.rank :: self.num_replicas])
+            rounds = range(-(-count // len(members)))
+            # An image that is drawn again is augmented in another way.
+            drawn += [Draw(int(at), self.epoch, again) for again in rounds for at in random.permutation(members)][
+                :count
+            ]
+        return [drawn[int(at)] for at in random.permutation(len(drawn))]
 
 
 class GroupedBatchSampler(Sampler[list[tuple[int, bool]]]):

@@ -2,7 +2,7 @@
 
 import functools
 import gzip
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ecanet.data import garments, glyphs
+from ecanet.data.randomness import Draw
 from ecanet.errors import DataError, summarize
 from ecanet.models import get_cache_folder
 
@@ -90,7 +91,7 @@ class SmallSet:
     spec: DataSpec
 
 
-class MemoryDataset(Dataset[Arrays]):
+class MemoryDataset(Dataset[tuple[Tensor, Tensor, list[Draw]]]):
     """Images (N, C, H, W) and labels (N,) in memory, from which a loader takes a whole batch at a time."""
 
     def __init__(self, images: Tensor, labels: Tensor):
@@ -103,13 +104,13 @@ class MemoryDataset(Dataset[Arrays]):
         """Return the label of each image."""
         return cast(list[int], self.labels.tolist())  # pyright: ignore[reportUnknownMemberType]
 
-    def __getitem__(self, index: int) -> Arrays:
-        return self.images[index], self.labels[index]
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor, list[Draw]]:
+        return self.__getitems__([draw])
 
-    def __getitems__(self, indices: Sequence[int]) -> Arrays:
+    def __getitems__(self, draws: list[Draw]) -> tuple[Tensor, Tensor, list[Draw]]:
         """Return a batch by one indexing operation: a Python loop over images would cost more than a small network."""
-        batch = torch.as_tensor(indices)
-        return self.images[batch], self.labels[batch]
+        batch = torch.as_tensor([draw.image for draw in draws])
+        return self.images[batch], self.labels[batch], draws
 
 
 class _Digits(Protocol):

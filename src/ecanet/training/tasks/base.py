@@ -109,9 +109,13 @@ class Task(L.LightningModule):
         """Return the results of the last evaluation as file contents by file name, if there is a format for them."""
         return {}
 
-    def on_train_epoch_start(self) -> None:
-        """Seed the random state from the seed, the epoch and the rank, so that a resumed run draws the same numbers."""
-        seed = derive_seed(self.recipe.seed, self.current_epoch, self.global_rank)
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        """Seed the random state from the seed, the epoch, the batch and the rank.
+
+        So a run that is resumed in the middle of an epoch draws the same numbers: for mixup and cutmix, dropout, and
+        the choices of detectors. An image's own numbers do not depend on its batch: see ``ecanet.data.randomness``.
+        """
+        seed = derive_seed(self.recipe.seed, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
