@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from ecanet.cli.options import console
+from ecanet.cli.options import ModelName, console, name_network, split
 from ecanet.errors import ConfigError
 
 
 def bench(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "cpu",
-    quick: Annotated[bool, typer.Option("--quick", help="One batch size: about four minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One batch size: minutes.")] = False,
     compiled: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="Time compiled networks.", show_default="not if quick"),
@@ -20,18 +20,34 @@ def bench(
         str | None,
         typer.Option(help="Comma-separated batch sizes.", show_default="by device"),
     ] = None,
+    model: ModelName = None,
+    attention: Annotated[str | None, typer.Option(help="Comma-separated attentions (eca).", show_default=False)] = None,
+    image_size: Annotated[int | None, typer.Option(help="Height and width in pixels.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="JSON file, with a plot next to it.")] = Path("bench.json"),
 ) -> None:
-    """Time ECA-ResNet-50 against plain, SE, timm and torchvision.
+    """Time ECA-ResNet-50 and its peers, or a --model with gates.
 
-    Checks every network first. The networks take turns, so that other work on
-    the machine slows them all alike.
+    Checks every network first; then they take turns within one run.
     """
     from ecanet.studies import bench
 
     sizes = None if batch_size is None else parse_batch_sizes(batch_size)
     bench.check_out(out)
-    result = bench.run(device=device, quick=quick, compiled=compiled, batch_sizes=sizes, say=console.print)
+    if model is None:
+        if attention or image_size is not None:
+            raise ConfigError("--attention and --image-size need --model; without it ResNet-50 with ECA is timed")
+        result = bench.run(device=device, quick=quick, compiled=compiled, batch_sizes=sizes, say=console.print)
+    else:
+        result = bench.run_model(
+            name_network(model),
+            split(attention) or ("eca",),
+            device=device,
+            quick=quick,
+            compiled=compiled,
+            batch_sizes=sizes,
+            image_size=image_size,
+            say=console.print,
+        )
     picture = bench.write(result, out)
     bench.show(result, console)
     if result["compile_seconds"]:

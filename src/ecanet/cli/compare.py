@@ -27,6 +27,7 @@ from ecanet.cli.options import (
     name_network,
     parse_settings,
     print_json,
+    split,
 )
 from ecanet.recipes import parse_kernel_sizes
 
@@ -175,12 +176,3 @@ def inspect(
     if inspection.answer:
         console.print(inspection.answer)
     console.print(f"report {out / 'inspect.html'}")
-
-
-def split(text: str | None) -> list[str]:
-    """Return the comma-separated names in ``text``, none for None.
-
-    >>> split("eca, se")
-    ['eca', 'se']
-    """
-    return [name.strip() for name in text.split(",")] if text else []

@@ -138,6 +138,15 @@ def parse_settings(settings: Sequence[str]) -> dict[str, object]:
     return pairs
 
 
+def split(text: str | None) -> list[str]:
+    """Return the comma-separated names in ``text``, none for None.
+
+    >>> split("eca, se")
+    ['eca', 'se']
+    """
+    return [name.strip() for name in text.split(",")] if text else []
+
+
 def name_network(name: str) -> str:
     """Return the network's name. The file of ``FILE.py:FACTORY`` may run, since the command names it."""
     from ecanet import networks

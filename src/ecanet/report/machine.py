@@ -15,7 +15,7 @@ Environment = dict[str, str | int | None]
 def environment() -> Environment:
     """Return the versions, the machine and the time of a run; a package that is not installed has None."""
     cuda = torch.cuda.is_available()
-    versions = {name: _find_version(name) for name in ("ecanet", "torch", "torchvision", "lightning")}
+    versions = {name: _find_version(name) for name in ("ecanet", "torch", "torchvision", "timm", "lightning")}
     return {
         **versions,
         "python": platform.python_version(),

@@ -100,15 +100,15 @@ def check_networks(networks: dict[str, nn.Module], image_size: int, device: str)
         load_state_dict(ours, theirs.state_dict())
         logits, gradients = run_training_step(ours, images)
         expected, expected_gradients = run_training_step(theirs, images)
-        found.append(check_error(f"{name}: logits in training", measure_relative_error([logits], [expected]), 1e-8))
+        found.append(check_error(f"{name}: logits in training", measure_relative_error(logits, expected), 1e-8))
         expected_gradients = rename(expected_gradients, ours)
         error = measure_relative_error(gradients.values(), (expected_gradients[key] for key in gradients))
         found.append(check_error(f"{name}: gradients", error, 1e-6))
         # evaluation uses the running statistics of that one step
         expected = make_eval_step(theirs.eval(), images)()
-        error = measure_relative_error([make_eval_step(ours.eval(), images)()], [expected])
+        error = measure_relative_error(make_eval_step(ours.eval(), images)(), expected)
         found.append(check_error(f"{name}: logits in evaluation", error, 1e-8))
-        error = measure_relative_error([make_eval_step(optimize(ours), images)()], [expected])
+        error = measure_relative_error(make_eval_step(optimize(ours), images)(), expected)
         found.append(check_error(f"optimized {name.split()[1]}: logits", error, 1e-8))
     return found
 
@@ -124,7 +124,7 @@ def randomize_norms(network: nn.Module) -> nn.Module:
     return network
 
 
-def run_training_step(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def run_training_step(network: nn.Module, images: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Return the logits and the gradients by name of one training step.
 
     Afterwards the running statistics of the batch norms are those of ``images``.
@@ -180,7 +180,7 @@ def _check_one_compiled(
     started = time.perf_counter()
     logits = make_eval_step(compiled, images)()
     seconds = time.perf_counter() - started
-    error = measure_relative_error([logits], [expected])
+    error = measure_relative_error(logits, expected)
     found = [check_error(f"{name}: logits, batch {len(images)}", error, allowed)]
     if any(p.requires_grad for p in network.parameters()):  # false for the copies that are optimized for inference
         network.train()

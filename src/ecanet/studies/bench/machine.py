@@ -11,12 +11,9 @@ from ecanet.report import environment
 
 def describe_environment(device: str, model: str, image_size: int) -> dict[str, object]:
     """Return the machine, the versions, the commit and the settings of this run."""
-    import timm
-
     return {
         **environment(),
         "device": torch.cuda.get_device_name() if device == "cuda" else find_cpu_name(),
-        "timm": timm.__version__,
         "commit": find_commit(),
         "dtype": "bfloat16 autocast" if device == "cuda" else "float32",
         "layout": "channels_last",

@@ -5,9 +5,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ecanet.inference import optimize
-from ecanet.networks import find
+from ecanet.networks import find, is_detector
 
 PAIRS = (
     ("ecanet eca", "ecanet plain"),
@@ -71,38 +72,72 @@ def set_mode(networks: Iterable[nn.Module], training: bool) -> None:
         network.train(training)
 
 
-def make_images(count: int, side: int, device: str) -> Tensor:
-    """Return random images (count, 3, side, side) in channels-last layout."""
-    images = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+def make_images(count: int, side: int, device: str, channels: int = 3) -> Tensor:
+    """Return random images (count, channels, side, side) in channels-last layout."""
+    images = torch.randn(count, channels, side, side, generator=torch.Generator().manual_seed(0))
     return images.to(device).contiguous(memory_format=torch.channels_last)
 
 
-def make_train_step(network: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-    """Return a function that runs forward, loss and backward, and returns the logits (N, classes).
+def make_train_step(network: nn.Module, images: Tensor) -> Callable[[], list[Tensor]]:
+    """Return a function that runs forward, loss and backward, and returns the outputs.
 
-    There is no optimizer step: it would be the same for all networks.
+    There is no optimizer step: it would be the same for all networks. A detector learns one box in each image.
     """
     labels = torch.arange(len(images), device=images.device)
+    targets = [make_targets(images)] if is_detector(network) else []
+    inputs = [make_inputs(network, images), *targets]
 
-    def step() -> Tensor:
+    def step() -> list[Tensor]:
         clear_gradients(network)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            logits = cast(Tensor, network(images))
-            loss = nn.functional.cross_entropy(logits, labels)
+            outputs = list_outputs(network(*inputs))
+            loss = compute_loss(outputs, labels)
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
-        return logits.detach()
+        return [output.detach() for output in outputs]
 
     return step
 
 
-def make_eval_step(network: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-    """Return a function that runs forward without gradients, and returns the logits (N, classes)."""
+def compute_loss(outputs: list[Tensor], labels: Tensor) -> Tensor:
+    """Return the cross entropy of logits (N, classes), else the sum of the means of all ``outputs``."""
+    if len(outputs) == 1 and outputs[0].dim() == 2:
+        return nn.functional.cross_entropy(outputs[0], labels % outputs[0].shape[1])
+    return torch.stack([output.float().mean() for output in outputs]).sum()
 
-    def step() -> Tensor:
+
+def make_inputs(network: nn.Module, images: Tensor) -> Tensor | list[Tensor]:
+    """Return ``images`` (N, C, H, W) as ``network`` takes them: a detector wants a list."""
+    return list(images) if is_detector(network) else images
+
+
+def make_targets(images: Tensor) -> list[dict[str, Tensor]]:
+    """Return a detector's target for each image: one object of class 1 in its middle, with its mask."""
+    side, device = images.shape[-1], images.device
+    low, high = side // 4, 3 * side // 4
+    mask = torch.zeros(1, side, side, dtype=torch.uint8, device=device)
+    mask[:, low:high, low:high] = 1
+    target = {
+        "boxes": torch.tensor([[low, low, high, high]], dtype=images.dtype, device=device),
+        "labels": torch.ones(1, dtype=torch.int64, device=device),
+        "masks": mask,
+    }
+    return [dict(target) for _ in images]
+
+
+def make_eval_step(network: nn.Module, images: Tensor) -> Callable[[], list[Tensor]]:
+    """Return a function that runs forward without gradients, and returns the outputs."""
+    inputs = make_inputs(network, images)
+
+    def step() -> list[Tensor]:
         with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            return network(images)
+            return list_outputs(network(inputs))
 
     return step
+
+
+def list_outputs(output: object) -> list[Tensor]:
+    """Return the tensors of floating-point numbers in what a network returns: logits, maps, losses, or boxes."""
+    return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 def clear_gradients(network: nn.Module) -> None:

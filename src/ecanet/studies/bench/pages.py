@@ -19,8 +19,11 @@ __all__ = ["check_out", "plot", "show", "write"]
 
 Row = TypeVar("Row", bound=Mapping[str, object])
 
-BASE = "torchvision plain"
-"""The network by whose time the tables divide the others' times. Further ratios are printed below the tables."""
+BASES = ("torchvision plain", "plain")
+"""The network by whose time the tables divide the others' times: the first of these that was timed.
+
+Further ratios are printed below the tables.
+"""
 
 COLOURS = {"ecanet eca": "#0b5cad", "optimized eca": "#0b5cad", "timm eca": "#e08a1e", "timm se": "#b9a7cf"}
 TAILS = {"tail reference": "#c4cbd3", "tail timm": "#e08a1e", "tail ecanet": "#0b5cad", "tail fused": "#46a35a"}
@@ -73,6 +76,8 @@ def show(result: Result, console: Console) -> None:
             for r in select_rows(result["ratios"], batch_size=size, phase=phase):
                 quartiles = f"{r['low']:.3f} to {r['high']:.3f}"
                 console.print(f"  {r['first']} / {r['second']}: {r['median']:.3f} ({quartiles}) of the time")
+        if not result["layers"]:  # any network's blocks are not known alone
+            continue
         copied = select_rows(result["copy"], batch_size=size)[0]["gb_per_second"]["median"]
         title = f"block tail, forward and backward, batch {size} (a copy moves {copied:.1f} GB/s)"
         console.print(make_layers_table(select_rows(result["layers"], batch_size=size), title))
@@ -89,6 +94,7 @@ def format_headline(result: Result) -> str:
 
 def make_networks_table(rows: Sequence[NetworkRow], title: str) -> Table:
     """Return a table with one row for each network: time, rate, ratio to the plain one, memory, bytes."""
+    base = next(row for name in BASES for row in rows if row["variant"] == name)
     table = make_table(title, "network", "ms", "images/s", "/ plain", "MB held", "MB moved/image")
     for row in rows:
         held, moved = row.get("memory_mb"), row["moved_mb_per_image"]
@@ -96,7 +102,7 @@ def make_networks_table(rows: Sequence[NetworkRow], title: str) -> Table:
             row["variant"],
             format_three_digits(row["ms"]["median"]),
             format_three_digits(row["images_per_second"]),
-            format_ratio(row, select_rows(rows, variant=BASE)[0]),
+            format_ratio(row, base),
             "" if held is None else f"{held:.0f}",
             "" if moved is None else f"{moved:.0f}",
         )
@@ -165,18 +171,20 @@ def format_three_digits(x: float) -> str:
 
 
 def plot(result: Result) -> bytes:
-    """Return a PNG: images per second in training and inference, and the block tails; one row for each batch size."""
+    """Return a PNG: images per second in training and inference, and block tails if timed; one row a batch size."""
     from matplotlib.figure import Figure
 
     sizes = list_batch_sizes(result)
     most = max(len(select_rows(result["networks"], batch_size=sizes[0], phase=p)) for p in ("training", "inference"))
+    columns = 3 if result["layers"] else 2
     figure: Any = Figure(figsize=(14, len(sizes) * (1.6 + 0.34 * most)), layout="constrained")
-    grid = figure.subplots(len(sizes), 3, squeeze=False)
-    for size, (training, inference, layers) in zip(sizes, grid, strict=True):
+    grid = figure.subplots(len(sizes), columns, squeeze=False)
+    for size, (training, inference, *layers) in zip(sizes, grid, strict=True):
         for axes, phase in ((training, "training"), (inference, "inference")):
             rows = select_rows(result["networks"], batch_size=size, phase=phase)
             _draw_networks(axes, rows, f"{phase}, batch {size}")
-        _draw_layers(layers, select_rows(result["layers"], batch_size=size), f"block tail, batch {size}")
+        for axes in layers:
+            _draw_layers(axes, select_rows(result["layers"], batch_size=size), f"block tail, batch {size}")
     figure.suptitle(f"{format_headline(result)}. Bars are medians, lines quartiles.")
     return figures.to_png(figure)
 
@@ -188,7 +196,9 @@ def _draw_networks(axes: Any, rows: Sequence[NetworkRow], title: str) -> None:
         name = row["variant"].removesuffix(" compiled")
         hatch = "//" if name != row["variant"] else None
         whiskers = [[rate - 1e3 * size / ms["high"]], [1e3 * size / ms["low"] - rate]]
-        axes.barh(at, rate, color=COLOURS.get(name, PLAIN), hatch=hatch, edgecolor="white", xerr=whiskers, capsize=2)
+        plain = name.split()[-1] == "plain"
+        colour = COLOURS.get(name, PLAIN if plain else COLOURS["ecanet eca"])
+        axes.barh(at, rate, color=colour, hatch=hatch, edgecolor="white", xerr=whiskers, capsize=2)
         axes.text(0, at, f" {format_three_digits(rate)}", va="center", color="white", fontweight="bold")
     axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
     axes.invert_yaxis()

@@ -5,8 +5,10 @@ large copy that measures memory bandwidth.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,8 @@ class Variants:
     """Copies for inference only."""
     compiled: dict[str, nn.Module]
     """The same networks and copies compiled, with " compiled" after their names; empty without the compiler."""
+    pairs: tuple[tuple[str, str], ...]
+    """Pairs whose times are divided, if both were timed."""
 
     @property
     def eager(self) -> dict[str, nn.Module]:
@@ -99,21 +103,32 @@ def run(
     say(f"{len(checks)} checks passed")
     result = make_result(describe_environment(device, model, image_size), checks)
     variants = make_variants(networks, compiled)
-    counts = count_traffic(variants, image_size, device)
+    counts = count_traffic(variants, bench_networks.make_images(2, image_size, device))
     for size in sizes:
-        try:
+        with explain_memory(size):
             images = bench_networks.make_images(size, image_size, device)
             add_compiled_checks(variants, images, result, say)
             time_networks(variants, images, budgets, counts, result)
             time_layers(shapes, size, device, budgets["layers"], result)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                raise
-            raise ConfigError(
-                f"batch size {size} needs more memory than there is; use a smaller --batch-size"
-            ) from None
     result["seconds"] = time.perf_counter() - started
     return result
+
+
+@contextmanager
+def explain_memory(batch_size: int) -> Generator[None]:
+    """Turn PyTorch's errors of too little memory into one line.
+
+    Raises:
+        ConfigError: the batch needs more memory than there is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"batch size {batch_size} needs more memory than there is; use a smaller --batch-size"
+        ) from None
 
 
 def make_result(environment: dict[str, object], checks: list[CheckRow]) -> Result:
@@ -135,7 +150,7 @@ def make_variants(networks: dict[str, nn.Module], compiled: bool) -> Variants:
     """Return ``networks`` with the optimized copies of this library's, and all of them compiled if ``compiled``."""
     optimized = bench_networks.optimize_ours(networks)
     fast = bench_networks.compile_networks(networks | optimized) if compiled else {}
-    return Variants(trained=networks, optimized=optimized, compiled=fast)
+    return Variants(trained=networks, optimized=optimized, compiled=fast, pairs=bench_networks.PAIRS)
 
 
 def add_compiled_checks(variants: Variants, images: Tensor, result: Result, say: Callable[[str], None]) -> None:
@@ -168,9 +183,8 @@ def check_batch_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(check_positive_int("a batch size", size) for size in batch_sizes))
 
 
-def count_traffic(variants: Variants, image_size: int, device: str) -> dict[tuple[str, str], float]:
+def count_traffic(variants: Variants, images: Tensor) -> dict[tuple[str, str], float]:
     """Return the MB per image that each eager network moves in each phase, by count and without convolutions."""
-    images = bench_networks.make_images(2, image_size, device)
     found: dict[tuple[str, str], float] = {}
     for name, network in variants.eager.items():
         if name in variants.trained:
@@ -179,7 +193,8 @@ def count_traffic(variants: Variants, image_size: int, device: str) -> dict[tupl
             bench_networks.clear_gradients(network)
         network.eval()
         with torch.no_grad():  # in inference mode PyTorch's convolutions have other names
-            found["inference", name] = measure.count_moved_mb(lambda network=network: network(images)) / len(images)
+            inputs = bench_networks.make_inputs(network, images)
+            found["inference", name] = measure.count_moved_mb(partial(network, inputs)) / len(images)
     return found
 
 
@@ -215,7 +230,7 @@ def time_networks(
                 bench_networks.clear_gradients(networks[name])
             result["networks"].append(row)
         for suffix in ("", " compiled"):
-            pairs = [(first + suffix, second + suffix) for first, second in bench_networks.PAIRS]
+            pairs = [(first + suffix, second + suffix) for first, second in variants.pairs]
             result["ratios"] += compute_ratios(times, pairs, batch_size=size, phase=phase)
         pairs = [(name, name.removesuffix(" compiled")) for name in networks if name in variants.compiled]
         result["ratios"] += compute_ratios(times, pairs, batch_size=size, phase=phase)
