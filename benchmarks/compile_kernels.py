@@ -26,7 +26,8 @@ from ecanet.ops.triton import kernels as K
 from ecanet.ops.triton.coefficients import WARPS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SIZES = ("channels", "positions", "part", "parts", "row", "norm_row", "samples", "rows", "inner")
+PLACES = ("a_at", "b_at", "sa_at")
+SIZES = ("channels", "positions", "part", "parts", "row", "norm_row", "samples", "rows", "inner", *PLACES)
 """Arguments that are 32-bit integers."""
 
 
@@ -134,7 +135,15 @@ def list_algebra() -> Iterator[Kernel]:
             constants={**flags, **gate, **blocks, "WIDE": tl.float32},
             **common,
         )
-        names = ("sums", "channel", "daffine", "dmean", "dvariance", *(("plane", "taps", "dtaps") if gated else ()))
+        names = (
+            "sums",
+            "channel",
+            "dweight",
+            "dbias",
+            "dmean",
+            "dvariance",
+            *(("plane", "taps", "dtaps") if gated else ()),
+        )
         yield Kernel(
             name="_coefficient_grads",
             function=algebra._coefficient_grads,

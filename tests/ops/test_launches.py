@@ -20,8 +20,8 @@ BOUNDS = {"plain": (18, 310), "eca": (34, 310)}
 """Most small operations and most launches of Triton in a training step of ResNet-50 at batch 256."""
 
 
-PYTHON_TIME = 1.75
-"""Most Python time of a step of ECA-ResNet-50, over that of torchvision's ResNet-50. The aim is 1.4, then 1.1."""
+PYTHON_TIME = 1.4
+"""Most Python time of a step of ECA-ResNet-50, over that of torchvision's ResNet-50. Measured: 1.19 to 1.29."""
 
 
 def make_network(name):
@@ -54,10 +54,10 @@ def test_one_more_operation_in_each_gated_tail_exceeds_the_bounds(monkeypatch):
 
     right = node.compute_coefficients
 
-    def wasteful(z, grid, norm, gate, *rest):
-        if gate is not None:
+    def wasteful(z, grid, run, *rest):
+        if run.planes_shape is not None:
             z.new_zeros(1)
-        return right(z, grid, norm, gate, *rest)
+        return right(z, grid, run, *rest)
 
     monkeypatch.setattr(node, "compute_coefficients", wasteful)
     assert describe_excess("eca", count_step(make_network("eca"), 256)) is not None

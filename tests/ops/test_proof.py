@@ -6,6 +6,7 @@ The CPU takes the place of the GPU: Triton's interpreter runs the kernels.
 import functools
 import sys
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ecanet
 from ecanet import ops
-from ecanet.ops import dispatch, proof
+from ecanet.ops import dispatch, nodes, proof
 
 pytest.importorskip("triton")
 
@@ -214,8 +215,9 @@ def test_tracers_compilers_and_subclasses_get_pytorch_operations(gpu, ran, monke
 def test_launches_on_the_device_of_the_tensors(monkeypatch):
     from ecanet.ops.triton import launch as fused
 
-    entered, device_of = [], torch.cuda.device_of
+    entered, device_of, enter_device = [], torch.cuda.device_of, nodes.enter_device
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x.shape) or device_of(x))
+    monkeypatch.setattr(nodes, "enter_device", lambda x: entered.append(x.shape) or enter_device(x))
     z = torch.randn(2, 9, 4, 3, requires_grad=True)
     ops.residual_tail(z, nn.BatchNorm2d(9), torch.sigmoid, z.detach(), impl="fused").sum().backward()
     assert entered == [z.shape] * 4  # one for each pass
@@ -223,3 +225,19 @@ def test_launches_on_the_device_of_the_tensors(monkeypatch):
     ops.residual_tail(z, nn.BatchNorm2d(9), shortcut=z.detach(), impl="fused").sum().backward()
     assert entered == [z.shape] * 2  # one for each direction of the node
     assert fused.check(z) is None
+
+
+def test_a_tensor_on_the_current_device_needs_no_change_of_device(monkeypatch):
+    class OnGpu(NamedTuple):
+        index: int
+        is_cuda: bool = True
+
+        def get_device(self):
+            return self.index
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: x.index)
+    assert [nodes.enter_device(OnGpu(index)) for index in (0, 2)] == [0, 2]
+    for x in (OnGpu(1), torch.zeros(1)):
+        with nodes.enter_device(x) as device:
+            assert device is None

@@ -27,7 +27,10 @@ def must_be_called(module: nn.Module) -> bool:
     It may if the module has hooks, if hooks are registered for all modules, or if its own ``forward`` was patched or
     compiled.
     """
-    return any(hook_dictionaries(module)) or overrides_forward(module) or has_global_hooks()
+    own = vars(module)
+    # `HOOKS` spelled out, without a loop: this runs for each norm in each step.
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or overrides_forward(module) or has_global_hooks()
 
 
 def has_global_hooks() -> bool:

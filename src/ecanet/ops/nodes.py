@@ -14,6 +14,8 @@ wrong. There the link stays empty, and both nodes apply the plain chain rule in 
 """
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -25,6 +27,8 @@ from ecanet.ops.reference import Activation, accumulation_dtype, scale
 T = TypeVar("T", bound=Tensor | None)
 
 _warned: set[str] = set()
+
+_NOTHING = nullcontext()
 
 
 class GradientLink(NamedTuple):
@@ -218,11 +222,23 @@ def restore_layout(x: T, layout: torch.memory_format) -> T:
     return cast(T, x.contiguous(memory_format=layout))
 
 
+def enter_device(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which the device of ``x`` is the current one, as launches need it."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device_of(x)
+
+
 def is_batched(gradient: Tensor | None) -> bool:
     """Return whether ``gradient`` is a batch of gradients (``is_grads_batched=True``, `torch.func.vmap`)."""
     if gradient is None or torch.compiler.is_compiling():
         return False
-    return "Batched" in str(torch._C._dispatch_keys(gradient))  # pyright: ignore[reportPrivateUsage]
+    return _contains_batch(torch._C._dispatch_keys(gradient).raw_repr())  # pyright: ignore[reportPrivateUsage]
+
+
+@lru_cache(maxsize=1024)
+def _contains_batch(keys: int) -> bool:
+    return "Batched" in str(torch._C.DispatchKeySet.from_raw_repr(keys))  # pyright: ignore[reportPrivateUsage]
 
 
 def warn_of_slow_gradients() -> None:

@@ -268,13 +268,13 @@ def _gate_grads(
 
 @triton.jit(do_not_specialize=["samples", "parts"])
 def _coefficient_grads(
-    sums_ptr, channel_ptr, plane_ptr, taps_ptr, daffine_ptr, dmean_ptr, dvariance_ptr, dtaps_ptr,
+    sums_ptr, channel_ptr, plane_ptr, taps_ptr, dweight_ptr, dbias_ptr, dmean_ptr, dvariance_ptr, dtaps_ptr,
     samples, channels, parts,
     KIND: tl.constexpr, BATCH: tl.constexpr, GATED: tl.constexpr, GAIN: tl.constexpr, TAPS: tl.constexpr,
     EACH: tl.constexpr, CIRCULAR: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients of the norm's affine (2, C), of the planes' means and variances, and of the gate's taps.
+    """Store the gradients of the norm's affine (C), of the planes' means and variances, and of the gate's taps.
 
     KIND: which of the sums is dA; dB is the second. ``dmean_ptr`` is (N, C) with a gate, else (C,), and
     ``dvariance_ptr`` (C,). ``dtaps_ptr`` is (C, TAPS) if EACH, else (programs, TAPS + 1), the last for the gate's bias,
@@ -293,7 +293,9 @@ def _coefficient_grads(
         db_sum = _add_up(sums_ptr, 1, c, own, samples, channels, parts, BLOCK_N, WIDTH, WIDE)
         if BATCH:
             tl.store(dmean_ptr + c, -a * db_sum / samples, mask=own)
-    tl.store(daffine_ptr + c, r * da_sum, mask=own)
-    tl.store(daffine_ptr + channels + c, db_sum, mask=own)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + c, r * da_sum, mask=own)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + c, db_sum, mask=own)
     if BATCH:
         tl.store(dvariance_ptr + c, -0.5 * r * r * a * da_sum / samples, mask=own)

@@ -1,18 +1,21 @@
 """The launches of the algebra between the passes, and what they need to know of norms and gates."""
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from ecanet.ops import tail
+from ecanet.ops.reference import Activation
 from ecanet.ops.triton import algebra
-from ecanet.ops.triton.tiles import Grid, Launch, prepare_moments
+from ecanet.ops.triton.tiles import Grid, Launch, prepare_grads, prepare_moments
 
 WARPS = 8
+
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class NormKind(NamedTuple):
@@ -51,63 +54,117 @@ class GateKind(NamedTuple):
 
 def describe_norm(norm: nn.Module, z: Tensor) -> Norm | None:
     """Return what a tail of ``z`` needs of ``norm``, None if this node does not apply to it."""
-    known = cast(_BatchNorm, norm)  # or a frozen norm, which has the same attributes
-    mean, variance = known.running_mean, known.running_var
-    weight, bias, tracked, momentum = cast("Tensor | None", known.weight), known.bias, None, None
-    by_batch, updates = tail.uses_batch_statistics(norm), False
+    own = vars(norm)
+    # the module's own dictionaries: `nn.Module.__getattr__`, which searches them, takes several times as long
+    held = own["_parameters"] | own["_buffers"]
+    weight, bias, mean, variance, counted = (held[x] if x in held else getattr(norm, x, None) for x in NORM_TENSORS)
+    tracked, momentum, updates, by_batch = None, None, False, tail.uses_batch_statistics(norm)
     if by_batch and norm.training:
         if z.numel() == z.shape[1] or tail.find_sync_group(norm) is not None:
             return None
-        if known.track_running_stats:
-            tracked, momentum = known.num_batches_tracked, known.momentum
-            updates = mean is not None and variance is not None
+        if own["track_running_stats"]:
+            tracked, momentum, updates = counted, own["momentum"], mean is not None and variance is not None
             if tracked is None and momentum is None:
                 momentum = 0.0
-    size, dtypes = z.shape[1:2], []
-    for x in (weight, bias, mean, variance, tracked):
-        dtypes.append(None if x is None else x.dtype)
-        if x is not None and x is not tracked and (x.shape != size or not x.is_contiguous()):
+    channels, dtypes = z.shape[1], []
+    for x in (weight, bias, mean, variance):
+        if x is None:
+            dtypes.append(None)
+        elif x.dim() != 1 or x.numel() != channels or not x.is_contiguous():
             return None
-    return Norm(weight, bias, mean, variance, tracked, NormKind(known.eps, momentum, by_batch, updates, (*dtypes,)))
+        else:
+            dtypes.append(x.dtype)
+    dtypes.append(None if tracked is None else tracked.dtype)
+    return Norm(weight, bias, mean, variance, tracked, NormKind(own["eps"], momentum, by_batch, updates, (*dtypes,)))
+
+
+@dataclass(frozen=True, eq=False)
+class NormLaunches:
+    """The launches of one norm of a tail: its statistics and algebra, forward and backward."""
+
+    moments: Launch | None
+    coefficients: Launch
+    coefficient_grads: Launch
+    grads: Launch
+    """That of the last pass, which writes the gradient of the norm's input."""
+    reads_input: bool
+    """The last pass reads that input again."""
+    moments_shape: tuple[int, ...]
+    channels_shape: tuple[int, ...]
+    planes_shape: tuple[int, ...] | None
+    dmean_shape: tuple[int, ...] | None
+    dtaps_shape: tuple[int, ...] | None
+
+
+@lru_cache(maxsize=4096)
+def prepare_norm(
+    grid: Grid, first: int, norm: NormKind, gate: GateKind | None, addend: torch.dtype | None, activation: Activation
+) -> NormLaunches:
+    """Return the launches of a norm, and of the gate after it, if any.
+
+    ``first`` is the kind of sums of this norm's input, and ``activation`` that whose sign the last pass recomputes. Of
+    ``addend``, which the coefficients contain, only the dtype matters, to tell launches apart.
+    """
+    n, c, by_batch = grid.samples, grid.channels, norm.by_batch
+    needs_moments, gated = by_batch or gate is not None, gate is not None
+    flags = activation is not None, activation is not None, needs_moments, by_batch, activation
+    grads = prepare_coefficient_grads(grid, first, by_batch, gate)
+    dtaps = None
+    if gate is not None:
+        dtaps = (c, gate.taps) if gate.own_taps else (grads.programs[0], gate.taps + 1)
+    return NormLaunches(
+        moments=prepare_moments(grid, 2 if by_batch else 1) if needs_moments else None,
+        coefficients=prepare_coefficients(grid, norm, gate),
+        coefficient_grads=grads,
+        grads=prepare_grads(grid, gated, False, *flags, (0, n * c) if gated else (2 * c, 3 * c)),
+        reads_input=by_batch or activation is not None,
+        moments_shape=(2, grid.parts, n, c),
+        channels_shape=(4, c),
+        planes_shape=(4, n, c) if gated else None,
+        dmean_shape=((n, c) if gated else (c,)) if needs_moments else None,
+        dtaps_shape=dtaps,
+    )
 
 
 def compute_coefficients(
-    z: Tensor, grid: Grid, norm: Norm, gate: GateKind | None, addend: Tensor | None, taps: Tensor | None,
+    z: Tensor, grid: Grid, run: NormLaunches, norm: Norm, addend: Tensor | None, taps: Tensor | None,
     gate_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return the coefficients of each channel (4, C) and, with a gate, of each plane (4, N, C): see `algebra`.
 
     The running statistics are updated. ``addend`` (C,) is added to B.
     """
-    n, c, kind, moments, planes = grid.samples, grid.channels, norm.kind, None, None
-    if kind.by_batch or gate is not None:
-        moments = z.new_empty((2, grid.parts, n, c), dtype=grid.wide)
-        prepare_moments(grid, 2 if kind.by_batch else 1)(z, moments)
-    channels = z.new_empty((4, c), dtype=grid.wide)
-    if gate is not None:
-        planes = z.new_empty((4, n, c), dtype=grid.wide)
+    moments = planes = None
+    if run.moments is not None:
+        moments = z.new_empty(run.moments_shape, dtype=grid.wide)
+        run.moments(z, moments)
+    channels = z.new_empty(run.channels_shape, dtype=grid.wide)
+    if run.planes_shape is not None:
+        planes = z.new_empty(run.planes_shape, dtype=grid.wide)
         taps = None if taps is None else taps.contiguous()
-    if norm.tracked is not None or kind.updates:
+    weight, bias, mean, variance, tracked, kind = norm
+    if tracked is not None or kind.updates:
         _announce_update(norm)
-    run = _prepare_coefficients(grid, kind, gate, None if addend is None else addend.dtype)
-    statistics = norm.mean, norm.variance, norm.tracked
-    run(moments, norm.weight, norm.bias, *statistics, addend, taps, gate_bias, channels, planes)
+    run.coefficients(moments, weight, bias, mean, variance, tracked, addend, taps, gate_bias, channels, planes)
     return channels, planes
 
 
 def _announce_update(norm: Norm) -> None:
     """Tell autograd that the kernel writes the statistics; count the batch where the kernel only reads the count."""
-    if norm.kind.momentum is None and norm.tracked is not None:
-        norm.tracked.add_(1)
-    written = (norm.mean, norm.variance) if norm.kind.updates else ()
-    written = [x for x in (*written, norm.tracked) if x is not None]
+    tracked, kind = norm.tracked, norm.kind
+    if kind.momentum is None and tracked is not None:
+        tracked.add_(1)
+    written: list[Any] = [norm.mean, norm.variance] if kind.updates else []
+    if tracked is not None:
+        written.append(tracked)
     torch.autograd.graph.increment_version(written)
 
 
 class CoefficientGrads(NamedTuple):
     """The results of the backward algebra; None for what the tail does not have."""
 
-    daffine: Tensor  # 2 C
+    dweight: Tensor | None  # C
+    dbias: Tensor | None  # C
     dmean: Tensor | None  # N C with a gate, else C
     dvariance: Tensor | None  # C
     dtaps: Tensor | None
@@ -115,44 +172,37 @@ class CoefficientGrads(NamedTuple):
 
 
 def compute_coefficient_grads(
-    grid: Grid, sums: Tensor, first: int, channels: Tensor, planes: Tensor | None, norm: Norm, gate: GateKind | None,
-    taps: Tensor | None, gate_bias: Tensor | None,
+    sums: Tensor, run: NormLaunches, norm: Norm, channels: Tensor, planes: Tensor | None, taps: Tensor | None,
+    gate_bias: Tensor | None,
 ) -> CoefficientGrads:  # fmt: skip
-    """Return the gradients that `algebra` computes from the sums over each plane (kinds, parts, N, C).
-
-    ``first`` is the kind of sums of this norm's input.
-    """
-    n, c, by_batch = grid.samples, grid.channels, norm.kind.by_batch
-    daffine, dmean, dvariance, dtaps = sums.new_empty((2, c)), None, None, None
-    run = _prepare_coefficient_grads(grid, first, by_batch, gate)
-    if by_batch or gate is not None:
-        dmean = sums.new_empty((c,) if gate is None else (n, c))
-    if by_batch:
-        dvariance = sums.new_empty((c,))
-    if gate is None or taps is None:
-        run(sums, channels, planes, None, daffine, dmean, dvariance, None)
-        return CoefficientGrads(daffine, dmean, dvariance, None, None)
-    k = gate.taps
-    dtaps = sums.new_empty((c, k) if gate.own_taps else (run.programs[0], k + 1))
-    run(sums, channels, planes, taps.contiguous(), daffine, dmean, dvariance, dtaps)
-    if gate.own_taps:
-        return CoefficientGrads(daffine, dmean, dvariance, dtaps.view(taps.shape), None)
-    total = dtaps.sum(0)
-    dbias = None if gate_bias is None else total[k:]
-    return CoefficientGrads(daffine, dmean, dvariance, total[:k].view(taps.shape), dbias)
+    """Return the gradients that `algebra` computes from the sums over each plane (kinds, parts, N, C)."""
+    shape = run.channels_shape[1:]
+    dweight = None if norm.weight is None else sums.new_empty(shape)
+    dbias = None if norm.bias is None else sums.new_empty(shape)
+    dmean = None if run.dmean_shape is None else sums.new_empty(run.dmean_shape)
+    dvariance = sums.new_empty(shape) if norm.kind.by_batch else None
+    if taps is None or run.dtaps_shape is None:
+        run.coefficient_grads(sums, channels, planes, None, dweight, dbias, dmean, dvariance, None)
+        return CoefficientGrads(dweight, dbias, dmean, dvariance, None, None)
+    dtaps = sums.new_empty(run.dtaps_shape)
+    run.coefficient_grads(sums, channels, planes, taps.contiguous(), dweight, dbias, dmean, dvariance, dtaps)
+    if taps.numel() == dtaps.numel():  # each channel has taps of its own
+        return CoefficientGrads(dweight, dbias, dmean, dvariance, dtaps.view(taps.shape), None)
+    total, k = dtaps.sum(0), taps.numel()
+    dgate_bias = None if gate_bias is None else total[k:]
+    return CoefficientGrads(dweight, dbias, dmean, dvariance, total[:k].view(taps.shape), dgate_bias)
 
 
-@lru_cache(maxsize=4096)
-def _prepare_coefficients(grid: Grid, norm: NormKind, gate: GateKind | None, addend: torch.dtype | None) -> Launch:
-    """Return the launch of `algebra._coefficients`. Of ``addend`` only the dtype matters, to tell launches apart."""
+def prepare_coefficients(grid: Grid, norm: NormKind, gate: GateKind | None) -> Launch:
+    """Return the launch of `algebra._coefficients`."""
     numbers = grid.samples, grid.channels, grid.positions, grid.parts, grid.part
     blocks, programs = _choose_blocks(grid, gate)
     others = *numbers, *norm[:4], *_describe(gate), *blocks, grid.options[3]
     return Launch(algebra._coefficients, programs, others, WARPS)
 
 
-@lru_cache(maxsize=4096)
-def _prepare_coefficient_grads(grid: Grid, first: int, by_batch: bool, gate: GateKind | None) -> Launch:
+def prepare_coefficient_grads(grid: Grid, first: int, by_batch: bool, gate: GateKind | None) -> Launch:
+    """Return the launch of `algebra._coefficient_grads`."""
     blocks, programs = _choose_blocks(grid, gate)
     columns = triton.next_power_of_2(gate.taps + 1) if gate is not None else 1
     flags = first, by_batch, *_describe(gate), columns

@@ -11,7 +11,8 @@ The activation's sign bits (1 where it passes the gradient on) are packed: one b
 a position. The bytes have shape (N, P, C / 8) if LAST, else (N, C / 8, P), so that a tile reads them in memory order.
 
 Arguments ending in ``_ptr`` are tensors. ``a`` and ``b`` are (N, C) where ``row`` is C, and (C,) where it is 0, so that
-all samples share them. ``mu``, ``sa`` and ``smu`` (the shortcut's a and mu) are (C,), as in `passes.Form`.
+all samples share them, and begin at ``a_at`` and ``b_at`` of their tensors. ``mu``, ``sa`` and ``smu`` (the shortcut's
+a and mu) are (C,), as in `passes.Form`; ``sa`` begins at ``sa_at``.
 """
 
 # ruff: noqa: N803
@@ -97,13 +98,15 @@ def _moments(
 
 
 @triton.jit
-def _affine(x, a_ptr, b_ptr, mu_ptr, at, c, known, HAS_B: tl.constexpr, HAS_MU: tl.constexpr, WIDE: tl.constexpr):
-    """Return ``a (x - mu) + b``."""
+def _affine(
+    x, a_ptr, b_ptr, mu_ptr, a, b, c, known, HAS_B: tl.constexpr, HAS_MU: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Return ``a (x - mu) + b`` with the coefficients at the offsets ``a``, ``b`` and ``c``."""
     if HAS_MU:
         x = x - tl.load(mu_ptr + c, mask=known, other=0.0).to(WIDE)[None, :]
-    x = x * tl.load(a_ptr + at, mask=known, other=0.0).to(WIDE)[None, :]
+    x = x * tl.load(a_ptr + a, mask=known, other=0.0).to(WIDE)[None, :]
     if HAS_B:
-        x = x + tl.load(b_ptr + at, mask=known, other=0.0).to(WIDE)[None, :]
+        x = x + tl.load(b_ptr + b, mask=known, other=0.0).to(WIDE)[None, :]
     return x
 
 
@@ -117,7 +120,7 @@ def _passes_gradient(y, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _apply(
-    z_ptr, s_ptr, y_ptr, bits_ptr, a_ptr, b_ptr, mu_ptr, sa_ptr, smu_ptr, channels, positions, row,
+    z_ptr, s_ptr, y_ptr, bits_ptr, a_ptr, b_ptr, mu_ptr, sa_ptr, smu_ptr, a_at, b_at, sa_at, channels, positions, row,
     HAS_B: tl.constexpr, HAS_MU: tl.constexpr, SHORTCUT: tl.constexpr, ACTIVATION: tl.constexpr, BITS: tl.constexpr,
     LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -130,11 +133,11 @@ def _apply(
     at = n.to(tl.int64) * row + c
     here = _offsets(n, p, c, channels, positions, LAST)
     x = tl.load(z_ptr + here, mask=inside, other=0.0).to(WIDE)
-    y = _affine(x, a_ptr, b_ptr, mu_ptr, at, c, known, HAS_B, HAS_MU, WIDE)
+    y = _affine(x, a_ptr, b_ptr, mu_ptr, at + a_at, at + b_at, c, known, HAS_B, HAS_MU, WIDE)
     if SHORTCUT != NONE:
         s = tl.load(s_ptr + here, mask=inside, other=0.0).to(WIDE)
         if SHORTCUT == NORMED:
-            s = _affine(s, sa_ptr, sa_ptr, smu_ptr, c, c, known, False, True, WIDE)
+            s = _affine(s, sa_ptr, sa_ptr, smu_ptr, c + sa_at, c, c, known, False, True, WIDE)
         y += s
     if ACTIVATION != NONE:
         y = tl.where(y <= 0, 0.0, y)
@@ -155,7 +158,7 @@ def _apply(
 @triton.jit
 def _reduce(
     dy_ptr, second_dy_ptr, bits_ptr, z_ptr, s_ptr, t_ptr, a_ptr, b_ptr, mu_ptr, smu_ptr, sums_ptr,
-    channels, positions, part, row,
+    a_at, b_at, channels, positions, part, row,
     HAS_B: tl.constexpr, HAS_MU: tl.constexpr, NORMED_SHORTCUT: tl.constexpr, ACTIVATION: tl.constexpr,
     SECOND_DY: tl.constexpr, BITS: tl.constexpr, WRITE: tl.constexpr,
     LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
@@ -190,7 +193,7 @@ def _reduce(
             passes = (eight.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
             t = tl.where(tl.reshape(passes, [BLOCK_P, BLOCK_C]) == 1, t, 0.0)
         elif ACTIVATION != NONE:
-            y = _affine(x, a_ptr, b_ptr, mu_ptr, at, c, known, HAS_B, HAS_MU, WIDE)
+            y = _affine(x, a_ptr, b_ptr, mu_ptr, at + a_at, at + b_at, c, known, HAS_B, HAS_MU, WIDE)
             t = tl.where(_passes_gradient(y, ACTIVATION), t, 0.0)
         if WRITE:
             tl.store(t_ptr + here, t.to(t_ptr.dtype.element_ty), mask=inside)
@@ -211,13 +214,13 @@ def _reduce(
 
 @triton.jit
 def _grads(
-    t_ptr, z_ptr, dz_ptr, a_ptr, b_ptr, mu_ptr, m_ptr, dm_ptr, dv_ptr, channels, positions, row, norm_row,
+    t_ptr, z_ptr, dz_ptr, a_ptr, b_ptr, mu_ptr, m_ptr, dm_ptr, dv_ptr, a_at, b_at, channels, positions, row, norm_row,
     HAS_B: tl.constexpr, HAS_MU: tl.constexpr, HAS_DM: tl.constexpr, HAS_DV: tl.constexpr, ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Store ``dz = a t + dm / P + 2 (z - m) dv / P``. With an ACTIVATION ``t`` is dy and the sign is recomputed.
 
-    ``dm`` has ``row`` as ``a`` has; ``m`` and ``dv`` have ``norm_row``.
+    ``dm`` has ``row`` as ``a`` has; ``m`` and ``dv`` have ``norm_row``. ``m_ptr`` is None where m is mu.
     """
     n, tile_p, tile_c = _locate_tile(channels, positions, LAST, BLOCK_P, BLOCK_C)
     p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -230,12 +233,16 @@ def _grads(
     if HAS_DV or ACTIVATION != NONE:
         x = tl.load(z_ptr + here, mask=inside, other=0.0).to(WIDE)
     if ACTIVATION != NONE:
-        y = _affine(x, a_ptr, b_ptr, mu_ptr, at, c, known, HAS_B, HAS_MU, WIDE)  # pyright: ignore[reportPossiblyUnboundVariable]
+        y = _affine(x, a_ptr, b_ptr, mu_ptr, at + a_at, at + b_at, c, known, HAS_B, HAS_MU, WIDE)  # pyright: ignore[reportPossiblyUnboundVariable]
         t = tl.where(_passes_gradient(y, ACTIVATION), t, 0.0)
-    dz = t * tl.load(a_ptr + at, mask=known, other=0.0).to(WIDE)[None, :]
+    dz = t * tl.load(a_ptr + at + a_at, mask=known, other=0.0).to(WIDE)[None, :]
     if HAS_DM:
         dz += (tl.load(dm_ptr + at, mask=known, other=0.0).to(WIDE) / positions)[None, :]
     if HAS_DV:
         slope = tl.load(dv_ptr + at_norm, mask=known, other=0.0).to(WIDE) * 2 / positions
-        dz += (x - tl.load(m_ptr + at_norm, mask=known, other=0.0).to(WIDE)[None, :]) * slope[None, :]  # pyright: ignore[reportPossiblyUnboundVariable]
+        if m_ptr is None:
+            m = tl.load(mu_ptr + c, mask=known, other=0.0).to(WIDE)
+        else:
+            m = tl.load(m_ptr + at_norm, mask=known, other=0.0).to(WIDE)
+        dz += (x - m[None, :]) * slope[None, :]  # pyright: ignore[reportPossiblyUnboundVariable]
     tl.store(dz_ptr + here, dz.to(dz_ptr.dtype.element_ty), mask=inside)

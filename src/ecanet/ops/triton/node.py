@@ -4,6 +4,7 @@
 same for batch norms on one process and for gates of the form `channel_gates.ChannelGate`.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,33 +17,79 @@ from ecanet.ops.triton.coefficients import (
     CoefficientGrads,
     GateKind,
     Norm,
+    NormKind,
+    NormLaunches,
     compute_coefficient_grads,
     compute_coefficients,
     describe_norm,
+    prepare_norm,
 )
-from ecanet.ops.triton.tiles import Grid, find_grid, prepare_apply, prepare_grads, prepare_reduce, unpack_bits
+from ecanet.ops.triton.tiles import Grid, Launch, find_grid, prepare_apply, prepare_reduce, unpack_bits
 
 
-class Plan(NamedTuple):
-    """What a tail consists of, apart from its tensors."""
+class TailKind(NamedTuple):
+    """What the launches of a tail depend on, apart from its grid."""
 
-    norm: Norm
-    side: Norm | None
+    norm: NormKind
+    side: NormKind | None
     """The norm of the shortcut."""
     gate: GateKind | None
     activation: Activation
+    has_shortcut: bool
+
+
+class Plan(NamedTuple):
+    """What a tail consists of, apart from the tensors that have gradients."""
+
+    kind: TailKind
+    norm: Norm
+    side: Norm | None
     second_output: bool
+
+
+class TailLaunches(NamedTuple):
+    """The launches of one kind of tail."""
+
+    grid: Grid
+    norm: NormLaunches
+    side: NormLaunches | None
+    apply: Launch
+    reduce: tuple[Launch, Launch]
+    """For one gradient of the output, and for two."""
+    sums_shape: tuple[int, ...]
+    keeps_bits: bool
+
+
+@lru_cache(maxsize=4096)
+def prepare_tail(grid: Grid, kind: TailKind) -> TailLaunches:
+    """Return the launches of a tail. To look up one of them for each launch takes longer than the launch."""
+    n, c, gated, normed = grid.samples, grid.channels, kind.gate is not None, kind.side is not None
+    activation, keeps_bits = kind.activation, kind.has_shortcut and kind.activation is not None
+    addend = None if kind.side is None else kind.side.dtypes[1]
+    a_at, b_at = (0, n * c) if gated else (2 * c, 3 * c)  # in the planes' coefficients, or in the channels'
+    shortcut = 0 if not kind.has_shortcut else 2 if normed else 1
+    # without a shortcut the sign is recomputed from z
+    again = None if kind.has_shortcut else activation
+    return TailLaunches(
+        grid=grid,
+        norm=prepare_norm(grid, 0, kind.norm, kind.gate, addend, again),
+        side=None if kind.side is None else prepare_norm(grid, 2, kind.side, None, None, None),
+        apply=prepare_apply(grid, gated, True, True, shortcut, activation, keeps_bits, (a_at, b_at, 2 * c)),
+        reduce=(
+            prepare_reduce(grid, gated, True, True, normed, activation, False, keeps_bits, (a_at, b_at)),
+            prepare_reduce(grid, gated, True, True, normed, activation, True, keeps_bits, (a_at, b_at)),
+        ),
+        sums_shape=(3 if normed else 2, grid.parts, n, c),
+        keeps_bits=keeps_bits,
+    )
 
 
 class _Context(Protocol):
     plan: Plan
-    layout: torch.memory_format
-    has_shortcut: bool
-    grid: Grid
+    run: TailLaunches
     channels: Tensor
     planes: Tensor | None
     side_channels: Tensor | None
-    coefficients: tuple[Tensor, Tensor, Tensor]
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Any, ...]
 
@@ -81,9 +128,11 @@ def run_tail(
             return None
     if main is None:
         return None
-    plan = Plan(main, side, kind, activation, second_output and shortcut is not None)
+    has_shortcut = shortcut is not None
+    kinds = TailKind(main.kind, None if side is None else side.kind, kind, activation, has_shortcut)
+    plan = Plan(kinds, main, side, second_output and has_shortcut)
     affine = main.weight, main.bias, None if side is None else side.weight, None if side is None else side.bias
-    with torch.cuda.device_of(z):
+    with nodes.enter_device(z):
         y, second = _Tail.apply(z, shortcut, *affine, weight, bias, plan)  # pyright: ignore[reportGeneralTypeIssues]
     return y, y if second is None else second
 
@@ -95,25 +144,17 @@ class _Tail(torch.autograd.Function):
         side_weight: Tensor | None, side_bias: Tensor | None, taps: Tensor | None, gate_bias: Tensor | None, plan: Plan,
     ):  # fmt: skip
         grid = find_grid(z)
-        side_channels, side_a, side_mu = None, None, None
-        if plan.side is not None and shortcut is not None:
-            side_channels, _ = compute_coefficients(shortcut, grid, plan.side, None, None, None, None)
-            side_mu, _, side_a, _ = side_channels.unbind()
-        channels, planes = compute_coefficients(z, grid, plan.norm, plan.gate, side_bias, taps, gate_bias)
-        mu, _, a, b = channels.unbind()
-        if planes is not None:
-            a, b, _, _ = planes.unbind()
+        run = prepare_tail(grid, plan.kind)
+        side_channels, kept = None, None
+        if run.side is not None and plan.side is not None and shortcut is not None:
+            side_channels, _ = compute_coefficients(shortcut, grid, run.side, plan.side, None, None, None)
+            kept = shortcut  # a shortcut without a norm is not needed again: its gradient is t
+        channels, planes = compute_coefficients(z, grid, run.norm, plan.norm, side_bias, taps, gate_bias)
         y = torch.empty_like(z)
-        keep = shortcut is not None and plan.activation is not None
-        bits = z.new_empty(grid.bits, dtype=torch.uint8) if keep else None
-        kind = 0 if shortcut is None else 1 if side_a is None else 2
-        apply = prepare_apply(grid, planes is not None, True, True, kind, plan.activation, keep)
-        apply(z, shortcut, y, bits, a, b, mu, side_a, side_mu)
-        ctx.plan, ctx.layout, ctx.has_shortcut = plan, nodes.find_layout(z), shortcut is not None
-        ctx.grid, ctx.channels, ctx.planes, ctx.side_channels = grid, channels, planes, side_channels
-        ctx.coefficients = a, b, mu
-        # a shortcut without a norm is not needed again: its gradient is t
-        kept = shortcut if side_a is not None else None
+        bits = z.new_empty(grid.bits, dtype=torch.uint8) if run.keeps_bits else None
+        source = channels if planes is None else planes
+        run.apply(z, shortcut, y, bits, source, source, channels, side_channels, side_channels)
+        ctx.plan, ctx.run, ctx.channels, ctx.planes, ctx.side_channels = plan, run, channels, planes, side_channels
         ctx.save_for_backward(z, kept, weight, bias, side_weight, side_bias, taps, gate_bias, bits)
         ctx.set_materialize_grads(False)  # an unused output must arrive as None, not as a tensor of zeros to add
         return y, y.view_as(y) if plan.second_output else None
@@ -124,12 +165,13 @@ class _Tail(torch.autograd.Function):
         if dy is None:
             return (None,) * 9
         z, shortcut, *parameters, bits = ctx.saved_tensors
-        z, shortcut = nodes.restore_layout(z, ctx.layout), nodes.restore_layout(shortcut, ctx.layout)
+        layout = ctx.run.grid.layout  # hooks on saved tensors may return z in another one
+        z, shortcut = nodes.restore_layout(z, layout), nodes.restore_layout(shortcut, layout)
         if torch.is_grad_enabled() or nodes.is_batched(dy) or nodes.is_batched(second_dy):
             nodes.warn_of_slow_gradients()
             return _differentiate(ctx, dy if second_dy is None else dy + second_dy, z, shortcut, parameters, bits)
-        dy, second_dy = nodes.restore_layout(dy, ctx.layout), nodes.restore_layout(second_dy, ctx.layout)
-        with torch.cuda.device_of(z):
+        dy, second_dy = nodes.restore_layout(dy, layout), nodes.restore_layout(second_dy, layout)
+        with nodes.enter_device(z):
             return _run_backward(ctx, dy, second_dy, z, shortcut, parameters, bits)
 
 
@@ -138,44 +180,31 @@ def _run_backward(
     parameters: list[Tensor | None], bits: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of all inputs of `_Tail`."""
-    plan, grid, channels, planes, side_channels = ctx.plan, ctx.grid, ctx.channels, ctx.planes, ctx.side_channels
-    a, b, mu = ctx.coefficients
-    gated, two = planes is not None, second_dy is not None
-    side_mu, side_a = (None, None) if side_channels is None else (side_channels[0], side_channels[2])
-    sums = z.new_empty((2 if side_mu is None else 3, grid.parts, grid.samples, grid.channels), dtype=grid.wide)
-    writes = bits is not None or two
-    t = torch.empty_like(z) if writes else dy
-    reduce = prepare_reduce(grid, gated, True, True, side_mu is not None, plan.activation, two, bits is not None)
-    reduce(dy, second_dy, bits, z, shortcut, t if writes else None, a, b, mu, side_mu, sums)
-    own = compute_coefficient_grads(grid, sums, 0, channels, planes, plan.norm, plan.gate, parameters[4], parameters[5])
-    dz, dshortcut, side_affine = None, t if ctx.has_shortcut else None, (None, None)
+    plan, run, channels, planes, side_channels = ctx.plan, ctx.run, ctx.channels, ctx.planes, ctx.side_channels
+    two = second_dy is not None
+    sums = z.new_empty(run.sums_shape, dtype=run.grid.wide)
+    t = torch.empty_like(z) if two or bits is not None else dy
+    source = channels if planes is None else planes
+    written = None if t is dy else t
+    run.reduce[two](dy, second_dy, bits, z, shortcut, written, source, source, channels, side_channels, sums)
+    own = compute_coefficient_grads(sums, run.norm, plan.norm, channels, planes, parameters[4], parameters[5])
+    dz, dshortcut, dside_weight, dside_bias = None, t if plan.kind.has_shortcut else None, None, None
     if ctx.needs_input_grad[0]:
-        again = None if ctx.has_shortcut else plan.activation  # without a shortcut the sign is recomputed from z
-        dz = _write_gradient(grid, t, z, a, b, mu, own, again)
-    if side_channels is not None and side_a is not None and side_mu is not None and plan.side is not None:
-        side = compute_coefficient_grads(grid, sums, 2, side_channels, None, plan.side, None, None, None)
-        side_affine = side.daffine.unbind()
-        if ctx.needs_input_grad[1] and shortcut is not None:
-            dshortcut = _write_gradient(grid, t, shortcut, side_a, None, side_mu, side, None)
-    affine = (*own.daffine.unbind(), *side_affine)
-    affine = [d if x is not None else None for d, x in zip(affine, parameters[:4], strict=True)]
-    return dz, dshortcut, *affine, own.dtaps, own.dgate_bias, None
+        dz = _write_gradient(t, z, run.norm, source, channels, own)
+    if side_channels is not None and plan.side is not None and run.side is not None and shortcut is not None:
+        side = compute_coefficient_grads(sums, run.side, plan.side, side_channels, None, None, None)
+        dside_weight, dside_bias = side.dweight, side.dbias
+        if ctx.needs_input_grad[1]:
+            dshortcut = _write_gradient(t, shortcut, run.side, side_channels, side_channels, side)
+    return dz, dshortcut, own.dweight, own.dbias, dside_weight, dside_bias, own.dtaps, own.dgate_bias, None
 
 
 def _write_gradient(
-    grid: Grid, t: Tensor, z: Tensor, a: Tensor, b: Tensor | None, mu: Tensor, found: CoefficientGrads,
-    activation: Activation,
-) -> Tensor:  # fmt: skip
-    """Return the gradient of one input of the tail."""
+    t: Tensor, z: Tensor, run: NormLaunches, source: Tensor, channels: Tensor, found: CoefficientGrads
+) -> Tensor:
+    """Return the gradient of one input of the tail. ``source`` contains its coefficients a and b."""
     dz = torch.empty_like(z)
-    by_batch = found.dvariance is not None
-    if activation is None:
-        b = None
-    run = prepare_grads(
-        grid, a.dim() == 2, False, b is not None, b is not None, found.dmean is not None, by_batch, activation
-    )
-    read = z if by_batch or activation is not None else None
-    run(t, read, dz, a, b, mu, mu, found.dmean, found.dvariance)
+    run.grads(t, z if run.reads_input else None, dz, source, source, channels, None, found.dmean, found.dvariance)
     return dz
 
 
@@ -194,13 +223,13 @@ def _differentiate(
         t = dy.to(y.dtype)
         if bits is not None:
             t = t * unpack_bits(bits, z)
-        elif plan.activation is not None:
-            t = t * (~(y <= 0) if plan.activation == "relu" else (y > 0) & (y < 6))
+        elif plan.kind.activation is not None:
+            t = t * (~(y <= 0) if plan.kind.activation == "relu" else (y > 0) & (y < 6))
         needed = [x is not None and need for x, need in zip(inputs, ctx.needs_input_grad, strict=False)]
         wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, t, create_graph=create_graph) if wanted else ())
     gradients = [next(found) if need else None for need in needed]
-    if ctx.has_shortcut and shortcut is None:
+    if plan.kind.has_shortcut and shortcut is None:
         gradients[1] = t.to(z.dtype)
     return *gradients, None
 
@@ -210,9 +239,9 @@ def compute_branch(inputs: list[Tensor | None], plan: Plan, channels: Tensor, si
     z, shortcut, weight, bias, side_weight, side_bias, taps, gate_bias = inputs
     assert z is not None
     y = _normalize(z, plan.norm, weight, bias, channels)
-    if plan.gate is not None:
+    if plan.kind.gate is not None:
         p = y.flatten(2).mean(2) if y.dim() > 2 else y
-        gain, k, own_taps, circular, _ = plan.gate
+        gain, k, own_taps, circular, _ = plan.kind.gate
         y = scale(y, compute_weights(p, ChannelGate(taps, gate_bias, k, own_taps, circular, gain)))
     if plan.side is not None and shortcut is not None and side_channels is not None:
         y = y + _normalize(shortcut, plan.side, side_weight, side_bias, side_channels)

@@ -7,7 +7,6 @@ empty grid is an error.
 # Triton's launcher converts plain numbers to constexpr, but its annotations do not accept them.
 # pyright: reportArgumentType=false
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 from ecanet.ops.passes import Form
 from ecanet.ops.reference import Activation, accumulation_dtype
@@ -35,12 +36,15 @@ class Launch:
 
     Triton finds the compiled kernel by the type of each argument, which takes longer than the launch. A `Launch` is
     made for tensors of known types, so it looks only at what the compiled code depends on besides: whether all tensors
-    start at multiples of 16 bytes. Where they do not, Triton finds the kernel.
+    start at multiples of 16 bytes. Triton finds the kernel where they do not, and where a profiler listens to launches.
     """
 
     def __init__(self, kernel: Any, programs: tuple[int, int, int], others: tuple[object, ...], warps: int = 4):
         self.kernel, self.programs, self.others, self.warps = kernel, programs, others, warps
-        self.run_compiled: Callable[..., None] | None = None
+        self.run: Any = None
+        """Triton's launcher of the compiled kernel."""
+        self.compiled: tuple[object, ...] = ()
+        """The launcher's arguments after grid and stream: function, metadata, and no listeners."""
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch the kernel."""
@@ -48,13 +52,18 @@ class Launch:
         for x in tensors:
             if x is not None:
                 addresses |= x.data_ptr()
-        aligned = addresses % 16 == 0
-        if aligned and self.run_compiled is not None:
-            self.run_compiled(*tensors, *self.others)
-            return
-        compiled = self.kernel[self.programs](*tensors, *self.others, num_warps=self.warps)
-        if aligned and compiled is not None:  # the interpreter compiles nothing
-            self.run_compiled = compiled[self.programs]
+        hooks = knobs.runtime
+        if addresses % 16 or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+            self.kernel[self.programs](*tensors, *self.others, num_warps=self.warps)
+        elif self.run is None:
+            compiled = self.kernel[self.programs](*tensors, *self.others, num_warps=self.warps)
+            if compiled is not None:  # the interpreter compiles nothing
+                self.compiled = compiled.function, compiled.packed_metadata, None, None, None
+                self.run = compiled.run
+        else:
+            device = driver.active
+            stream = device.get_current_stream(device.get_current_device())
+            self.run(*self.programs, stream, *self.compiled, *tensors, *self.others)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +85,7 @@ class Grid:
     options: tuple[object, ...]
     """The last arguments of all passes: LAST, BLOCK_P, BLOCK_C and WIDE."""
     wide: torch.dtype
-    device: torch.device
+    layout: torch.memory_format
     bits: tuple[int, int, int]
     """The shape of the sign bits: one byte for eight channels of a position."""
 
@@ -105,8 +114,10 @@ def _compute_grid(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype
     options = last, block_p, block_c, tl.float64 if dtype == torch.float64 else tl.float32
     width = (channels + 7) // 8
     bits = (n, positions, width) if last else (n, width, positions)
-    wide = accumulation_dtype(dtype)
-    return Grid(n, channels, positions, last, part, parts, tiles, (n, across, parts), options, wide, device, bits)
+    wide, layout = accumulation_dtype(dtype), torch.contiguous_format
+    if last:
+        layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    return Grid(n, channels, positions, last, part, parts, tiles, (n, across, parts), options, wide, layout, bits)
 
 
 def is_channels_last(channels: int, positions: int, stride: tuple[int, ...]) -> bool:
@@ -114,7 +125,8 @@ def is_channels_last(channels: int, positions: int, stride: tuple[int, ...]) -> 
     return channels > 1 and positions > 1 and stride[1] == 1
 
 
-# the launches of the passes. Coefficients are (N, C) where ``planes``, else (C,).
+# the launches of the passes. Coefficients are (N, C) where ``planes``, else (C,). They begin at ``places`` of their
+# tensors, so that several may be rows of one.
 
 
 @lru_cache(maxsize=4096)
@@ -126,41 +138,47 @@ def prepare_moments(grid: Grid, order: int) -> Launch:
 
 @lru_cache(maxsize=4096)
 def prepare_apply(
-    grid: Grid, planes: bool, has_b: bool, has_mu: bool, shortcut: int, activation: Activation, bits: bool
-) -> Launch:
+    grid: Grid, planes: bool, has_b: bool, has_mu: bool, shortcut: int, activation: Activation, bits: bool,
+    places: tuple[int, int, int] = (0, 0, 0),
+) -> Launch:  # fmt: skip
     """Return the launch for z, shortcut, y, bits, a, b, mu, and the shortcut's a and mu.
 
-    ``shortcut`` is 0 without one, 1 for a plain one and 2 for one with a norm.
+    ``shortcut`` is 0 without one, 1 for a plain one and 2 for one with a norm. ``places`` are those of a, b and the
+    shortcut's a.
     """
     row = grid.channels if planes else 0
     flags = has_b, has_mu, shortcut, ACTIVATIONS[activation], bits
-    return Launch(kernels._apply, grid.tiles, (grid.channels, grid.positions, row, *flags, *grid.options))
+    return Launch(kernels._apply, grid.tiles, (*places, grid.channels, grid.positions, row, *flags, *grid.options))
 
 
 @lru_cache(maxsize=4096)
 def prepare_reduce(
     grid: Grid, planes: bool, has_b: bool, has_mu: bool, normed: bool, activation: Activation, second_dy: bool,
-    bits: bool,
+    bits: bool, places: tuple[int, int] = (0, 0),
 ) -> Launch:  # fmt: skip
     """Return the launch for two dy, bits, z, the shortcut with a norm, t, a, b, mu, its mu, and the sums.
 
-    ``t`` is written where there are bits or two dy.
+    ``t`` is written where there are bits or two dy. ``places`` are those of a and b.
     """
     row = grid.channels if planes else 0
     flags = has_b, has_mu, normed, ACTIVATIONS[activation], second_dy, bits, bits or second_dy
-    others = grid.channels, grid.positions, grid.part, row, *flags, *grid.options
+    others = *places, grid.channels, grid.positions, grid.part, row, *flags, *grid.options
     return Launch(kernels._reduce, grid.columns, others)
 
 
 @lru_cache(maxsize=4096)
 def prepare_grads(
     grid: Grid, planes: bool, norm_planes: bool, has_b: bool, has_mu: bool, has_dm: bool, has_dv: bool,
-    activation: Activation,
+    activation: Activation, places: tuple[int, int] = (0, 0),
 ) -> Launch:  # fmt: skip
-    """Return the launch for t, z, dz, a, b, mu, m, dm and dv. ``norm_planes``: m and dv are (N, C)."""
+    """Return the launch for t, z, dz, a, b, mu, m, dm and dv, where m may be None if it is mu.
+
+    ``norm_planes``: m and dv are (N, C). ``places`` are those of a and b.
+    """
     rows = grid.channels if planes else 0, grid.channels if norm_planes else 0
     flags = has_b, has_mu, has_dm, has_dv, ACTIVATIONS[activation]
-    return Launch(kernels._grads, grid.tiles, (grid.channels, grid.positions, *rows, *flags, *grid.options))
+    others = *places, grid.channels, grid.positions, *rows, *flags, *grid.options
+    return Launch(kernels._grads, grid.tiles, others)
 
 
 # the passes with coefficients (N, C), as `launch` makes operators of them
