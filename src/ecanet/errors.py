@@ -7,6 +7,7 @@ EcanetError (a ValueError)
 └── AttachError        there is no place to attach, or a promise cannot be kept at a site
 """
 
+import reprlib
 from numbers import Integral
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "EcanetError",
     "check_int",
     "check_positive_int",
+    "show_value",
     "summarize",
 ]
 
@@ -59,7 +61,7 @@ def check_int(name: str, value: object, *, least: int) -> int:
     # True and False are integers to Python, and never meant as a count.
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise ConfigError(f"{name} must be {expected}, got {value!r}")
+        raise ConfigError(f"{name} must be {expected}, got {show_value(value)}")
     return int(value)
 
 
@@ -67,3 +69,24 @@ def summarize(error: Exception) -> str:
     """Return the first line of an error's message in at most 160 printable characters, or the name of its class."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (line if line.isprintable() else ascii(line))[:160]
+
+
+class _ShortRepr(reprlib.Repr):
+    """Python's short representations, which fail for integers of more than 4,300 digits."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() < 128 else f"an integer of {x.bit_length():,} bits"
+
+
+_short = _ShortRepr()
+_short.maxlevel, _short.maxstring, _short.maxlist, _short.maxtuple, _short.maxdict = 3, 60, 6, 6, 4
+
+
+def show_value(value: object) -> str:
+    """Return ``repr(value)`` for an error message, in one line and shortened if it is long, deep or a huge number.
+
+    >>> show_value("x" * 1000)
+    "'xxxxxxxxxxxxxxxxxxxxxxxxxxx...xxxxxxxxxxxxxxxxxxxxxxxxxxxx'"
+    """
+    text = " ".join(_short.repr(value).split())
+    return text if len(text) <= 160 else f"{text[:157]}..."

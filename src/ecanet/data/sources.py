@@ -2,11 +2,12 @@
 
 import functools
 import gzip
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
+from unicodedata import category
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset
 
 from ecanet.data import garments, glyphs
 from ecanet.data.randomness import Draw
-from ecanet.errors import DataError, summarize
+from ecanet.errors import DataError, show_value, summarize
 from ecanet.models import get_cache_folder
 
 __all__ = ["SMALL_SETS", "DataSpec", "MemoryDataset", "SmallSet", "check_classes"]
@@ -42,6 +43,28 @@ class DataSpec:
     crop: float = 1.0
     interpolation: str = "bilinear"
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> "DataSpec":
+        """Return the description whose fields are ``values``; a file may have lists for the tuples.
+
+        Raises:
+            DataError: a field is missing or unknown, or its value cannot be true of images.
+        """
+        fields = {
+            key: tuple(cast(list[object], value)) if isinstance(value, list) else value for key, value in values.items()
+        }
+        if unknown := [key for key in fields if key not in SPEC_CHECKS]:
+            raise DataError(f"the data's description has the unknown field {show_value(unknown[0])}")
+        for name, fits in SPEC_CHECKS.items():
+            if name not in fields and name not in ("crop", "interpolation"):
+                raise DataError(f"the data's description has no {name!r}")
+            if name in fields and not fits(fields[name]):
+                raise DataError(f"the data's description has {name}={show_value(fields[name])}, which no images have")
+        spec = cls(**cast(dict[str, Any], fields))
+        if not len(spec.mean) == len(spec.std) == spec.channels:
+            raise DataError(f"the data's description has {spec.channels} channels, but {len(spec.mean)} means")
+        return spec
+
     def normalize(self, images: Tensor) -> Tensor:
         """Return uint8 images (N, C, H, W) as float32 with mean 0 and standard deviation 1."""
         mean, std = (_make_constant(values, images.device) for values in (self.mean, self.std))
@@ -51,6 +74,36 @@ class DataSpec:
         """Return normalized images (N, C, H, W) as uint8: the inverse of `normalize`."""
         mean, std = (_make_constant(values, images.device) for values in (self.mean, self.std))
         return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _is_number(value: object, lowest: float, highest: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value <= highest
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= 1024 and not any(category(c) in ("Cc", "Cs") for c in value)
+
+
+def _are(fits: Callable[..., bool], *limits: float) -> Callable[[object], bool]:
+    """Return a function that says whether a value is a tuple of 1 to 131,072 items that all fit."""
+
+    def check(value: object) -> bool:
+        items = cast(tuple[object, ...], value) if isinstance(value, tuple) else ()
+        return 0 < len(items) <= 2**17 and all(fits(item, *limits) for item in items)
+
+    return check
+
+
+SPEC_CHECKS: dict[str, Callable[[object], bool]] = {
+    "class_names": _are(_is_name),
+    "channels": lambda value: isinstance(value, int) and _is_number(value, 1, 64),
+    "size": lambda value: isinstance(value, int) and _is_number(value, 1, 4096),
+    "mean": _are(_is_number, -1e3, 1e3),
+    "std": _are(_is_number, 1e-6, 1e3),
+    "crop": lambda value: _is_number(value, 0.1, 1),
+    "interpolation": lambda value: value in ("bilinear", "bicubic", "nearest"),
+}
+"""Which values each field of a `DataSpec` can have: one may come from anybody's checkpoint."""
 
 
 @functools.cache

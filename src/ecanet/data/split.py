@@ -1,14 +1,14 @@
 """Split the images of a folder without train/ and val/ into training images and held-out ones, once for a run."""
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from ecanet.data.listing import shorten
-from ecanet.errors import DataError
+from ecanet.errors import DataError, summarize
+from ecanet.recipes import read_json
 
 __all__ = [
     "Split",
@@ -22,6 +22,9 @@ __all__ = [
 
 LARGEST_SPLIT = 2**24
 """Bytes of all paths in a split: checkpoints hold it, and may have 32 MiB of plain values."""
+
+LARGEST_FILE = 8 * LARGEST_SPLIT
+"""Bytes of a split in JSON, where a byte that is not ASCII may need six."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,9 +48,19 @@ class Split:
         return {"train": list(self.train), "held_out": list(self.held_out)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Sequence[str]]) -> "Split":
-        """Return the split that `to_dict` made ``values`` of."""
-        return cls(train=tuple(values["train"]), held_out=tuple(values["held_out"]))
+    def from_dict(cls, values: Mapping[str, object]) -> "Split":
+        """Return the split that `to_dict` made ``values`` of.
+
+        Raises:
+            DataError: ``values`` are something else, or a path leads out of the data's folder.
+        """
+        parts = [values.get(name) for name in ("train", "held_out")] if isinstance(values, Mapping) else [None]
+        for part in parts:
+            paths = cast(list[object], part) if isinstance(part, list) else [None]
+            if not all(isinstance(path, str) and _is_inside(path) for path in paths):
+                raise DataError("the list of a run's images is broken")
+        train, held_out = cast(list[list[str]], parts)
+        return cls(train=tuple(train), held_out=tuple(held_out))
 
 
 def count_held_out(images: int, share: float) -> int:
@@ -104,15 +117,11 @@ def read_split(path: Path) -> Split | None:
         DataError: the file is not a split.
     """
     try:
-        values = json.loads(path.read_text())
-        parts = cast(dict[str, list[str]], {name: values[name] for name in ("train", "held_out")})
-        if not all(isinstance(item, str) for part in parts.values() for item in part):
-            raise TypeError("a path is not a string")
-        return Split.from_dict(parts)
+        return Split.from_dict(cast(Mapping[str, object], read_json(path, largest=LARGEST_FILE)))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not the list of a run's images ({type(error).__name__}); restore it") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not the list of a run's images ({summarize(error)}); restore it") from None
 
 
 def compare_split(
@@ -185,3 +194,9 @@ def _count(paths: Sequence[str]) -> str:
 
 def _hash(seed: int, path: str) -> bytes:
     return hashlib.blake2b(f"{seed}/{path}".encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def _is_inside(path: str) -> bool:
+    """Return whether ``path`` is a file below a class's folder."""
+    parts = path.split("/")
+    return len(parts) > 1 and "\0" not in path and not {"", ".", ".."} & set(parts)

@@ -1,7 +1,7 @@
 """Recipes: all settings that decide the result of a run, as frozen values.
 
 Read downward: `named` (`find`, and the recipes themselves), `settings` (a recipe as a dictionary, changes by dotted
-names), `config` (the settings of a recipe), `checks` (the base class of all settings).
+names), `config` (the settings of a recipe), `checks` (the base class of all settings), `json_files` (reads JSON).
 """
 
 from ecanet.recipes.checks import Config, suggestion
@@ -13,6 +13,7 @@ from ecanet.recipes.config import (
     Recipe,
     ScheduleConfig,
 )
+from ecanet.recipes.json_files import parse_json, read_json
 from ecanet.recipes.named import RECIPES, find
 from ecanet.recipes.settings import from_dict, parse_kernel_sizes, to_dict, with_settings
 
@@ -27,7 +28,9 @@ __all__ = [
     "ScheduleConfig",
     "find",
     "from_dict",
+    "parse_json",
     "parse_kernel_sizes",
+    "read_json",
     "suggestion",
     "to_dict",
     "with_settings",

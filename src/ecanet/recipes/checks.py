@@ -4,17 +4,24 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import ClassVar, Literal, Self, Union, cast, get_args, get_origin, get_type_hints
 
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, show_value
 
-__all__ = ["Config", "Limits", "suggestion"]
+__all__ = ["Config", "Limits", "check_limits", "check_options", "suggestion"]
 
 Limits = dict[str, tuple[float | None, float | None]]
-"""The lowest and the highest allowed value by setting; None is no limit."""
+"""The lowest and the highest allowed value by setting, for texts the number of characters; None is the general limit.
+
+Of a list, these are the limits of each item.
+"""
+
+LARGEST_NUMBER, LONGEST_TEXT, LONGEST_LIST, DEEPEST_GROUP = 2**53, 4096, 2**17, 8
+"""General limits. A recipe may come from anybody's checkpoint: it must not ask for all memory or fail later on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,17 +40,18 @@ class Config:
         """Refuse an unknown setting. The generated ``__init__`` runs later, and its TypeError would suggest nothing."""
         names = [field.name for field in fields(cls)]
         if values:
-            raise ConfigError(f"{cls.__name__} takes settings by name, such as {names[0]}=..., got {values[0]!r}")
+            got = show_value(values[0])
+            raise ConfigError(f"{cls.__name__} takes settings by name, such as {names[0]}=..., got {got}")
         for name in settings:
             if name not in names:
-                raise ConfigError(f"{name} is not a setting of {cls.__name__}; {suggestion(name, names)}")
+                raise ConfigError(f"{name[:60]} is not a setting of {cls.__name__}; {suggestion(name, names)}")
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for name in (field.name for field in fields(self)):
             value = _check_type(name, getattr(self, name), hints[name])
-            _check_limits(name, value, *self.LIMITS.get(name, (None, None)))
+            check_limits(name, value, *self.LIMITS.get(name, (None, None)))
             object.__setattr__(self, name, value)
         self.check()
 
@@ -65,7 +73,7 @@ def suggestion(wrong: str, names: Sequence[str]) -> str:
     >>> suggestion("epoch", ["epochs", "seed"])
     "did you mean 'epochs'?"
     """
-    similar = difflib.get_close_matches(wrong, names, n=1)
+    similar = difflib.get_close_matches(wrong[:255], names, n=1)
     return f"did you mean {similar[0]!r}?" if similar else f"choose one of {', '.join(names)}"
 
 
@@ -75,7 +83,7 @@ def _check_type(name: str, value: object, hint: object) -> object:
     for option in options:
         if _is_instance(value, option):
             return _convert(name, value, option)
-    raise ConfigError(f"{name} must be {' or '.join(map(_describe, options))}, got {value!r}")
+    raise ConfigError(f"{name} must be {' or '.join(map(_describe, options))}, got {show_value(value)}")
 
 
 def _is_instance(value: object, option: object) -> bool:
@@ -114,21 +122,34 @@ def _convert(name: str, value: object, option: object) -> object:
     return _convert_numbers(name, value) if kind is dict else value
 
 
-def _convert_numbers(name: str, value: object) -> object:
+def _convert_numbers(name: str, value: object, depth: int = 0) -> object:
     """Return a copy of the nested dictionaries and lists of ``value`` with plain Python numbers.
 
     Raises:
-        ConfigError: a number is not finite.
+        ConfigError: a number is not finite, a text or a number is beyond the general limits, or the nesting is.
     """
+    if depth > DEEPEST_GROUP:
+        raise ConfigError(f"{name} is nested more than {DEEPEST_GROUP} times; no option needs that")
+    if isinstance(value, dict | list | tuple):
+        _check_count(name, cast(Sized, value))
     if isinstance(value, dict):
         items = cast(dict[str, object], value).items()
-        return {key: _convert_numbers(f"{name}.{key}", item) for key, item in items}
+        return {_check_key(name, key): _convert_numbers(f"{name}.{key}", item, depth + 1) for key, item in items}
     if isinstance(value, list | tuple):
-        items = [_convert_numbers(name, item) for item in cast(Sequence[object], value)]
+        items = [_convert_numbers(name, item, depth + 1) for item in cast(Sequence[object], value)]
         return items if isinstance(value, list) else tuple(items)
     if not isinstance(value, bool) and isinstance(value, Real):
-        return _check_type(name, value, int if isinstance(value, Integral) else float)
+        value = _check_type(name, value, int if isinstance(value, Integral) else float)
+    check_limits(name, value)
     return value
+
+
+def _check_key(group: str, key: object) -> str:
+    """Return ``key`` if it can name an option of ``group``."""
+    if not isinstance(key, str) or len(key) > 255:
+        raise ConfigError(f"{group} has an option called {show_value(key)}; a name is a text of 255 characters at most")
+    check_limits(group, key)
+    return key
 
 
 def _describe(option: object) -> str:
@@ -145,11 +166,56 @@ def _describe(option: object) -> str:
     return words.get(kind, f"a {getattr(kind, '__name__', kind)}")
 
 
-def _check_limits(name: str, value: object, lowest: float | None, highest: float | None) -> None:
-    """Raise ConfigError if ``value`` is a number below ``lowest`` or above ``highest``."""
+def check_limits(name: str, value: object, lowest: float | None = None, highest: float | None = None) -> None:
+    """Check a number, a text or each item of a list.
+
+    Raises:
+        ConfigError: it is below ``lowest`` or above ``highest`` (None: the general limit), or a text holds what
+            neither paths nor pages can hold.
+    """
+    if isinstance(value, tuple):
+        _check_count(name, cast(Sized, value))
+        for item in cast(tuple[object, ...], value):
+            check_limits(name, item, lowest, highest)
+    if isinstance(value, str):
+        _check_text(name, value, LONGEST_TEXT if highest is None else int(highest))
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
-    if lowest is not None and value < lowest:
-        raise ConfigError(f"{name} must be at least {lowest:g}, got {value}")
-    if highest is not None and value > highest:
-        raise ConfigError(f"{name} must be at most {highest:g}, got {value}")
+    highest = LARGEST_NUMBER if highest is None else highest
+    lowest = -LARGEST_NUMBER if lowest is None else lowest
+    if value < lowest:
+        raise ConfigError(f"{name} must be at least {lowest:.16g}, got {show_value(value)}")
+    if value > highest:
+        raise ConfigError(f"{name} must be at most {highest:.16g}, got {show_value(value)}")
+
+
+NO_OPTIONS = {
+    "attention", "example", "features_only", "in_channels", "kernel_sizes", "model", "name", "num_classes",
+    "out_indices", "preserve", "replace", "weights", "where",
+}  # fmt: skip
+"""What building and attaching take beside an attention's options: the data or another setting decides it."""
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Raise ConfigError if one of an attention's ``options`` would reach another argument of the network."""
+    if taken := NO_OPTIONS & set(options):
+        raise ConfigError(f"options are the attention's own, such as reduction; {sorted(taken)[0]!r} is none of them")
+
+
+def _check_count(name: str, values: Sized) -> None:
+    """Raise ConfigError if there are too many values."""
+    if len(values) > LONGEST_LIST:
+        raise ConfigError(f"{name} has {len(values):,} values; at most {LONGEST_LIST:,} are allowed")
+
+
+def _check_text(name: str, text: str, longest: int) -> None:
+    """Raise ConfigError if ``text`` is too long or holds control characters or broken Unicode.
+
+    The bytes of a file's name that are not UTF-8 are fine: Python writes them as surrogates that stand for them.
+    """
+    if len(text) > longest:
+        raise ConfigError(f"{name} has {len(text):,} characters, at most {longest:,} are allowed: {show_value(text)}")
+    if any("\ud800" <= character < "\udc80" or "\udcff" < character <= "\udfff" for character in text):
+        raise ConfigError(f"{name} holds half of a character, which no file can: {show_value(text)}")
+    if any(unicodedata.category(character) == "Cc" for character in text):
+        raise ConfigError(f"{name} holds control characters: {show_value(text)}")

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, ClassVar, Literal, Self
 
-from ecanet.errors import ConfigError
-from ecanet.recipes.checks import Config, Limits
+from ecanet.errors import ConfigError, show_value
+from ecanet.recipes.checks import Config, Limits, check_options
 
 __all__ = ["DataConfig", "DetectorConfig", "ModelConfig", "OptimizerConfig", "Recipe", "ScheduleConfig"]
+
+LARGEST_SIDE, LARGEST_BATCH = 4096, 2**28
+"""Pixels of an image's side, and of a batch: 4,096 images of 256 × 256, 3 GB as floating-point numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,18 +57,24 @@ class DataConfig(Config):
     on_corrupt: Literal["error", "skip"] = "error"
 
     LIMITS: ClassVar[Limits] = {
-        "image_size": (1, None),
-        "batch_size": (1, None),
-        "workers": (0, None),
-        "crop_padding": (0, None),
+        "image_size": (1, LARGEST_SIDE),
+        "batch_size": (1, 2**16),
+        "workers": (0, 512),
+        "crop_padding": (0, 256),
         "random_augment": (0, 30),
         "eval_crop": (0.1, 1),
     }
 
     def check(self) -> None:
-        """Raise ConfigError if no image would be held out, or all of them."""
+        """Raise ConfigError if no image would be held out, or all of them, or if a batch is larger than any memory."""
         if self.val_share is not None and not 0 < self.val_share < 1:
             raise ConfigError(f"val_share must be between 0 and 1, such as 0.2, got {self.val_share:g}")
+        pixels = self.batch_size * (self.image_size or 1) ** 2
+        if pixels > LARGEST_BATCH:
+            raise ConfigError(
+                f"batch_size={self.batch_size} and image_size={self.image_size} are {pixels:,} pixels at once, at most "
+                f"{LARGEST_BATCH:,} are allowed; lower one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,8 +102,11 @@ class ModelConfig(Config):
     weights: str | None = None
     options: dict[str, Any] = field(default_factory=dict[str, Any])
 
+    LIMITS: ClassVar[Limits] = {"kernel_sizes": (1, 1023), "attention": (None, 255), "where": (None, 1024)}
+
     def check(self) -> None:
-        """Raise ConfigError if ``weights`` are spelled as in `ecanet.create_model`."""
+        """Raise ConfigError if ``weights`` are spelled as in `ecanet.create_model`, or options are the network's."""
+        check_options(self.options)
         if self.weights == "torchvision":
             raise ConfigError("weights 'torchvision' are called 'default' in a recipe; a path names a checkpoint")
 
@@ -114,7 +126,7 @@ class DetectorConfig(Config):
     small: bool = False
     scales: tuple[int, ...] = ()
 
-    LIMITS: ClassVar[Limits] = {"frozen_stages": (0, None)}
+    LIMITS: ClassVar[Limits] = {"frozen_stages": (0, 5), "scales": (1, LARGEST_SIDE), "backbone": (None, 255)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,8 +238,10 @@ class Recipe(Config):
     seed: int = 0
 
     LIMITS: ClassVar[Limits] = {
-        "epochs": (1, None),
-        "min_steps": (0, None),
+        "name": (None, 200),
+        "task": (None, 255),
+        "epochs": (1, 10**6),
+        "min_steps": (0, 10**9),
         "label_smoothing": (0, 1),
         "mixup": (0, None),
         "cutmix": (0, None),
@@ -270,11 +284,13 @@ class Recipe(Config):
         return warmup
 
     def check(self) -> None:
-        """Raise ConfigError if the warm-up takes the whole run or is given twice, or if class weights do not fit."""
+        """Raise ConfigError if the name cannot be a folder's, or warm-up or class weights do not fit."""
+        if not self.name or {"/", "\\"} & set(self.name):
+            raise ConfigError(f"name must be the name of a folder, without slashes, got {self.name!r}")
         weights = self.class_weights
         if isinstance(weights, tuple) and not (min(weights, default=-1) >= 0 and sum(weights) > 0):
             expected = "'balanced' or a number of at least 0 for each class, not all 0"
-            raise ConfigError(f"class_weights must be {expected}, got {list(weights)}")
+            raise ConfigError(f"class_weights must be {expected}, got {show_value(list(weights))}")
         if weights == "balanced" and self.data.sampler == "balanced":
             raise ConfigError("class_weights=balanced and data.sampler=balanced would balance twice; leave one out")
         if self.schedule.warmup_epochs and self.schedule.warmup_steps:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TypeVar, cast, get_type_hints
 
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, show_value
 from ecanet.recipes.checks import Config, suggestion
 from ecanet.recipes.config import Recipe
 
@@ -23,7 +23,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 POSITIVE_INTEGER = re.compile("[1-9][0-9]*")
 
 
-def from_dict(cls: type[ConfigT], values: Mapping[str, object], at: str = "") -> ConfigT:
+def from_dict(cls: type[ConfigT], values: object, at: str = "") -> ConfigT:
     """Return a ``cls`` with the plain ``values``; settings that are left out have their defaults.
 
     ``at`` is the path of the group in a larger configuration, which an error message shows before the setting.
@@ -34,12 +34,13 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, object], at: str = "") ->
     hints, names = get_type_hints(cls), [f.name for f in fields(cls)]
     settings: dict[str, object] = {}
     for key, value in _check_group(values, at).items():
-        path = f"{at}.{key}" if at else key
         if key not in names:
-            raise ConfigError(f"{_quote(path)} is not a setting; {suggestion(str(key), names)}")
+            wrong = key if isinstance(key, str) and key.isprintable() and len(key) <= 60 else show_value(key)
+            raise ConfigError(f"{at}.{wrong} is not a setting; {suggestion(wrong, names)}".removeprefix("."))
+        path = f"{at}.{key}" if at else key
         kind: object = hints[key]
         if isinstance(kind, type) and issubclass(kind, Config):
-            value = from_dict(kind, cast(Mapping[str, object], value), path)
+            value = from_dict(kind, value, path)
         settings[key] = value
     try:
         return cls(**settings)
@@ -111,13 +112,13 @@ def parse_kernel_sizes(text: str) -> str | int | tuple[int, ...]:
 
 def _check_group(values: object, at: str) -> Mapping[str, object]:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{at or 'a recipe'} must be a group of settings, got {values!r}")
+        raise ConfigError(f"{at or 'a recipe'} must be a group of settings, got {show_value(values)}")
     return cast(Mapping[str, object], values)
 
 
 def _quote(name: str) -> str:
     """Return ``name`` as an error message shows it; line breaks and other control characters are escaped."""
-    return name if name.isprintable() else repr(name)
+    return name if name.isprintable() and len(name) <= 60 else show_value(name)
 
 
 def _to_plain(value: object) -> object:

@@ -5,9 +5,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 from ecanet.errors import DataError
-from ecanet.recipes import Recipe, from_dict, to_dict
+from ecanet.recipes import Recipe, from_dict, read_json, to_dict
 from ecanet.report import figures
 from ecanet.report.artifacts import Artifacts
 from ecanet.report.files import write_file
@@ -77,7 +78,7 @@ class Report:
         """
         path = Path(folder) / "metrics.json"
         try:
-            values = json.loads(path.read_text())
+            values = cast(dict[str, Any], read_json(path))
             return cls(
                 recipe=from_dict(Recipe, values["recipe"]),
                 metrics=values["metrics"],

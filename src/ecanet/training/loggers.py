@@ -16,7 +16,7 @@ from lightning.pytorch import loggers
 from lightning.pytorch.loggers import Logger
 
 from ecanet.errors import ConfigError, summarize
-from ecanet.recipes import Recipe, suggestion, to_dict
+from ecanet.recipes import Recipe, read_json, suggestion, to_dict
 from ecanet.report import write_file
 
 __all__ = ["choose_loggers", "open_loggers"]
@@ -137,7 +137,7 @@ def _read_versions(run_dir: Path) -> dict[str, str | None]:
     """
     path = run_dir / FILE
     try:
-        content: object = json.loads(path.read_text())
+        content = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -1,42 +1,65 @@
 """Complete a recipe before its run: what follows from the network and from the data."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import cast
 
 from ecanet import data, networks
-from ecanet.data import ClassificationData, DetectionData, Split
-from ecanet.errors import CheckpointError
+from ecanet.data import ClassificationData, DataSpec, DetectionData, Split
+from ecanet.errors import CheckpointError, EcanetError
 from ecanet.models import read_file
-from ecanet.recipes import Recipe
+from ecanet.recipes import Recipe, from_dict, to_dict
 
-__all__ = ["Description", "build_data", "complete", "find_seen", "lengthen", "read_description"]
+__all__ = ["Description", "build_data", "complete", "find_description", "find_seen", "lengthen", "read_description"]
 
 
-class Description(TypedDict):
-    """The plain values that a run writes beside its weights."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Description:
+    """What a run writes beside its weights: its recipe, its data, and the split of a flat folder."""
 
-    recipe: dict[str, object]
-    spec: dict[str, object]
-    split: dict[str, list[str]] | None
+    recipe: Recipe
+    spec: DataSpec
+    split: Split | None
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the description as plain values."""
+        return {"recipe": to_dict(self.recipe), "spec": asdict(self.spec), "split": self.split and self.split.to_dict()}
 
 
 def read_description(path: Path) -> Description | None:
     """Return what the run that wrote the weights file ``path`` says about itself; None if no run wrote it.
 
     Raises:
-        CheckpointError: the file is missing, broken or unsafe.
+        CheckpointError: the file is missing, broken or unsafe, or a value in the description is out of bounds.
     """
-    content = read_file(path)
+    return find_description(path, read_file(path))
+
+
+def find_description(path: Path, content: object) -> Description | None:
+    """Return the description in the ``content`` of the file ``path``, checked: anybody may have written it.
+
+    Raises:
+        CheckpointError: a value is out of bounds.
+    """
     about = cast(dict[str, object], content).get("ecanet") if isinstance(content, dict) else None
     if about is None:
         return None
-    # Files of version 0.1.0 may have no split.
-    values = {"split": None, **cast(dict[str, object], about)} if isinstance(about, dict) else {}
-    if not isinstance(values.get("recipe"), dict) or not isinstance(values.get("spec"), dict):
+    values = cast(dict[str, object], about) if isinstance(about, dict) else {}
+    recipe, spec, split = (values.get(name) for name in ("recipe", "spec", "split"))
+    if not isinstance(recipe, dict) or not isinstance(spec, dict):
         raise CheckpointError(f"{path}: what its run says about itself is broken; take another checkpoint")
-    return cast(Description, values)
+    try:
+        return Description(
+            recipe=from_dict(Recipe, cast(dict[str, object], recipe)),
+            spec=DataSpec.from_dict(cast(dict[str, object], spec)),
+            # Files of version 0.1.0 may have no split.
+            split=None if split is None else Split.from_dict(cast(dict[str, object], split)),
+        )
+    except EcanetError as error:
+        raise CheckpointError(
+            f"{path}: what its run says about itself cannot be used: {error}; take another checkpoint"
+        ) from None
 
 
 def find_seen(recipe: Recipe) -> Split | None:
@@ -51,8 +74,7 @@ def find_seen(recipe: Recipe) -> Split | None:
     if weights in (None, "default") or not recipe.data.name.startswith("folder:"):
         return None
     about = read_description(Path(weights))
-    split = None if about is None else about["split"]
-    return None if split is None else Split(train=tuple(split["train"]), held_out=())
+    return None if about is None or about.split is None else Split(train=about.split.train, held_out=())
 
 
 def complete(recipe: Recipe, *, trusted: bool) -> Recipe:

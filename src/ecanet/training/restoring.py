@@ -1,18 +1,27 @@
 """Restore a trained network: from the checkpoint of a run, which knows everything, or from anybody's weights."""
 
+import os
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ecanet import networks, recipes
 from ecanet.data import DataSpec, Split
 from ecanet.errors import CheckpointError, ConfigError
 from ecanet.models import load_checkpoint
-from ecanet.recipes import DetectorConfig, ModelConfig, Recipe, from_dict
+from ecanet.recipes import DetectorConfig, ModelConfig, Recipe
 from ecanet.training import tasks
 from ecanet.training.preparation import Description, build_data, complete, read_description
 
 __all__ = ["Source", "find_source", "restore", "restore_task"]
+
+MOST_NUMBERS = 2**24
+"""Numbers of a network that may be built for the smallest file."""
 
 AUXILIARY = re.compile(r"(.*\.)?(aux\d*|AuxLogits|aux_classifier|num_batches_tracked)(\.|$)")
 """Tensors of a file that are used in training alone, by name."""
@@ -75,7 +84,7 @@ def find_source(
     file = Path(weights) if path is None and weights not in (None, "default") else path
     own = None if file is None else read_description(file)
     # A file that a run has written says which images it was trained on, whatever option names it.
-    source = _read_own(file, own) if own else _name_foreign(path, model, data_name)
+    source = _take_own(file, own) if own else _name_foreign(path, model, data_name)
     recipe, split = source.recipe, source.split
     if own and model is not None and networks.find_library(model.name)[0] == "file":
         model = recipe.model.but(name=model.name)  # where the network's file is now
@@ -91,15 +100,15 @@ def find_source(
     return replace(source, recipe=recipe, split=split if same or split is None else replace(split, held_out=()))
 
 
-def _read_own(path: Path | None, values: Description) -> Source:
-    """Return what a run has written into its checkpoint beside the weights."""
-    split = values["split"]
-    return Source(
-        path=path,
-        recipe=from_dict(Recipe, values["recipe"]),
-        spec=tasks.read_spec(values["spec"]),
-        split=Split.from_dict(split) if split else None,
-    )
+def _take_own(path: Path | None, about: Description) -> Source:
+    """Return what a run has written into its checkpoint beside the weights.
+
+    Its recipe may ask for the processes of a larger machine.
+    """
+    images = about.recipe.data
+    if images.workers is not None:
+        images = images.but(workers=min(images.workers, os.cpu_count() or 1))
+    return Source(path=path, recipe=about.recipe.but(data=images), spec=about.spec, split=about.split)
 
 
 def _name_foreign(path: Path | None, model: ModelConfig | None, data_name: str | None) -> Source:
@@ -142,8 +151,8 @@ def restore_task(path: Path | None, recipe: Recipe, spec: DataSpec) -> tasks.Tas
         CheckpointError: the weights do not fit the network, or are not finite. Gates that the file does not have are
             allowed.
     """
-    task = tasks.build(recipe, spec)
     if path is None:
+        task = tasks.build(recipe, spec)
         if lost := [name for name in task.unexpected if not AUXILIARY.match(name)]:
             raise CheckpointError(
                 f"{recipe.model.weights}: {len(lost)} of its tensors have no place in {recipe.model.name} with "
@@ -156,6 +165,8 @@ def restore_task(path: Path | None, recipe: Recipe, spec: DataSpec) -> tasks.Tas
                 f"{len(spec.class_names)}; name the data that they were trained on with --data"
             )
         return task
+    with _limit_numbers(path):
+        task = tasks.build(recipe, spec)
     report = load_checkpoint(task.model, path)
     if report.not_finite:
         raise CheckpointError(
@@ -170,3 +181,31 @@ def restore_task(path: Path | None, recipe: Recipe, spec: DataSpec) -> tasks.Tas
             f"{len(spec.class_names)} classes: {len(different)} tensors differ, first {different[0]!r}"
         )
     return task
+
+
+@contextmanager
+def _limit_numbers(path: Path) -> Generator[None]:
+    """Stop the building of a network, in this context, that cannot be the one whose weights the file ``path`` has.
+
+    A file of a kilobyte may name a network of seven billion numbers, or a million classes. PyTorch reports each
+    parameter before it is filled, so the memory is not yet taken.
+
+    Raises:
+        CheckpointError: the network has more numbers than the file has bytes.
+    """
+    most, count = path.stat().st_size + MOST_NUMBERS, 0
+
+    def add(_: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += 0 if parameter is None else parameter.numel()
+        if count > most:
+            raise CheckpointError(
+                f"{path}: the network that it names has more than {most:,} numbers, and the file cannot hold them; "
+                "take another checkpoint"
+            )
+
+    handle = register_module_parameter_registration_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()

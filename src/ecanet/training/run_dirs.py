@@ -11,11 +11,14 @@ from typing import cast
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from ecanet.errors import ConfigError
-from ecanet.recipes import Recipe, from_dict, to_dict
+from ecanet.errors import ConfigError, summarize
+from ecanet.recipes import Recipe, from_dict, read_json, to_dict
 from ecanet.report import write_file
 
 __all__ = ["choose_run_dir", "has_run", "lock_run_dir", "read_recipe"]
+
+LARGEST_RECIPE = 2**20
+"""Bytes of a recipe; with a weight for each of 20,000 classes it has half as many."""
 
 HOLDER = ".training.json"
 """This file says which process trains in the directory."""
@@ -29,11 +32,13 @@ def read_recipe(folder: str | Path) -> Recipe:
     """
     path = Path(folder) / "recipe.json"
     try:
-        return from_dict(Recipe, json.loads(path.read_text()))
+        return from_dict(Recipe, read_json(path, largest=LARGEST_RECIPE))
     except FileNotFoundError:
         raise ConfigError(f"{folder}: no run to resume here (recipe.json is missing)") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON ({summarize(error)})") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -122,7 +127,7 @@ def _make_taken_error(folder: Path) -> ConfigError:
 def _describe_holder(path: Path) -> str:
     """Return which process wrote the file ``path``, as far as that can be read."""
     try:
-        holder = cast(dict[str, object], json.loads(path.read_text()))
+        holder = cast(dict[str, object], read_json(path))
         return f"process {holder['pid']} on {holder['host']} (since {holder['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ecanet.errors import CheckpointError, ConfigError
 from ecanet.models import read_file
-from ecanet.recipes import Recipe, from_dict
 from ecanet.report import Report, write_file
+from ecanet.training.preparation import find_description
 from ecanet.training.run_dirs import read_recipe
 
 __all__ = ["write_weights"]
@@ -43,28 +43,27 @@ def write_weights(run: str | Path, path: str | Path, *, which: str = "best") -> 
     _check_finished(run)
     source = run / "checkpoints" / f"{which}.ckpt"
     content = read_file(source)
-    try:
-        checkpoint = cast(dict[str, object], content)
-        about = cast(dict[str, dict[str, object]], checkpoint["ecanet"])
-        recipe = from_dict(Recipe, about["recipe"])
-        epoch = cast(int, checkpoint["epoch"]) + 1
-        tensors = cast(dict[str, Tensor], checkpoint["state_dict"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{source}: not the checkpoint of a run ({error} is missing); take another run") from None
+    about = find_description(source, content)
+    checkpoint = cast(dict[str, object], content) if about else {}
+    epoch, tensors = checkpoint.get("epoch"), checkpoint.get("state_dict")
+    if about is None or not isinstance(epoch, int) or not isinstance(tensors, dict):
+        missing = "ecanet" if about is None else "epoch" if not isinstance(epoch, int) else "state_dict"
+        raise CheckpointError(f"{source}: not the checkpoint of a run ({missing!r} is missing); take another run")
     # Contiguous copies: safetensors stores no other layout, and no tensor twice.
     own = {
         name.removeprefix("model."): value.contiguous().clone()
-        for name, value in tensors.items()
-        if name.startswith("model.")
+        for name, value in cast(dict[object, object], tensors).items()
+        if isinstance(name, str) and isinstance(value, Tensor) and name.startswith("model.")
     }
     try:
-        write_file(path, _to_bytes(path, own, about))
+        write_file(path, _to_bytes(path, own, about.to_dict()))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+    recipe = about.recipe
     kind = "weights" if recipe.ema_decay is None else "averaged weights (EMA)"
     return (
         f"{path}: {recipe.model.name} with {recipe.model.attention}, {kind} of the {which} epoch "
-        f"({epoch} of {recipe.epochs}), {sum(value.numel() for value in own.values()):,} numbers"
+        f"({epoch + 1} of {recipe.epochs}), {sum(value.numel() for value in own.values()):,} numbers"
     )
 
 

@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import torch
 
-from ecanet.errors import ConfigError, EcanetError, check_positive_int
-from ecanet.recipes import Recipe, from_dict, to_dict
+from ecanet.errors import ConfigError, EcanetError, check_positive_int, summarize
+from ecanet.recipes import Recipe, from_dict, read_json, to_dict
 from ecanet.report import write_file
 from ecanet.studies.ablate.comparison import Measurement, Result, compare
 from ecanet.studies.ablate.metrics import Metric, find_metric
@@ -105,8 +105,19 @@ def _claim_folder(folder: Path, recipe: Recipe) -> None:
     recipe = recipe.but(seed=0)
     if not path.exists():
         write_file(path, json.dumps(to_dict(recipe), indent=2))
-    elif from_dict(Recipe, json.loads(path.read_text())) != recipe:
+    elif from_dict(Recipe, _read_own(path)) != recipe:
         raise ConfigError(f"{folder} holds an ablation of another recipe; choose another folder (--out)")
+
+
+def _read_own(path: Path) -> Mapping[str, object]:
+    """Return the content of a file that an ablation has written; raise ConfigError if it is something else now."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({summarize(error)}); remove it, so that it is made again") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: not a file of an ablation; remove it, so that it is made again")
+    return cast(dict[str, object], content)
 
 
 def _cell_recipe(variant: Variant, seed: int) -> Recipe:
@@ -122,8 +133,8 @@ def _read_cell(folder: Path, variant: Variant, seed: int) -> Cell | None:
     path = _cell_file(folder, variant, seed)
     if not path.exists():
         return None
-    cell = cast(Cell, json.loads(path.read_text()))
-    if cell["recipe"] != to_dict(_cell_recipe(variant, seed)):
+    cell = cast(Cell, _read_own(path))
+    if not set(Cell.__annotations__) <= set(cell) or cell["recipe"] != to_dict(_cell_recipe(variant, seed)):
         raise ConfigError(f"{path} was run with other settings; choose another folder (--out)")
     return cell
 

@@ -10,12 +10,12 @@ Read downward: `classification` and `detection` (the two tasks), `outcome` (a de
 from ecanet.data import DataSpec
 from ecanet.errors import ConfigError
 from ecanet.recipes import Recipe, suggestion
-from ecanet.training.tasks.base import Task, get_data, read_spec
+from ecanet.training.tasks.base import Task, get_data
 from ecanet.training.tasks.classification import Classification
 from ecanet.training.tasks.detection import Detection
 from ecanet.training.tasks.schedule import learning_rate_factor
 
-__all__ = ["TASKS", "Classification", "Detection", "Task", "build", "get_data", "learning_rate_factor", "read_spec"]
+__all__ = ["TASKS", "Classification", "Detection", "Task", "build", "get_data", "learning_rate_factor"]
 
 TASKS: dict[str, type[Classification] | type[Detection]] = {"classification": Classification, "detection": Detection}
 

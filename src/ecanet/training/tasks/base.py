@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict
-from typing import Any, ClassVar, NotRequired, Protocol, TypedDict, cast
+from typing import ClassVar, NotRequired, Protocol, TypedDict, cast
 
 import lightning as L
 import torch
@@ -16,7 +16,7 @@ from ecanet.surgery import parameter_groups
 from ecanet.training.building import Built
 from ecanet.training.tasks.schedule import learning_rate_factor
 
-__all__ = ["NO_READABLE_IMAGE", "Optimization", "Task", "get_data", "read_spec"]
+__all__ = ["NO_READABLE_IMAGE", "Optimization", "Task", "get_data"]
 
 NO_READABLE_IMAGE = "not one held-out image could be read, so there is nothing to evaluate on"
 
@@ -50,15 +50,6 @@ class _TrainerWithData(Protocol):
 def get_data(trainer: L.Trainer) -> ClassificationData | DetectionData:
     """Return the data module of a run's ``trainer``."""
     return cast(_TrainerWithData, trainer).datamodule
-
-
-def read_spec(values: object) -> DataSpec:
-    """Return the data's description from the plain values beside the weights; JSON has lists for its tuples."""
-    fields = {
-        key: tuple(cast(list[object], value)) if isinstance(value, list) else value
-        for key, value in cast(dict[str, object], values).items()
-    }
-    return DataSpec(**cast(dict[str, Any], fields))
 
 
 class Task(L.LightningModule):
@@ -133,7 +124,7 @@ class Task(L.LightningModule):
         content = cast(dict[str, dict[str, object]], checkpoint["ecanet"])
         schedules = cast(list[dict[str, int]], checkpoint["lr_schedulers"])
         self.resumed = cast(int, checkpoint["epoch"]) + 1, schedules[0]["last_epoch"]
-        check_classes(self.recipe.data.name, self.spec, read_spec(content["spec"]))
+        check_classes(self.recipe.data.name, self.spec, DataSpec.from_dict(content["spec"]))
         split = get_data(self.trainer).split
         if (split and split.to_dict()) != content.get("split"):
             raise DataError(
