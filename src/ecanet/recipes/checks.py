@@ -20,7 +20,7 @@ Limits = dict[str, tuple[float | None, float | None]]
 Of a list, these are the limits of each item.
 """
 
-LARGEST_NUMBER, LONGEST_TEXT, LONGEST_LIST, DEEPEST_GROUP = 2**53, 4096, 2**17, 8
+LARGEST, LONGEST_TEXT, LONGEST_LIST, DEEPEST_GROUP = 2**53, 4096, 2**17, 8
 """General limits. A recipe may come from anybody's checkpoint: it must not ask for all memory or fail later on."""
 
 
@@ -181,11 +181,11 @@ def check_limits(name: str, value: object, lowest: float | None = None, highest:
         _check_text(name, value, LONGEST_TEXT if highest is None else int(highest))
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
-    highest = LARGEST_NUMBER if highest is None else highest
-    lowest = -LARGEST_NUMBER if lowest is None else lowest
-    if value < lowest:
+    if isinstance(value, int):
+        lowest, highest = (-LARGEST if lowest is None else lowest), (LARGEST if highest is None else highest)
+    if lowest is not None and value < lowest:
         raise ConfigError(f"{name} must be at least {lowest:.16g}, got {show_value(value)}")
-    if value > highest:
+    if highest is not None and value > highest:
         raise ConfigError(f"{name} must be at most {highest:.16g}, got {show_value(value)}")
 
 
