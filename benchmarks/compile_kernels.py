@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ecanet.ops.triton import algebra, expansion
+from ecanet.ops.triton import algebra, algebra_grads, expansion
 from ecanet.ops.triton import kernels as K
 from ecanet.ops.triton.coefficients import WARPS
 
@@ -116,41 +116,49 @@ def list_passes(dtype: str, channels_last: bool) -> Iterator[Kernel]:
 
 
 def list_algebra() -> Iterator[Kernel]:
-    """Yield the kernels between the passes, without a gate and with ECA's of five taps, for a batch of 256."""
-    for gated in (False, True):
+    """Yield the kernels between the passes, for a batch of 256: without a gate, with ECA, and of synchronised norms."""
+    for gated, synchronised in ((False, False), (True, False), (True, True)):
         blocks = {"BLOCK_N": 64, "WIDTH": 32} if gated else {"BLOCK_N": 256, "WIDTH": 16}
         gate = {"GATED": gated, "GAIN": 1.0, "TAPS": 5 if gated else 1, "EACH": False, "CIRCULAR": False}
+        totals = {"totals": "fp64"} if synchronised else {}
         common: dict[str, Any] = {
             "dtype": "fp32",
             "channels_last": True,
             "options": {"num_warps": WARPS},
-            "extra": {"gate": "5 taps" if gated else "none"},
+            "extra": {"gate": "5 taps" if gated else "none", "synchronised": synchronised},
         }
         names = ("moments", "weight", "bias", "mean", "variance", "channel", *(("taps", "plane") if gated else ()))
         flags = {"EPS": 1e-5, "MOMENTUM": 0.1, "BATCH": True, "UPDATE": True}
         yield Kernel(
             name="_coefficients",
             function=algebra._coefficients,
-            tensors={**dict.fromkeys(names, "fp32"), "tracked": "i64"},
+            tensors={**dict.fromkeys(names, "fp32"), "tracked": "i64", **totals},
             constants={**flags, **gate, **blocks, "WIDE": tl.float32},
             **common,
         )
-        names = (
-            "sums",
-            "channel",
-            "dweight",
-            "dbias",
-            "dmean",
-            "dvariance",
-            *(("plane", "taps", "dtaps") if gated else ()),
-        )
+        names = ("sums", "channel", "dweight", "dbias", "dmean", "dvariance")
+        names = (*names, *(("plane", "taps", "dtaps") if gated else ()))
         yield Kernel(
             name="_coefficient_grads",
-            function=algebra._coefficient_grads,
-            tensors=dict.fromkeys(names, "fp32"),
+            function=algebra_grads._coefficient_grads,
+            tensors={**dict.fromkeys(names, "fp32"), **totals, **{f"d{name}": kind for name, kind in totals.items()}},
             constants={"KIND": 0, "BATCH": True, **gate, "COLUMNS": 8, **blocks, "WIDE": tl.float32},
             **common,
         )
+    yield Kernel(
+        name="_totals",
+        function=algebra._totals,
+        tensors={"moments": "fp32", "totals": "fp64"},
+        constants={"BLOCK_N": 256, "WIDTH": 16, "WIDE": tl.float32},
+        **common,
+    )
+    yield Kernel(
+        name="_finish",
+        function=algebra_grads._finish,
+        tensors={"dtotals": "fp64", "channel": "fp32", "dmean": "fp32", "dvariance": "fp32"},
+        constants={"GATED": True, "BLOCK_N": 256, "WIDTH": 16, "WIDE": tl.float32},
+        **common,
+    )
 
 
 def list_expansions(dtype: str) -> Iterator[Kernel]:

@@ -310,30 +310,3 @@ def test_explicit_choice_that_does_not_apply_raises():
         ops.residual_tail(x, nn.GroupNorm(1, 3), impl="lean")
     with pytest.raises(ConfigError, match="more than one value per channel"):
         ops.residual_tail(x[:1, :, :1, :1], nn.BatchNorm2d(3), torch.sigmoid, impl="lean")
-
-
-def test_synchronised_statistics_equal_those_of_the_whole_batch(tmp_path):
-    import torch.multiprocessing as mp
-
-    mp.spawn(_half, (str(tmp_path / "store"),), nprocs=2)  # type: ignore[attr-defined]
-
-
-def _half(rank, store):
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    (z, s, dy), norm, gate = case((4, 5, 3, 3), False, torch.float64)
-    norm, gate = norm.double(), gate.double()
-    whole = copy.deepcopy(norm)
-    z.requires_grad_()
-    y = ops.residual_tail(z, whole, gate.weigh, s, impl="reference")
-    (dz,) = torch.autograd.grad(y, z, dy)
-    sync = nn.SyncBatchNorm.convert_sync_batchnorm(norm)
-    part = slice(2 * rank, 2 * rank + 2)
-    mine = z.detach()[part].requires_grad_()
-    y_mine = ops.residual_tail(mine, sync, gate.weigh, s[part], impl="lean")
-    (dz_mine,) = torch.autograd.grad(y_mine, mine, dy[part])
-    torch.testing.assert_close(y_mine, y[part], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(dz_mine, dz[part], rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(sync.running_var, whole.running_var)
-    dist.destroy_process_group()

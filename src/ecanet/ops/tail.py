@@ -138,14 +138,25 @@ def _compute_synchronised_statistics(
     float64, where the difference keeps all digits that float32 has.
     """
     wide = m.double()
-    count = wide.new_tensor([len(m) * positions])
-    sums = positions * torch.stack((wide.sum(0), (v.double() + wide.square()).sum(0)))
-    total = cast(Tensor, all_reduce(torch.cat((sums.flatten(), count)), group=group))
-    count = total[-1].detach().clamp(min=1)
-    first, second = (total[:-1] / count).view(2, -1)
-    mu, var = first.to(m.dtype), (second - first.square()).to(m.dtype)
+    first, second = positions * wide.sum(0), positions * (v.double() + wide.square()).sum(0)
+    mean, variance, count = average_over_processes(first, second, len(m) * positions, group)
+    mu, var = mean.to(m.dtype), variance.to(m.dtype)
     _update_running_statistics(norm, mu.detach(), (var.detach() * (count / (count - 1).clamp(min=1))).to(m.dtype))
     return mu, var
+
+
+def average_over_processes(
+    first: Tensor, second: Tensor, count: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and biased variance of each channel over all processes of ``group``, and the number of elements.
+
+    ``first`` and ``second`` (C,) are this process's sums of z and z^2 in float64, of ``count`` elements a channel.
+    """
+    sums = torch.cat((first, second, first.new_tensor([count])))
+    total = cast(Tensor, all_reduce(sums, group=group))
+    elements = total[-1].detach().clamp(min=1)
+    mean, square = (total[:-1] / elements).view(2, -1)
+    return mean, square - mean.square(), elements
 
 
 def _update_running_statistics(norm: _BatchNorm, mu: Tensor, unbiased: Tensor) -> None:

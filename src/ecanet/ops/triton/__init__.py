@@ -2,6 +2,6 @@
 
 Read downward: `expansion` (a block's last 1x1 convolution with gate, addition and activation in its epilogue), `launch`
 (the passes as autograd and `torch.compile` call them), `node` (a whole tail as one autograd node), `coefficients`
-(the launches of the algebra between the passes), `tiles` (grids and launches of the passes), `algebra` (the kernels
-between the passes), `kernels` (those of the passes).
+(the launches of the algebra between the passes), `tiles` (grids and launches of the passes), `algebra_grads` and
+`algebra` (the kernels between the passes, backward and forward), `kernels` (those of the passes).
 """

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from ecanet.ops import tail
 from ecanet.ops.reference import Activation
-from ecanet.ops.triton import algebra
+from ecanet.ops.triton import algebra, algebra_grads
 from ecanet.ops.triton.tiles import Grid, Launch, prepare_grads, prepare_moments
 
 WARPS = 8
@@ -26,6 +27,8 @@ class NormKind(NamedTuple):
     by_batch: bool
     updates: bool
     """The running statistics are updated."""
+    synchronised: bool
+    """The statistics are those of several processes."""
     dtypes: tuple[torch.dtype | None, ...]
 
 
@@ -39,6 +42,8 @@ class Norm(NamedTuple):
     variance: Tensor | None
     tracked: Tensor | None
     """The number of batches, if this one counts."""
+    group: dist.ProcessGroup | None
+    """The processes over which a synchronised norm sums."""
     kind: NormKind
 
 
@@ -58,9 +63,10 @@ def describe_norm(norm: nn.Module, z: Tensor) -> Norm | None:
     # the module's own dictionaries: `nn.Module.__getattr__`, which searches them, takes several times as long
     held = own["_parameters"] | own["_buffers"]
     weight, bias, mean, variance, counted = (held[x] if x in held else getattr(norm, x, None) for x in NORM_TENSORS)
-    tracked, momentum, updates, by_batch = None, None, False, tail.uses_batch_statistics(norm)
+    tracked, momentum, updates, by_batch, group = None, None, False, tail.uses_batch_statistics(norm), None
     if by_batch and norm.training:
-        if z.numel() == z.shape[1] or tail.find_sync_group(norm) is not None:
+        group = tail.find_sync_group(norm)
+        if z.numel() == z.shape[1] and group is None:
             return None
         if own["track_running_stats"]:
             tracked, momentum, updates = counted, own["momentum"], mean is not None and variance is not None
@@ -75,7 +81,8 @@ def describe_norm(norm: nn.Module, z: Tensor) -> Norm | None:
         else:
             dtypes.append(x.dtype)
     dtypes.append(None if tracked is None else tracked.dtype)
-    return Norm(weight, bias, mean, variance, tracked, NormKind(own["eps"], momentum, by_batch, updates, (*dtypes,)))
+    kind = NormKind(own["eps"], momentum, by_batch, updates, group is not None, (*dtypes,))
+    return Norm(weight, bias, mean, variance, tracked, group, kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +90,11 @@ class NormLaunches:
     """The launches of one norm of a tail: its statistics and algebra, forward and backward."""
 
     moments: Launch | None
+    totals: Launch | None
+    """Before the all-reduce of a synchronised norm; `finish` is after that of the backward."""
     coefficients: Launch
     coefficient_grads: Launch
+    finish: Launch | None
     grads: Launch
     """That of the last pass, which writes the gradient of the norm's input."""
     reads_input: bool
@@ -114,8 +124,10 @@ def prepare_norm(
         dtaps = (c, gate.taps) if gate.own_taps else (grads.programs[0], gate.taps + 1)
     return NormLaunches(
         moments=prepare_moments(grid, 2 if by_batch else 1) if needs_moments else None,
+        totals=prepare_totals(grid) if norm.synchronised else None,
         coefficients=prepare_coefficients(grid, norm, gate),
         coefficient_grads=grads,
+        finish=prepare_finish(grid, gated) if norm.synchronised else None,
         grads=prepare_grads(grid, gated, False, *flags, (0, n * c) if gated else (2 * c, 3 * c)),
         reads_input=by_batch or activation is not None,
         moments_shape=(2, grid.parts, n, c),
@@ -126,15 +138,23 @@ def prepare_norm(
     )
 
 
+class Coefficients(NamedTuple):
+    """The results of the forward algebra, as `algebra` describes them."""
+
+    channels: Tensor  # 4 C
+    planes: Tensor | None  # 4 N C, with a gate
+    totals: Tensor | None  # 2 C + 1, of a synchronised norm
+
+
 def compute_coefficients(
     z: Tensor, grid: Grid, run: NormLaunches, norm: Norm, addend: Tensor | None, taps: Tensor | None,
     gate_bias: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return the coefficients of each channel (4, C) and, with a gate, of each plane (4, N, C): see `algebra`.
+) -> Coefficients:  # fmt: skip
+    """Return the coefficients of a norm, and of the gate after it, if any.
 
     The running statistics are updated. ``addend`` (C,) is added to B.
     """
-    moments = planes = None
+    moments = planes = totals = None
     if run.moments is not None:
         moments = z.new_empty(run.moments_shape, dtype=grid.wide)
         run.moments(z, moments)
@@ -142,11 +162,16 @@ def compute_coefficients(
     if run.planes_shape is not None:
         planes = z.new_empty(run.planes_shape, dtype=grid.wide)
         taps = None if taps is None else taps.contiguous()
-    weight, bias, mean, variance, tracked, kind = norm
+    if run.totals is not None:
+        totals = z.new_empty(2 * grid.channels + 1, dtype=torch.float64)
+        run.totals(moments, totals)
+        dist.all_reduce(totals, group=norm.group)
+    weight, bias, mean, variance, tracked, _, kind = norm
     if tracked is not None or kind.updates:
         _announce_update(norm)
-    run.coefficients(moments, weight, bias, mean, variance, tracked, addend, taps, gate_bias, channels, planes)
-    return channels, planes
+    statistics = mean, variance, tracked
+    run.coefficients(moments, weight, bias, *statistics, addend, taps, gate_bias, totals, channels, planes)
+    return Coefficients(channels, planes, totals)
 
 
 def _announce_update(norm: Norm) -> None:
@@ -172,20 +197,23 @@ class CoefficientGrads(NamedTuple):
 
 
 def compute_coefficient_grads(
-    sums: Tensor, run: NormLaunches, norm: Norm, channels: Tensor, planes: Tensor | None, taps: Tensor | None,
-    gate_bias: Tensor | None,
-) -> CoefficientGrads:  # fmt: skip
-    """Return the gradients that `algebra` computes from the sums over each plane (kinds, parts, N, C)."""
-    shape = run.channels_shape[1:]
+    sums: Tensor, run: NormLaunches, norm: Norm, known: Coefficients, taps: Tensor | None, gate_bias: Tensor | None
+) -> CoefficientGrads:
+    """Return the gradients that `algebra_grads` computes from the sums over each plane (kinds, parts, N, C)."""
+    shape, (channels, planes, totals) = run.channels_shape[1:], known
     dweight = None if norm.weight is None else sums.new_empty(shape)
     dbias = None if norm.bias is None else sums.new_empty(shape)
     dmean = None if run.dmean_shape is None else sums.new_empty(run.dmean_shape)
     dvariance = sums.new_empty(shape) if norm.kind.by_batch else None
-    if taps is None or run.dtaps_shape is None:
-        run.coefficient_grads(sums, channels, planes, None, dweight, dbias, dmean, dvariance, None)
+    dtaps = None if taps is None or run.dtaps_shape is None else sums.new_empty(run.dtaps_shape)
+    dtotals = None if totals is None else torch.empty_like(totals)
+    given = sums, channels, planes, None if taps is None else taps.contiguous()
+    run.coefficient_grads(*given, dweight, dbias, dmean, dvariance, dtaps, totals, dtotals)
+    if run.finish is not None and dtotals is not None:
+        dist.all_reduce(dtotals, group=norm.group)
+        run.finish(dtotals, channels, dmean, dvariance)
+    if taps is None or dtaps is None:
         return CoefficientGrads(dweight, dbias, dmean, dvariance, None, None)
-    dtaps = sums.new_empty(run.dtaps_shape)
-    run.coefficient_grads(sums, channels, planes, taps.contiguous(), dweight, dbias, dmean, dvariance, dtaps)
     if taps.numel() == dtaps.numel():  # each channel has taps of its own
         return CoefficientGrads(dweight, dbias, dmean, dvariance, dtaps.view(taps.shape), None)
     total, k = dtaps.sum(0), taps.numel()
@@ -202,12 +230,26 @@ def prepare_coefficients(grid: Grid, norm: NormKind, gate: GateKind | None) -> L
 
 
 def prepare_coefficient_grads(grid: Grid, first: int, by_batch: bool, gate: GateKind | None) -> Launch:
-    """Return the launch of `algebra._coefficient_grads`."""
+    """Return the launch of `algebra_grads._coefficient_grads`."""
     blocks, programs = _choose_blocks(grid, gate)
     columns = triton.next_power_of_2(gate.taps + 1) if gate is not None else 1
     flags = first, by_batch, *_describe(gate), columns
     others = grid.samples, grid.channels, grid.parts, *flags, *blocks, grid.options[3]
-    return Launch(algebra._coefficient_grads, programs, others, WARPS)
+    return Launch(algebra_grads._coefficient_grads, programs, others, WARPS)
+
+
+def prepare_totals(grid: Grid) -> Launch:
+    """Return the launch of `algebra._totals`."""
+    numbers = grid.samples, grid.channels, grid.positions, grid.parts, grid.part
+    blocks, programs = _choose_blocks(grid, None)
+    return Launch(algebra._totals, programs, (*numbers, *blocks, grid.options[3]), WARPS)
+
+
+def prepare_finish(grid: Grid, gated: bool) -> Launch:
+    """Return the launch of `algebra_grads._finish`."""
+    blocks, programs = _choose_blocks(grid, None)
+    others = grid.samples, grid.channels, grid.positions, gated, *blocks, grid.options[3]
+    return Launch(algebra_grads._finish, programs, others, WARPS)
 
 
 def _choose_blocks(grid: Grid, gate: GateKind | None) -> tuple[tuple[int, int], tuple[int, int, int]]:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ecanet.ops import nodes
+from ecanet.ops import nodes, tail
 from ecanet.ops.channel_gates import ChannelGate, compute_weights, describe_gate
 from ecanet.ops.reference import Activation, Gate, accumulation_dtype, scale
 from ecanet.ops.triton.coefficients import (
     CoefficientGrads,
+    Coefficients,
     GateKind,
     Norm,
     NormKind,
@@ -87,9 +88,8 @@ def prepare_tail(grid: Grid, kind: TailKind) -> TailLaunches:
 class _Context(Protocol):
     plan: Plan
     run: TailLaunches
-    channels: Tensor
-    planes: Tensor | None
-    side_channels: Tensor | None
+    coefficients: Coefficients
+    side: Coefficients | None
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Any, ...]
 
@@ -109,8 +109,8 @@ def run_tail(
 ) -> tuple[Tensor, Tensor] | None:
     """Return `ops.tail.residual_tail`; None where this node does not apply.
 
-    It does not under `torch.compile`, which leaves only operators whole, for synchronised norms, other gates and empty
-    tensors, and where sizes do not fit, which PyTorch's own operations report.
+    It does not under `torch.compile`, which leaves only operators whole, for other gates and empty tensors, and where
+    sizes do not fit, which PyTorch's own operations report.
     """
     if torch.compiler.is_compiling() or not z.numel():
         return None
@@ -145,16 +145,19 @@ class _Tail(torch.autograd.Function):
     ):  # fmt: skip
         grid = find_grid(z)
         run = prepare_tail(grid, plan.kind)
-        side_channels, kept = None, None
+        side, side_channels, kept = None, None, None
         if run.side is not None and plan.side is not None and shortcut is not None:
-            side_channels, _ = compute_coefficients(shortcut, grid, run.side, plan.side, None, None, None)
-            kept = shortcut  # a shortcut without a norm is not needed again: its gradient is t
-        channels, planes = compute_coefficients(z, grid, run.norm, plan.norm, side_bias, taps, gate_bias)
+            side = compute_coefficients(shortcut, grid, run.side, plan.side, None, None, None)
+            side_channels, kept = (
+                side.channels,
+                shortcut,
+            )  # a shortcut without a norm is not needed again: its gradient is t
+        own = compute_coefficients(z, grid, run.norm, plan.norm, side_bias, taps, gate_bias)
         y = torch.empty_like(z)
         bits = z.new_empty(grid.bits, dtype=torch.uint8) if run.keeps_bits else None
-        source = channels if planes is None else planes
-        run.apply(z, shortcut, y, bits, source, source, channels, side_channels, side_channels)
-        ctx.plan, ctx.run, ctx.channels, ctx.planes, ctx.side_channels = plan, run, channels, planes, side_channels
+        source = own.channels if own.planes is None else own.planes
+        run.apply(z, shortcut, y, bits, source, source, own.channels, side_channels, side_channels)
+        ctx.plan, ctx.run, ctx.coefficients, ctx.side = plan, run, own, side
         ctx.save_for_backward(z, kept, weight, bias, side_weight, side_bias, taps, gate_bias, bits)
         ctx.set_materialize_grads(False)  # an unused output must arrive as None, not as a tensor of zeros to add
         return y, y.view_as(y) if plan.second_output else None
@@ -180,22 +183,22 @@ def _run_backward(
     parameters: list[Tensor | None], bits: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of all inputs of `_Tail`."""
-    plan, run, channels, planes, side_channels = ctx.plan, ctx.run, ctx.channels, ctx.planes, ctx.side_channels
+    plan, run, known, side_known = ctx.plan, ctx.run, ctx.coefficients, ctx.side
     two = second_dy is not None
     sums = z.new_empty(run.sums_shape, dtype=run.grid.wide)
     t = torch.empty_like(z) if two or bits is not None else dy
-    source = channels if planes is None else planes
-    written = None if t is dy else t
-    run.reduce[two](dy, second_dy, bits, z, shortcut, written, source, source, channels, side_channels, sums)
-    own = compute_coefficient_grads(sums, run.norm, plan.norm, channels, planes, parameters[4], parameters[5])
+    source = known.channels if known.planes is None else known.planes
+    written, side_channels = None if t is dy else t, None if side_known is None else side_known.channels
+    run.reduce[two](dy, second_dy, bits, z, shortcut, written, source, source, known.channels, side_channels, sums)
+    own = compute_coefficient_grads(sums, run.norm, plan.norm, known, parameters[4], parameters[5])
     dz, dshortcut, dside_weight, dside_bias = None, t if plan.kind.has_shortcut else None, None, None
     if ctx.needs_input_grad[0]:
-        dz = _write_gradient(t, z, run.norm, source, channels, own)
-    if side_channels is not None and plan.side is not None and run.side is not None and shortcut is not None:
-        side = compute_coefficient_grads(sums, run.side, plan.side, side_channels, None, None, None)
+        dz = _write_gradient(t, z, run.norm, source, known.channels, own)
+    if side_known is not None and plan.side is not None and run.side is not None and shortcut is not None:
+        side = compute_coefficient_grads(sums, run.side, plan.side, side_known, None, None)
         dside_weight, dside_bias = side.dweight, side.dbias
         if ctx.needs_input_grad[1]:
-            dshortcut = _write_gradient(t, shortcut, run.side, side_channels, side_channels, side)
+            dshortcut = _write_gradient(t, shortcut, run.side, side_known.channels, side_known.channels, side)
     return dz, dshortcut, own.dweight, own.dbias, dside_weight, dside_bias, own.dtaps, own.dgate_bias, None
 
 
@@ -219,7 +222,7 @@ def _differentiate(
     with torch.enable_grad():
         # views, because one tensor may be several of the inputs
         inputs = [None if x is None else x.view_as(x) for x in (z, shortcut, *parameters)]
-        y = compute_branch(inputs, plan, ctx.channels, ctx.side_channels)
+        y = compute_branch(inputs, plan, ctx.coefficients.channels, None if ctx.side is None else ctx.side.channels)
         t = dy.to(y.dtype)
         if bits is not None:
             t = t * unpack_bits(bits, z)
@@ -251,7 +254,13 @@ def compute_branch(inputs: list[Tensor | None], plan: Plan, channels: Tensor, si
 def _normalize(z: Tensor, norm: Norm, weight: Tensor | None, bias: Tensor | None, channels: Tensor) -> Tensor:
     x = z.to(accumulation_dtype(z.dtype))
     shape, axes = (-1, *(1,) * (z.dim() - 2)), (0, *range(2, z.dim()))
-    if norm.kind.by_batch:
+    if norm.group is not None:
+        wide = x.double()
+        mean, variance, _ = tail.average_over_processes(
+            wide.sum(axes), wide.square().sum(axes), x[:, 0].numel(), norm.group
+        )
+        y = (x - mean.to(x.dtype).view(shape)) * torch.rsqrt(variance.to(x.dtype).view(shape) + norm.kind.eps)
+    elif norm.kind.by_batch:
         d = x - x.mean(axes, keepdim=True)
         y = d * torch.rsqrt(d.square().mean(axes, keepdim=True) + norm.kind.eps)
     else:
