@@ -25,7 +25,7 @@ Channel attention for convolutional networks: train, evaluate, compare.
 
 Commands:
   train, eval, predict, detect, weights, models,
-  cost, paper, ablate, inspect, bench
+  cost, paper, ablate, inspect, bench, shards
 
 The commands need more packages: {INSTALL}
 """

@@ -1,8 +1,9 @@
 """The command line: each command turns its options into one function call and prints the result.
 
 Read downward: `run` (train, eval, predict, weights), `detect`, `models`, `compare` (cost, paper, ablate, inspect),
-`bench`, `options` (the options that several commands share). Heavy packages are imported inside the commands, so
-``--help`` is quick. A user's mistake raises an `EcanetError`, which ``ecanet.__main__`` prints as one line.
+`bench`, `shards` (pack, index, check), `options` (the options that several commands share). Heavy packages are
+imported inside the commands, so ``--help`` is quick. A user's mistake raises an `EcanetError`, which
+``ecanet.__main__`` prints as one line.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from ecanet.cli.detect import detect
 from ecanet.cli.models import models
 from ecanet.cli.options import console
 from ecanet.cli.run import evaluate, predict, train, weights
+from ecanet.cli.shards import app as shards
 
 __all__ = ["app"]
 
@@ -43,6 +45,7 @@ app = typer.Typer(
 )
 for name, command in COMMANDS.items():
     app.command(name)(command)
+app.add_typer(shards, name="shards")
 
 
 def print_version(requested: bool) -> None:

@@ -1,6 +1,7 @@
 """Read one image file as a tensor, whichever program wrote it, and name the files that cannot be read."""
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, rgb_to_grayscale
 
 from ecanet.errors import DataError
 
-__all__ = ["HOW_TO_SKIP", "IMAGE_SUFFIXES", "Unreadable", "read_image", "to_tensor"]
+__all__ = ["HOW_TO_SKIP", "IMAGE_SUFFIXES", "Unreadable", "decode_image", "read_image", "to_tensor"]
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".heic", ".heif", ".avif"
@@ -59,18 +60,33 @@ def read_image(path: str | Path, channels: int, *, upright: bool = True) -> Tens
         DataError: the file does not exist, is not an image, is truncated, holds floating-point values, or needs a
             package that is not installed.
     """
+    if not Path(path).is_file() and Path(path).exists():  # to open a pipe would wait for someone who writes to it
+        raise DataError(f"{path}: it is no file, but a folder, a pipe, a socket or a device")
+    return _read(path, str(path), channels, upright)
+
+
+def decode_image(content: bytes, name: str, channels: int) -> Tensor:
+    """Return the image file with this ``content`` as `read_image` does; error messages call it ``name``.
+
+    Raises:
+        DataError: as for `read_image`.
+    """
+    return _read(BytesIO(content), name, channels, upright=True)
+
+
+def _read(file: str | Path | BytesIO, name: str, channels: int, upright: bool) -> Tensor:
     try:
-        with open_image(path) as stored:
+        with open_image(file) as stored:
             image = convert_to_8_bits(turn_upright(stored) if upright else stored)
             return pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
     except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+        raise DataError(f"{name}: {error}") from None
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise DataError(f"{name}: no such file") from None
     except UnidentifiedImageError:
-        raise DataError(f"{path}: cannot be read as an image (not an image)") from None
+        raise DataError(f"{name}: cannot be read as an image (not an image)") from None
     except Exception as error:  # Pillow's decoders raise exceptions of almost any type for a broken file
-        raise DataError(f"{path}: cannot be read as an image ({str(error) or type(error).__name__})") from None
+        raise DataError(f"{name}: cannot be read as an image ({str(error) or type(error).__name__})") from None
 
 
 def to_tensor(image: "Image.Image | NDArray[np.generic] | Tensor", channels: int) -> Tensor:
@@ -99,20 +115,17 @@ def to_tensor(image: "Image.Image | NDArray[np.generic] | Tensor", channels: int
     return pixels.expand(channels, -1, -1)
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Return the image file at ``path``, opened by Pillow; pillow-heif adds HEIC where it is installed.
+def open_image(file: str | Path | BytesIO) -> Image.Image:
+    """Return the image in ``file``, a path or the content, opened by Pillow; pillow-heif adds HEIC if installed.
 
     Raises:
-        DataError: it is no regular file, or it is HEIC or AVIF, and nothing is installed that reads it.
+        DataError: it is HEIC or AVIF, and nothing is installed that reads it.
     """
-    if not Path(path).is_file() and Path(path).exists():  # to open a pipe would wait for someone who writes to it
-        raise DataError("it is no file, but a folder, a pipe, a socket or a device")
     try:
-        return Image.open(path)
+        return Image.open(file)
     except UnidentifiedImageError:
         # The content decides: telephones and converters also write HEIC into files called .jpg.
-        with Path(path).open("rb") as file:
-            head = file.read(12)
+        head = _read_head(file)
         if head[4:8] != b"ftyp" or head[8:12] not in (*HEIC_BRANDS, *AVIF_BRANDS):
             raise
     if head[8:12] in AVIF_BRANDS:
@@ -122,7 +135,15 @@ def open_image(path: str | Path) -> Image.Image:
     except ImportError:
         raise DataError("HEIC needs pillow-heif; pip install 'ecanet[heic]'") from None
     pillow_heif.register_heif_opener()  # pyright: ignore[reportUnknownMemberType]
-    return Image.open(path)
+    return Image.open(file)
+
+
+def _read_head(file: str | Path | BytesIO) -> bytes:
+    """Return the first bytes of ``file``, which say its type."""
+    if isinstance(file, BytesIO):
+        return file.getvalue()[:12]
+    with Path(file).open("rb") as opened:
+        return opened.read(12)
 
 
 def turn_upright(image: Image.Image) -> Image.Image:

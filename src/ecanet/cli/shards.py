@@ -1,0 +1,74 @@
+"""The commands about shards: pack, index, check."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ecanet.cli.options import ValShare, console
+from ecanet.errors import ConfigError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Pack photographs into tar files, for data that do not fit one disk.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Address = Annotated[str, typer.Argument(help="Folder, or an address such as s3://bucket/set.", show_default=False)]
+
+
+@app.command()
+def pack(
+    folder: Annotated[Path, typer.Argument(help="Photographs, one folder for each class.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder of the shards.", show_default=False)],
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Short side of larger images, in pixels.", show_default="as they are")
+    ] = None,
+    val_share: ValShare = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides order and split.")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="all cores")] = None,
+    on_corrupt: Annotated[str, typer.Option(help="error, or skip unreadable images.")] = "error",
+) -> None:
+    """Pack a folder; train on it with `ecanet train shards:OUT`.
+
+    Given again after a stop, the same command goes on.
+    """
+    from ecanet.shards import pack
+
+    for line in pack(folder, out, size=size, val_share=val_share, seed=seed, workers=workers, on_corrupt=on_corrupt):
+        console.print(line, soft_wrap=True)
+
+
+@app.command()
+def index(
+    folder: Annotated[Path, typer.Argument(help="Holds *.tar in WebDataset's layout.", show_default=False)],
+    classes: Annotated[
+        Path | None, typer.Option(help="File of class names, one a line.", show_default="0, 1, …")
+    ] = None,
+) -> None:
+    """Index tar files of others, so that training can read them.
+
+    train, val or test in a file's name says what it holds.
+    """
+    from ecanet.shards import index
+
+    try:
+        names = None if classes is None else classes.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{classes}: class names cannot be read ({error}); give a text file, one name a line"
+        ) from None
+    for line in index(folder, class_names=names):
+        console.print(line, soft_wrap=True)
+
+
+@app.command()
+def check(
+    address: Address,
+    images: Annotated[bool, typer.Option("--images", help="Decode every image, too.")] = False,
+) -> None:
+    """Read a set from end to end: checksums, images and labels."""
+    from ecanet.shards import check
+
+    for line in check(address, images=images):
+        console.print(line, soft_wrap=True)

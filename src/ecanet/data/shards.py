@@ -1,0 +1,97 @@
+"""Images in shards, read one by one, and the order in which an epoch takes them.
+
+Random access lets these images go through the same samplers, transforms and checkpoints as a folder's. The order keeps
+the reads together: at any time an epoch reads from few shards.
+"""
+
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ecanet.data.folders import Transform
+from ecanet.data.pictures import Unreadable, decode_image
+from ecanet.data.shard_files import ShardSet
+from ecanet.errors import DataError
+
+__all__ = ["ShardDataset", "mix_shards"]
+
+LANES = 32
+"""The most lanes of `mix_shards`, a power of two."""
+
+WINDOW = 2
+"""Shards of one lane whose images are mixed."""
+
+
+class ShardDataset(Dataset[tuple[Tensor, int] | Unreadable]):
+    """The images of one part of a set, "train" or "held_out", as uint8 tensors (C, H, W) after ``transform``."""
+
+    def __init__(self, shards: ShardSet, part: str, channels: int, transform: Transform):
+        self.shards, self.channels, self.transform = shards, channels, transform
+        self.files, self.records = shards.files, shards.get_records(part)
+        self.sizes = [file.images for file in shards.parts[part]]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def get_labels(self) -> list[int]:
+        """Return the label of each image."""
+        return self.records["label"].tolist()
+
+    def get_order(self, seed: int) -> NDArray[np.int64]:
+        """Return the indices of all images in the order in which an epoch takes them."""
+        return mix_shards(self.sizes, seed)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
+        record = self.records[index]
+        file = self.files[int(record["shard"])]
+        offset, size = int(record["offset"]), int(record["bytes"])
+        try:
+            path = self.shards.get_path(file)
+            with path.open("rb") as shard:
+                shard.seek(offset)
+                content = shard.read(size)
+            return self.transform(decode_image(content, f"{path}, byte {offset:,}", self.channels)), int(
+                record["label"]
+            )
+        except (DataError, OSError) as error:
+            return Unreadable(str(error))
+
+
+def mix_shards(sizes: list[int], seed: int) -> NDArray[np.int64]:
+    """Return a random order of the images of shards with ``sizes`` images each, all of them exactly once.
+
+    The shards are dealt to lanes, a power of two of them, which stay the same in every epoch. Each lane takes its
+    shards in a random order and mixes the images of `WINDOW` neighbours, and the lanes take turns. So a process that
+    takes every W-th image, where W is a power of two up to 32, reads the shards of 32 / W lanes only. The order does
+    not depend on the number of processes.
+
+    >>> sorted(mix_shards([3, 2, 3], seed=1).tolist())
+    [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+    starts = list(accumulate(sizes, initial=0))
+    lanes = min(LANES, 1 << (max(1, len(sizes)).bit_length() - 1))
+    random = np.random.default_rng(seed)
+    images: list[NDArray[np.int64]] = []
+    turns: list[NDArray[np.int64]] = []
+    for lane in deal(sizes, lanes):
+        order = [lane[int(at)] for at in random.permutation(len(lane))]
+        for at in range(0, len(order), WINDOW):
+            window = [np.arange(starts[shard], starts[shard + 1]) for shard in order[at : at + WINDOW]]
+            images.append(random.permutation(np.concatenate(window)))
+        turns.append(np.arange(sum(sizes[shard] for shard in lane)))
+    # A stable sort by turn: the lanes alternate, and one that ends early is left out.
+    return np.concatenate(images)[np.argsort(np.concatenate(turns), kind="stable")]
+
+
+def deal(sizes: list[int], lanes: int) -> list[list[int]]:
+    """Return the numbers of the shards of each lane; the lanes have almost the same number of images."""
+    dealt: list[list[int]] = [[] for _ in range(lanes)]
+    filled = [0] * lanes
+    for shard in sorted(range(len(sizes)), key=lambda shard: (-sizes[shard], shard)):
+        least = filled.index(min(filled))
+        dealt[least].append(shard)
+        filled[least] += sizes[shard]
+    return dealt
