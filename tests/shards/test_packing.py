@@ -1,5 +1,6 @@
 """Sets of shards are packed whole, the same byte for byte, and are checked."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -61,6 +62,13 @@ def test_every_image_is_packed_once_as_it_is(photos, tmp_path):
         found.append(name)
     assert sorted(found) == sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.*"))
     assert check(str(tmp_path / "out"), images=True, quiet=True)[0].endswith("all 36 images are decoded")
+
+
+def test_the_training_images_are_mixed(photos, tmp_path):
+    """Shards with images of one class each would give batches of one class."""
+    pack_quietly(photos, tmp_path / "out")
+    labels = read_shards(str(tmp_path / "out")).get_records("train")["label"].tolist()
+    assert sum(one != two for one, two in itertools.pairwise(labels)) >= 12
 
 
 def test_the_split_is_that_of_the_folder(photos, tmp_path):

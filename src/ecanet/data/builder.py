@@ -36,5 +36,5 @@ def build(
         return load_images(config, seed=seed, train=train, split=split)
     if has_boxes(config.name):
         return load_boxes(config, seed=seed, train=train, masks=masks)
-    names = [*SMALL_SETS, "folder:PATH", "coco:PATH", "scenes"]
+    names = [*SMALL_SETS, "folder:PATH", "shards:PATH", "coco:PATH", "scenes"]
     raise ConfigError(f"unknown data {config.name!r}; {suggestion(config.name, names)}")

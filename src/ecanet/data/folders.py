@@ -95,8 +95,6 @@ def find_images(config: DataConfig, *, seed: int, train: bool, split: Split | No
     folder = Path(config.name.removeprefix("folder:")).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; folder:PATH needs {LAYOUTS}")
-    if config.root:
-        raise DataError(f"--data-dir {config.root} has no meaning for {config.name}, which is a path; leave it out")
     parts = _find_parts(folder)
     if parts is None:
         return _read_flat(folder, config, seed=seed, train=train, split=split)

@@ -18,14 +18,16 @@ from ecanet.data.module import IMAGENET_MEAN, IMAGENET_STD, DataModule
 from ecanet.data.pictures import Unreadable
 from ecanet.data.randomness import Draw, draw_uniform, use_sample_stream
 from ecanet.data.samplers import BalancedSampler, EpochSampler
+from ecanet.data.shard_files import read_shards
+from ecanet.data.shards import ShardDataset
 from ecanet.data.sources import SMALL_SETS, DataSpec, MemoryDataset
 from ecanet.data.split import Split
 from ecanet.errors import DataError
-from ecanet.recipes import DataConfig
+from ecanet.recipes import DataConfig, has_photographs
 
 __all__ = ["ClassificationData", "build_eval_transform", "flip_images", "has_labels", "load_images", "shift_images"]
 
-ImageDataset = MemoryDataset | FolderDataset
+ImageDataset = MemoryDataset | FolderDataset | ShardDataset
 LoadedBatch = tuple[Tensor | None, Tensor | None, list[Draw], list[Unreadable]]
 """Images (N, C, H, W), labels (N,) and draws, or None if no image could be read; and the unreadable images."""
 
@@ -35,7 +37,7 @@ Augmentation = Callable[[Tensor, list[Draw]], Tensor]
 
 def has_labels(name: str) -> bool:
     """Return whether the data set ``name`` is one for classification, which `load_images` can load."""
-    return name in SMALL_SETS or name.startswith("folder:")
+    return name in SMALL_SETS or has_photographs(name)
 
 
 def load_images(
@@ -48,8 +50,8 @@ def load_images(
     Raises:
         DataError: files are missing or broken, or a setting does not fit this data set.
     """
-    if config.name.startswith("folder:"):
-        return _load_folder(config, seed, train, split)
+    if has_photographs(config.name):
+        return _load_photographs(config, seed, train, split)
     return _load_small_set(config, seed, train)
 
 
@@ -81,7 +83,9 @@ class ClassificationData(DataModule):
         if self.config.sampler == "balanced":
             sampler = BalancedSampler(self.train.get_labels(), **shares)
         else:
-            sampler = EpochSampler(len(self.train), **shares)
+            # Shards have an order of their own, which reads few of them at a time.
+            order = self.train.get_order if isinstance(self.train, ShardDataset) else None
+            sampler = EpochSampler(len(self.train), **shares, order=order)
         # Lightning sets the later epochs, but in the first one the workers begin before it does.
         sampler.set_epoch(self.first_epoch)
         return self._make_loader(self.train, sampler)
@@ -185,32 +189,57 @@ def _choose_augmentation(config: DataConfig, seed: int) -> Augmentation | None:
     return augment if config.crop_padding or config.flip or config.random_augment else None
 
 
-def _load_folder(config: DataConfig, seed: int, train: bool, split: Split | None) -> ClassificationData:
-    found = find_images(config, seed=seed, train=train, split=split)
+def _load_photographs(config: DataConfig, seed: int, train: bool, split: Split | None) -> ClassificationData:
     if config.crop_padding:
         raise DataError("data.crop_padding is for small images; photographs are cropped at random: leave it out")
-    size = config.image_size or 224
-    spec = DataSpec(
-        class_names=found.class_names,
-        channels=3,
-        size=size,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        crop=config.eval_crop,
-        interpolation=config.interpolation or "bilinear",
-    )
-    mode = v2.InterpolationMode(spec.interpolation)
-    transforms: list[v2.Transform] = [v2.RandomResizedCrop(size, interpolation=mode, antialias=True)]
-    if config.flip is not False:
-        transforms.append(v2.RandomHorizontalFlip())
-    if config.random_augment:
-        transforms.append(v2.RandAugment(magnitude=config.random_augment))
-    augment = cast(Transform, v2.Compose(transforms))
+    if config.root:
+        raise DataError(f"--data-dir {config.root} has no meaning for {config.name}, which is a path; leave it out")
+    if config.name.startswith("shards:"):
+        return _load_shards(config, seed, train)
+    found = find_images(config, seed=seed, train=train, split=split)
+    spec = _describe_photographs(config, found.class_names)
+    augment = _build_train_transform(config, spec)
     training = FolderDataset(*found.train, spec.channels, augment, seed=seed) if found.train else None
     held_out = FolderDataset(*found.held_out, spec.channels, build_eval_transform(spec))
     module = ClassificationData(config, spec, training, held_out, seed=seed)
     module.split, module.notices = found.split, found.notices
     return module
+
+
+def _load_shards(config: DataConfig, seed: int, train: bool) -> ClassificationData:
+    if config.val_share is not None:
+        raise DataError(
+            f"data.val_share ({config.val_share:g}) is for a folder without held-out images; {config.name} has its "
+            "own: leave --val-share out"
+        )
+    shards = read_shards(config.name.removeprefix("shards:"))
+    spec = _describe_photographs(config, shards.class_names)
+    augment = _build_train_transform(config, spec)
+    training = ShardDataset(shards, "train", spec.channels, augment, seed=seed) if train else None
+    held_out = ShardDataset(shards, "held_out", spec.channels, build_eval_transform(spec))
+    return ClassificationData(config, spec, training, held_out, seed=seed)
+
+
+def _describe_photographs(config: DataConfig, class_names: tuple[str, ...]) -> DataSpec:
+    return DataSpec(
+        class_names=class_names,
+        channels=3,
+        size=config.image_size or 224,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        crop=config.eval_crop,
+        interpolation=config.interpolation or "bilinear",
+    )
+
+
+def _build_train_transform(config: DataConfig, spec: DataSpec) -> Transform:
+    mode = v2.InterpolationMode(spec.interpolation)
+    transforms: list[v2.Transform] = [v2.RandomResizedCrop(spec.size, interpolation=mode, antialias=True)]
+    if config.flip is not False:
+        transforms.append(v2.RandomHorizontalFlip())
+    if config.random_augment:
+        transforms.append(v2.RandAugment(magnitude=config.random_augment))
+    return cast(Transform, v2.Compose(transforms))
 
 
 def build_eval_transform(spec: DataSpec) -> Transform:

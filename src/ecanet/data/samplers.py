@@ -3,11 +3,12 @@
 A resumed run therefore sees the images that the interrupted one would have seen.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from ecanet.data.randomness import Draw, derive_seed
@@ -21,10 +22,21 @@ class EpochSampler(Sampler[Draw]):
     A step takes ``batch_size`` images in every process, so together the processes take the batch that one process would
     take with ``world`` times the batch size. An epoch has whole batches only: the rest of the order is left out. If
     there are fewer images than a batch has, they form one batch, of which some processes may get one image more.
+    ``order`` is a function from a seed to the indices of all images; by default every order is equally likely.
     """
 
-    def __init__(self, images: int, *, batch_size: int, seed: int, rank: int, world: int):
+    def __init__(
+        self,
+        images: int,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world: int,
+        order: Callable[[int], NDArray[np.int64]] | None = None,
+    ):
         self.images, self.batch_size = images, batch_size
+        self.order = order or partial(draw_order, images)
         self.seed, self.rank, self.world = seed, rank, world
         self.epoch = 0
 
@@ -44,10 +56,13 @@ class EpochSampler(Sampler[Draw]):
 
     def order_images(self) -> list[Draw]:
         """Return the images of the epoch in their order, for all processes."""
-        seed = derive_seed(self.seed, self.epoch)
-        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(seed))
-        indices = cast(list[int], order.tolist())  # pyright: ignore[reportUnknownMemberType]
-        return [Draw(index, self.epoch) for index in indices]
+        indices = self.order(derive_seed(self.seed, self.epoch))
+        return [Draw(index, self.epoch) for index in indices.tolist()]
+
+
+def draw_order(images: int, seed: int) -> NDArray[np.int64]:
+    """Return the indices of ``images`` images in a random order."""
+    return torch.randperm(images, generator=torch.Generator().manual_seed(seed)).numpy()
 
 
 class BalancedSampler(EpochSampler):

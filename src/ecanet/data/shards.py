@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from ecanet.data.folders import Transform
 from ecanet.data.pictures import Unreadable, decode_image
+from ecanet.data.randomness import Draw, use_sample_stream
 from ecanet.data.shard_files import ShardSet
 from ecanet.errors import DataError
 
@@ -25,11 +26,14 @@ WINDOW = 2
 """Shards of one lane whose images are mixed."""
 
 
-class ShardDataset(Dataset[tuple[Tensor, int] | Unreadable]):
-    """The images of one part of a set, "train" or "held_out", as uint8 tensors (C, H, W) after ``transform``."""
+class ShardDataset(Dataset[tuple[Tensor, int, Draw] | Unreadable]):
+    """The images of one part of a set, "train" or "held_out", each with its label and the sampler's draw.
 
-    def __init__(self, shards: ShardSet, part: str, channels: int, transform: Transform):
-        self.shards, self.channels, self.transform = shards, channels, transform
+    Images are uint8 tensors (C, H, W) after ``transform``, whose random numbers depend on ``seed`` and the draw alone.
+    """
+
+    def __init__(self, shards: ShardSet, part: str, channels: int, transform: Transform, *, seed: int = 0):
+        self.shards, self.channels, self.transform, self.seed = shards, channels, transform, seed
         self.files, self.records = shards.files, shards.get_records(part)
         self.sizes = [file.images for file in shards.parts[part]]
 
@@ -44,8 +48,8 @@ class ShardDataset(Dataset[tuple[Tensor, int] | Unreadable]):
         """Return the indices of all images in the order in which an epoch takes them."""
         return mix_shards(self.sizes, seed)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
-        record = self.records[index]
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int, Draw] | Unreadable:
+        record = self.records[draw.image]
         file = self.files[int(record["shard"])]
         offset, size = int(record["offset"]), int(record["bytes"])
         try:
@@ -53,11 +57,11 @@ class ShardDataset(Dataset[tuple[Tensor, int] | Unreadable]):
             with path.open("rb") as shard:
                 shard.seek(offset)
                 content = shard.read(size)
-            return self.transform(decode_image(content, f"{path}, byte {offset:,}", self.channels)), int(
-                record["label"]
-            )
+            image = decode_image(content, f"{path}, byte {offset:,}", self.channels)
         except (DataError, OSError) as error:
             return Unreadable(str(error))
+        with use_sample_stream(self.seed, draw.epoch, draw.image, draw.repeat):
+            return self.transform(image), int(record["label"]), draw
 
 
 def mix_shards(sizes: list[int], seed: int) -> NDArray[np.int64]:

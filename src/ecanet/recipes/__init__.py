@@ -12,6 +12,7 @@ from ecanet.recipes.config import (
     OptimizerConfig,
     Recipe,
     ScheduleConfig,
+    has_photographs,
 )
 from ecanet.recipes.json_files import parse_json, read_json
 from ecanet.recipes.named import RECIPES, find
@@ -28,6 +29,7 @@ __all__ = [
     "ScheduleConfig",
     "find",
     "from_dict",
+    "has_photographs",
     "parse_json",
     "parse_kernel_sizes",
     "read_json",

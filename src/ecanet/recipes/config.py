@@ -15,7 +15,21 @@ from typing import Any, ClassVar, Literal, Self
 from ecanet.errors import ConfigError, show_value
 from ecanet.recipes.checks import Config, Limits, check_options
 
-__all__ = ["DataConfig", "DetectorConfig", "ModelConfig", "OptimizerConfig", "Recipe", "ScheduleConfig"]
+__all__ = [
+    "DataConfig",
+    "DetectorConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Recipe",
+    "ScheduleConfig",
+    "has_photographs",
+]
+
+
+def has_photographs(name: str) -> bool:
+    """Return whether the data set ``name`` is one of photographs of any size, for classification."""
+    return name.startswith(("folder:", "shards:"))
+
 
 LARGEST_SIDE, LARGEST_BATCH = 4096, 2**28
 """Pixels of an image's side, and of a batch: 4,096 images of 256 × 256, 3 GB as floating-point numbers."""
@@ -26,8 +40,8 @@ class DataConfig(Config):
     """The images of a run, their size, and their augmentation.
 
     Attributes:
-        name: ``digits``, ``fashion-mnist``, ``cifar10``, ``cifar100`` or ``folder:PATH``; for detection ``coco:PATH``,
-            ``scenes`` or ``scenes:fashion-mnist``.
+        name: ``digits``, ``fashion-mnist``, ``cifar10``, ``cifar100``, ``folder:PATH`` or ``shards:ADDRESS``; for
+            detection ``coco:PATH``, ``scenes`` or ``scenes:fashion-mnist``.
         root: the directory of the files, for names without a PATH.
         image_size: side in pixels. None leaves small images as they are and crops photographs to 224.
         batch_size: images per device and step.

@@ -238,7 +238,7 @@ RECIPE_FOR_DATA = {
     "cifar100": cifar,
 }
 
-RECIPE_FOR_KIND = {"folder": imagenet, "coco": coco_1x, "scenes": scenes}
+RECIPE_FOR_KIND = {"folder": imagenet, "shards": imagenet, "coco": coco_1x, "scenes": scenes}
 
 SMALL_FOLDER = 20_000
 """Files in a folder of images from which on training from scratch is the default."""
@@ -248,7 +248,7 @@ def find(name: str, *, scratch: bool = False) -> Recipe:
     """Return the recipe ``name``, or the recipe for the data set ``name``.
 
     For ``folder:PATH`` it is `finetune` if the folder has fewer than 20,000 files, unless ``scratch`` asks for training
-    from scratch, which is `imagenet`.
+    from scratch, which is `imagenet`. That one is for ``shards:ADDRESS``, too.
 
     >>> find("fashion-mnist") == find("fashion")
     True
@@ -269,7 +269,7 @@ def find(name: str, *, scratch: bool = False) -> Recipe:
         if kind == "folder" and not scratch and _is_small(Path(name.partition(":")[2]).expanduser()):
             recipe = finetune()
         return recipe.but(data=recipe.data.but(name=name))
-    names = [*RECIPES, *RECIPE_FOR_DATA, "folder:PATH", "coco:PATH"]
+    names = [*RECIPES, *RECIPE_FOR_DATA, "folder:PATH", "shards:PATH", "coco:PATH"]
     raise ConfigError(f"no recipe or data called {name!r}; {suggestion(name, names)}")
 
 

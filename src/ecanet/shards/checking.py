@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from ecanet.data import ShardDataset, ShardFile, ShardSet, Unreadable, check_content, hash_file, read_shards
+from ecanet.data import Draw, ShardDataset, ShardFile, ShardSet, Unreadable, check_content, hash_file, read_shards
 from ecanet.errors import DataError
 from ecanet.shards.indexing import scan
 
@@ -69,6 +69,6 @@ def find_unreadable(shards: ShardSet, *, quiet: bool) -> Iterator[str]:
         dataset = ShardDataset(shards, part, 3, lambda image: image)
         numbers = range(len(dataset))
         for at in track(numbers, f"decoding {part}", console=Console(stderr=True), transient=True, disable=quiet):
-            item = dataset[at]
+            item = dataset[Draw(at, 0)]
             if isinstance(item, Unreadable):
                 yield item.message

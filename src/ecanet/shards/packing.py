@@ -115,8 +115,8 @@ def _claim(out: Path, plan: Plan) -> bool:
                 "choose another folder, or delete it"
             )
         return not done.exists()
-    if strangers := sorted(path.name for path in out.iterdir() if path.name not in (".lock", STATE)):
-        raise ConfigError(f"{out}: holds {strangers[0]}, and shards need a folder of their own")
+    if foreign := sorted(path.name for path in out.iterdir() if path.name not in (".lock", STATE)):
+        raise ConfigError(f"{out}: holds {foreign[0]}, and shards need a folder of their own")
     write_file(owner, json.dumps({"digest": plan.digest, "settings": asdict(plan.settings)}))
     return True
 

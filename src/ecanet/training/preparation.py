@@ -9,7 +9,7 @@ from ecanet import data, networks
 from ecanet.data import ClassificationData, DataSpec, DetectionData, Split
 from ecanet.errors import CheckpointError, EcanetError
 from ecanet.models import read_file
-from ecanet.recipes import Recipe, from_dict, to_dict
+from ecanet.recipes import Recipe, from_dict, has_photographs, to_dict
 
 __all__ = ["Description", "build_data", "complete", "find_description", "find_seen", "lengthen", "read_description"]
 
@@ -93,7 +93,7 @@ def complete(recipe: Recipe, *, trusted: bool) -> Recipe:
     library, _ = networks.find_library(name)
     if library == "file":
         return recipe.but(model=recipe.model.but(name=networks.trust(name))) if trusted else recipe
-    if not recipe.data.name.startswith("folder:"):
+    if not has_photographs(recipe.data.name):
         return recipe
     made_for, images = networks.find_preprocessing(name), recipe.data
     images = images.but(
@@ -112,7 +112,7 @@ def build_data(recipe: Recipe, *, train: bool = True, split: Split | None = None
         DataError: files are missing or broken, or a setting does not fit this data set.
     """
     images = data.build(recipe.data, seed=recipe.seed, train=train, masks=recipe.learns_masks, split=split)
-    if recipe.task == "classification" and recipe.data.name.startswith("folder:"):
+    if recipe.task == "classification" and has_photographs(recipe.data.name):
         made_for = networks.find_preprocessing(recipe.model.name)
         images.spec = replace(images.spec, mean=made_for.mean, std=made_for.std)
     return images

@@ -14,7 +14,7 @@ from ecanet import networks, recipes
 from ecanet.data import DataSpec, Split
 from ecanet.errors import CheckpointError, ConfigError
 from ecanet.models import load_checkpoint
-from ecanet.recipes import DetectorConfig, ModelConfig, Recipe
+from ecanet.recipes import DetectorConfig, ModelConfig, Recipe, has_photographs
 from ecanet.training import tasks
 from ecanet.training.preparation import Description, build_data, complete, read_description
 
@@ -92,7 +92,7 @@ def find_source(
     # The recipe does not know where other data are stored.
     same = data_name in (None, recipe.data.name)
     images = recipe.data.but(name=data_name or recipe.data.name, root=data_dir or (recipe.data.root if same else None))
-    if not own and images.name.startswith("folder:"):
+    if not own and has_photographs(images.name):
         images = images.but(eval_crop=networks.find_preprocessing(network.name).crop)
     # A checkpoint holds the weights, so the recipe's own are not loaded.
     network = network.but(weights=None) if source.path is not None else network
