@@ -15,7 +15,7 @@ import ecanet
 from ecanet.data import DataSpec
 from ecanet.errors import ConfigError
 from ecanet.recipes import ModelConfig
-from ecanet.studies.gates import cams, drawings, pages
+from ecanet.studies.gates import cams, drawings, inspection, pages
 
 IMAGE = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -217,8 +217,8 @@ def test_the_page_shows_both_maps_and_says_what_is_compared(tmp_path):
     for row, pair in zip(content["images"], found.maps, strict=True):
         assert row["explained"] == row["gates_on"]["answer"] == names[pair.explained]
         assert row["gates_off"]["probability_of_explained"] == pair.plain.probability
-    data = pages.build_data(found.task.recipe, train=False)
-    x, labels = next(pages._iterate_batches(data, {}))
+    data = inspection.build_data(found.task.recipe, train=False)
+    x, labels = next(inspection._iterate_batches(data, {}))
     for pair, label in zip(found.maps, (3, 8), strict=True):
         assert torch.equal(pair.image, x[labels == label][0])  # the first of its class
 

@@ -430,7 +430,6 @@ def test_metrics_are_returned_if_result_files_cannot_be_written(monkeypatch, tmp
 
 
 def test_functions_for_classifiers_refuse_a_detector(monkeypatch, tmp_path, some):
-    from ecanet.studies.gates import pages as inspect_pages
     from ecanet.training import restore, trained
     from ecanet.training.trainer import run
 
@@ -438,8 +437,6 @@ def test_functions_for_classifiers_refuse_a_detector(monkeypatch, tmp_path, some
     run(tiny(monkeypatch, tmp_path, epochs=1), folder=place, device="cpu", quiet=True)
     with pytest.raises(ConfigError, match="mask_rcnn is a detector; use ecanet detect"):
         next(trained.predict(restore(place), [some.annotations.pictures[0].path]))
-    with pytest.raises(ConfigError, match="mask_rcnn is a detector"):
-        inspect_pages.run(place, tmp_path / "out")
 
 
 @pytest.mark.parametrize("setting", [{"mixup": 0.8}, {"loss": "bce"}, {"label_smoothing": 0.1}, {"cutmix": 1.0}])

@@ -165,10 +165,12 @@ def inspect(
         cam=cam,
     )
     table = Table("gate", "channels", "mean", "spread: classes", "images", "saturated", "dead")
+    table.columns[0].overflow = "fold"
     for gate in inspection.records:
-        numbers = (float(gate.mean.mean()), gate.spread, float(gate.deviation.mean()))
+        spread = f"{gate.spread:.3f}" if inspection.classes else "-"  # a detector's images have no single class
+        numbers = (f"{float(gate.mean.mean()):.3f}", spread, f"{float(gate.deviation.mean()):.3f}")
         shares = (f"{gate.saturated:.1%}", str(int(gate.dead.sum())))
-        table.add_row(gate.name, str(gate.channels), *(f"{number:.3f}" for number in numbers), *shares)
+        table.add_row(gate.name, str(gate.channels), *numbers, *shares)
     console.print(table)
     for gate in inspection.records:
         for alarm in gate.find_alarms():

@@ -48,13 +48,30 @@ def draw_image(records: Sequence[GateRecord], effects: Sequence[Effect]) -> "Fig
     """Draw an image's weights over the data's mean and two standard deviations, one panel for each gate."""
     figure, panels = _make_panels(len(records))
     for one, effect, axes in zip(records, effects, panels, strict=True):
-        low, high = one.mean - 2 * one.deviation, one.mean + 2 * one.deviation
-        label = "all images, 2 deviations"
-        axes.fill_between(range(one.channels), low, high, color="tab:gray", alpha=0.3, linewidth=0, label=label)
+        _draw_band(axes, one)
         axes.plot(effect.weights, color="tab:red", linewidth=0.8, label="this image")
         axes.set_title(f"{one.name}: {effect.log_odds - effect.held:+.2f}", fontsize=8)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
+
+
+def draw_weights(records: Sequence[GateRecord]) -> "Figure":
+    """Draw each channel's mean weight over the images and two standard deviations, one panel for each gate."""
+    figure, panels = _make_panels(len(records))
+    for one, axes in zip(records, panels, strict=True):
+        _draw_band(axes, one)
+        axes.plot(one.mean, color="black", linewidth=0.8, label="mean")
+        axes.set_ylim(-0.02 * one.ceiling, 1.02 * one.ceiling)
+        axes.set_title(f"{one.name}, {one.channels} channels", fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def _draw_band(axes: Any, one: GateRecord) -> None:
+    """Shade two standard deviations on each side of each channel's mean weight."""
+    low, high = one.mean - 2 * one.deviation, one.mean + 2 * one.deviation
+    label = "all images, 2 deviations"
+    axes.fill_between(range(one.channels), low, high, color="tab:gray", alpha=0.3, linewidth=0, label=label)
 
 
 def draw_cams(pairs: Sequence[Pair], spec: DataSpec) -> "Figure":
@@ -98,13 +115,14 @@ def _make_panels(count: int) -> tuple[Any, list[Any]]:
 
 
 def draw_spread(records: Sequence[GateRecord]) -> "Figure":
-    """Draw how much the weights of each gate differ between classes and between images."""
+    """Draw how much the weights of each gate differ between images, and between classes if there are several."""
     from matplotlib.figure import Figure
 
     figure: Any = Figure(figsize=(max(5, 0.45 * len(records) + 2), 3.4), layout="constrained")
     axes = figure.add_subplot(ylabel="standard deviation")
     positions = torch.arange(len(records))
-    axes.bar(positions - 0.2, [one.spread for one in records], 0.4, label="between classes' means")
+    if len(records[0].counts) > 1:
+        axes.bar(positions - 0.2, [one.spread for one in records], 0.4, label="between classes' means")
     axes.bar(positions + 0.2, [float(one.deviation.mean()) for one in records], 0.4, label="between images")
     axes.set_xticks(positions, [one.name for one in records], rotation=60, ha="right", fontsize=7)
     axes.legend(fontsize=8)

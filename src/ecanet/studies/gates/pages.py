@@ -1,54 +1,30 @@
-"""Inspect the gates of a trained network on held-out data, and write numbers, figures and one HTML page."""
+"""Write what an inspection found: numbers, figures and one HTML page."""
 
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from ecanet.data import DataSpec, build_eval_transform, check_classes, read_image
 from ecanet.errors import ConfigError
-from ecanet.recipes import ModelConfig, suggestion, to_dict
+from ecanet.recipes import ModelConfig, to_dict
 from ecanet.report import environment, figures, page, write_file
-from ecanet.studies.gates.cams import Pair, compare, prepare_maps
-from ecanet.studies.gates.drawings import Effect, draw_cams, draw_classes, draw_image, draw_kernels, draw_spread
-from ecanet.studies.gates.records import (
-    GateRecord,
-    compute_image_weights,
-    find_gates,
-    record,
-    run_with_held_gates,
-    to_list,
-    to_number,
+from ecanet.studies.gates.drawings import (
+    Effect,
+    draw_cams,
+    draw_classes,
+    draw_image,
+    draw_kernels,
+    draw_spread,
+    draw_weights,
 )
-from ecanet.training import Classification, Task, build_data, restore
+from ecanet.studies.gates.inspection import Inspection, inspect
+from ecanet.studies.gates.records import to_list, to_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-POSTER = ("hammerhead shark", "ambulance", "medicine chest", "butternut squash")
-"""The ImageNet classes on the authors' poster."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """The records of one network's gates and, if an image was given, their effects on it."""
-
-    task: Task
-    records: list[GateRecord]
-    classes: list[int]
-    """Labels of the classes that are drawn."""
-    effects: list[Effect]
-    answer: str
-    """The image's file name, likeliest class and probability; empty without an image."""
-    layer: str = ""
-    """The module whose activations the class-activation maps show; empty without maps."""
-    maps: Sequence[Pair] = ()
-    """The class-activation maps of a few images."""
+PICTURES = ("image.png", "classes.png", "weights.png", "spread.png", "cams.png", "kernels.png")
+"""The pictures that an inspection may write."""
 
 
 def run(
@@ -64,6 +40,8 @@ def run(
 ) -> Inspection:
     """Record the gates of a trained network on held-out data, and write numbers, figures and a page.
 
+    A detector's images show objects of several classes, so its gates are shown over all images, without classes.
+
     Args:
         checkpoint: A checkpoint file, or the folder of a run.
         folder: Folder for the files.
@@ -75,102 +53,35 @@ def run(
         cam: Draw class-activation maps with the gates and without, for ``image`` and the first image of each class.
 
     Raises:
-        ConfigError: a class does not exist, the network has no channel gates or is a detector, ``image`` would be
-            overwritten, or there can be no class-activation maps.
+        ConfigError: a class does not exist, the network has no channel gates, ``image`` would be overwritten, there can
+            be no class-activation maps, or one of ``classes``, ``image`` and ``cam`` is given for a detector.
         CheckpointError: the checkpoint is missing, broken or for another network.
         DataError: data or image are missing or broken.
     """
-    task = restore(checkpoint, model=model, data_name=data_name, data_dir=data_dir)
-    taken = [Path(folder) / name for name in ("image.png", "cams.png")]
-    if image is not None and Path(image).resolve() in [path.resolve() for path in taken]:
+    taken = [(Path(folder) / name).resolve() for name in PICTURES]
+    if image is not None and Path(image).resolve() in taken:
         raise ConfigError(f"{image} would be overwritten; choose another --out")
-    if not isinstance(task, Classification):
-        raise ConfigError(f"{task.recipe.model.name} is a detector; inspect shows the gates of classifiers")
-    find_gates(task.model)  # raises if there is none, before the data are read
-    spec, names = task.spec, task.spec.class_names
-    drawn = [_find_class(name, names) for name in classes or [n for n in POSTER if n in names] or names[:4]]
-    layer = prepare_maps(task.model, (spec.channels, spec.size, spec.size)) if cam else ""
-    images = build_data(task.recipe, train=False, split=task.split)
-    check_classes(task.recipe.data.name, images.spec, spec)
-    for line in images.notices:
-        print(line, file=sys.stderr, flush=True)
-    first: dict[int, Tensor] = {}
-    records = record(task.model, _iterate_batches(images, first), len(names))
-    effects, answer = ([], "") if image is None else explain(task, records, image)
-    chosen = [] if image is None else [(Path(image).name, _prepare(spec, image)[0])]
-    chosen += [(f"is {names[label]}", first[label]) for label in drawn if label in first]
-    maps = compare(task.model, layer, chosen) if cam else []
-    found = Inspection(
-        task=task, records=records, classes=drawn, effects=effects, answer=answer, layer=layer, maps=maps
+    found = inspect(
+        checkpoint,
+        model=model,
+        data_name=data_name,
+        data_dir=data_dir,
+        classes=classes,
+        image=image,
+        cam=cam,
     )
     write(found, Path(folder))
     return found
 
 
-def _find_class(name: str, names: Sequence[str]) -> int:
-    if name not in names:
-        raise ConfigError(f"there is no class {name!r}; {suggestion(name, list(names))}")
-    return list(names).index(name)
-
-
-def _iterate_batches(images: Any, first: dict[int, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the validation batches of a LightningDataModule as the network receives them.
-
-    The first image of each class is kept in ``first``, by label.
-    """
-    for batch in images.val_dataloader():
-        x, labels = images.on_after_batch_transfer(images.on_before_batch_transfer(batch, 0), 0)
-        for image, label in zip(x, labels.tolist(), strict=True):
-            if label not in first:
-                first[label] = image.clone()  # alone, so that its batch can be freed
-        yield x, labels
-
-
-def _prepare(spec: DataSpec, path: str | Path) -> Tensor:
-    """Return the image file ``path`` as the network receives it (1, C, H, W)."""
-    return spec.normalize(build_eval_transform(spec)(read_image(path, spec.channels))[None])
-
-
-def explain(task: Task, records: Sequence[GateRecord], path: str | Path) -> tuple[list[Effect], str]:
-    """Return the effect of each gate on the image file ``path``, and the network's answer in one line."""
-    spec = task.spec
-    images = _prepare(spec, path)
-    with torch.inference_mode():
-        logits = task.model(images).double()[0]
-    best = int(logits.argmax())
-    weights = compute_image_weights(task.model, images)
-    held = run_with_held_gates(task.model, images, records)
-    effects = [
-        Effect(
-            name=one.name,
-            log_odds=compute_log_odds(logits, best),
-            held=compute_log_odds(held[one.name].double()[0], best),
-            weights=weights[one.name][0].float().cpu(),
-        )
-        for one in records
-    ]
-    return effects, f"{Path(path).name}: {spec.class_names[best]}, {float(logits.softmax(0)[best]):.1%}"
-
-
-def compute_log_odds(logits: Tensor, label: int) -> float:
-    """Return ``log(p / (1 - p))`` of the class ``label``. It still changes where p is almost 1.
-
-    >>> round(compute_log_odds(torch.tensor([1.0, 3.0]), 1), 6)
-    2.0
-    """
-    return float(logits[label] - torch.cat([logits[:label], logits[label + 1 :]]).logsumexp(0))
-
-
-# files
-
-
 def write(found: Inspection, folder: Path) -> None:
     """Write inspect.json, the figures as PNG, and inspect.html."""
     names = found.task.spec.class_names
-    drawn = {
-        "classes": draw_classes(found.records, {label: names[label] for label in found.classes}),
-        "spread": draw_spread(found.records),
-    }
+    if found.classes:
+        drawn = {"classes": draw_classes(found.records, {label: names[label] for label in found.classes})}
+    else:
+        drawn = {"weights": draw_weights(found.records)}
+    drawn["spread"] = draw_spread(found.records)
     if any(one.kernel is not None for one in found.records):
         drawn["kernels"] = draw_kernels(found.records)
     if found.effects:
@@ -179,7 +90,7 @@ def write(found: Inspection, folder: Path) -> None:
         drawn["cams"] = draw_cams(found.maps, found.task.spec)
     # An earlier inspection may have drawn other images. In other folders these files are somebody else's.
     if (folder / "inspect.json").exists():
-        for name in ("image.png", "cams.png"):
+        for name in PICTURES:
             (folder / name).unlink(missing_ok=True)
     for name, figure in drawn.items():
         write_file(folder / f"{name}.png", figures.to_png(figure, dpi=110))
@@ -200,7 +111,7 @@ def to_json(found: Inspection) -> str:
             "mean": to_list(one.mean),
             "deviation": to_list(one.deviation),
             "class_means": {names[label]: to_list(one.class_means[label]) for label in found.classes},
-            "spread_between_classes": to_number(one.spread),
+            "spread_between_classes": to_number(one.spread) if found.classes else None,
             "saturated": one.saturated,
             "dead_channels": to_list(one.dead.nonzero().flatten()),
             "alarms": one.find_alarms(),
@@ -209,7 +120,13 @@ def to_json(found: Inspection) -> str:
         }
         for one in found.records
     ]
-    content = {"environment": environment(), "image": found.answer, "gates": rows, "cams": _describe_maps(found)}
+    content = {
+        "environment": environment(),
+        "images": found.images,
+        "image": found.answer,
+        "gates": rows,
+        "cams": _describe_maps(found),
+    }
     return json.dumps(content, indent=2, allow_nan=False)
 
 
@@ -244,7 +161,16 @@ def to_html(found: Inspection, drawn: Mapping[str, "Figure"]) -> str:
     notes = {
         "image": (f"One image: {found.answer}", effect),
         "classes": ("Weights by gate and class", "Mean weight of each channel over the held-out images of a class."),
-        "spread": ("Spread", "How much the weights differ between classes, and between images; 0 is a constant gate."),
+        "weights": (
+            "Weights by gate",
+            "Mean weight of each channel over the held-out images, with two standard deviations on each side; a gate "
+            "that reacts to nothing has no band.",
+        ),
+        "spread": (
+            "Spread",
+            f"How much the weights differ between {'classes, and between ' * bool(found.classes)}images; 0 is a "
+            f"constant gate.",
+        ),
         "cams": (
             f"Class-activation maps at {found.layer}",
             "Grad-CAM for the class that the network with its gates finds likeliest: with every gate switched off (it "
@@ -258,8 +184,7 @@ def to_html(found: Inspection, drawn: Mapping[str, "Figure"]) -> str:
     sections += [(*notes[name], figures.to_svg(drawn[name])) for name in notes if name in drawn]
     return page(
         title=f"The gates of {recipe.model.name} with {recipe.model.attention}",
-        subtitle=f"on {recipe.data.name}, {int(found.records[0].counts.sum()):,} held-out images of "
-        f"{len(spec.class_names)} classes",
+        subtitle=f"on {recipe.data.name}, {found.images:,} held-out images of {len(spec.class_names)} classes",
         tiles=[(str(len(found.records)), "gates"), (str(len(alarms)), "alarms")],
         sections=sections,
         recipe=json.dumps(to_dict(recipe), indent=2),

@@ -133,8 +133,11 @@ def compute_weights(gate: Gate, x: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def record(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> list[GateRecord]:
+def record(model: nn.Module, batches: Iterable[tuple[object, Tensor | None]], classes: int) -> list[GateRecord]:
     """Run ``batches`` of images and labels (below ``classes``) through ``model`` and return what each gate did.
+
+    Without labels all weights are of class 0. A detector's gate may then run several times for an image, on each level
+    of a pyramid or on each region, and each run counts.
 
     The model's mode is not changed: put it in evaluation mode first.
 
@@ -220,7 +223,7 @@ class _Sums:
     def __init__(self, gate: Gate, classes: int) -> None:
         self.gate, c = gate, gate.channels
         self.ceiling = gate.gain * (gate.highest if isinstance(gate, StatisticsAttention) else 1)
-        self.labels = torch.empty(0, dtype=torch.long)
+        self.labels: Tensor | None = None
         self.counts = torch.zeros(classes)
         self.totals = torch.zeros(classes, c, dtype=torch.float64)
         self.squares = torch.zeros(c, dtype=torch.float64)
@@ -228,9 +231,9 @@ class _Sums:
         self.saturated = 0
 
     def add(self, weights: Tensor) -> None:
-        """Add the weights (N, C) of images whose labels are ``self.labels``."""
+        """Add the weights (N, C) of images whose labels are ``self.labels``, or of one class without labels."""
         weights = weights.double().cpu()
-        labels = self.labels.cpu()
+        labels = torch.zeros(len(weights), dtype=torch.long) if self.labels is None else self.labels.cpu()
         self.counts.index_add_(0, labels, torch.ones(len(labels)))
         self.totals.index_add_(0, labels, weights)
         self.squares += weights.square().sum(0)
