@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2  # pyright: ignore[reportMissingTypeStubs]
+from torchvision.transforms.v2.functional import center_crop  # pyright: ignore[reportMissingTypeStubs]
 
 from ecanet.data.folders import FolderDataset, Transform, find_images
 from ecanet.data.module import IMAGENET_MEAN, IMAGENET_STD, DataModule
@@ -26,6 +27,9 @@ from ecanet.errors import DataError
 from ecanet.recipes import DataConfig, has_photographs
 
 __all__ = ["ClassificationData", "build_eval_transform", "flip_images", "has_labels", "load_images", "shift_images"]
+
+LONGEST = 16
+"""Ratio of an image's sides beyond which evaluation cuts off its ends before it resizes it."""
 
 ImageDataset = MemoryDataset | FolderDataset | ShardDataset
 LoadedBatch = tuple[Tensor | None, Tensor | None, list[Draw], list[Unreadable]]
@@ -246,7 +250,19 @@ def build_eval_transform(spec: DataSpec) -> Transform:
     """Return the transform of evaluation: resize the short side to ``spec.size / spec.crop``, crop the center."""
     mode = v2.InterpolationMode(spec.interpolation)
     resize = v2.Resize(round(spec.size / spec.crop), interpolation=mode, antialias=True)
-    return cast(Transform, v2.Compose([resize, v2.CenterCrop(spec.size)]))
+    return cast(Transform, v2.Compose([cut_ends, resize, v2.CenterCrop(spec.size)]))
+
+
+def cut_ends(image: Tensor) -> Tensor:
+    """Return the central part of a very long ``image`` (C, H, W), at most 16 times as long as wide; others unchanged.
+
+    An image of 1 × 65,000 pixels would be resized to 256 × 16,640,000.
+    """
+    height, width = image.shape[1:]
+    longest = LONGEST * min(height, width)
+    if max(height, width) <= longest:
+        return image
+    return center_crop(image, [min(height, longest), min(width, longest)])
 
 
 def shift_images(images: Tensor, padding: int, where: Tensor) -> Tensor:

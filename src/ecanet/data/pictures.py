@@ -1,5 +1,7 @@
 """Read one image file as a tensor, whichever program wrote it, and name the files that cannot be read."""
 
+import functools
+import warnings
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +20,12 @@ __all__ = ["HOW_TO_SKIP", "IMAGE_SUFFIXES", "Unreadable", "decode_image", "read_
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".heic", ".heif", ".avif"
 )  # fmt: skip
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names of what it may read here; cameras write MPO into files called .jpg.
+
+It would read 40 more, whatever the file is called: PostScript by running Ghostscript.
+"""
 
 HOW_TO_SKIP = "to skip such files, set data.on_corrupt=skip (train: --set; eval, predict, detect: --on-corrupt skip)"
 """The remedy in the error message for a file or annotation that cannot be used."""
@@ -122,7 +130,9 @@ def open_image(file: str | Path | BytesIO) -> Image.Image:
         DataError: it is HEIC or AVIF, and nothing is installed that reads it.
     """
     try:
-        return Image.open(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
+            return Image.open(file, formats=[name for name in FORMATS if name in _list_formats()])
     except UnidentifiedImageError:
         # The content decides: telephones and converters also write HEIC into files called .jpg.
         head = _read_head(file)
@@ -135,7 +145,7 @@ def open_image(file: str | Path | BytesIO) -> Image.Image:
     except ImportError:
         raise DataError("HEIC needs pillow-heif; pip install 'ecanet[heic]'") from None
     pillow_heif.register_heif_opener()  # pyright: ignore[reportUnknownMemberType]
-    return Image.open(file)
+    return Image.open(file, formats=["HEIF"])
 
 
 def _read_head(file: str | Path | BytesIO) -> bytes:
@@ -144,6 +154,13 @@ def _read_head(file: str | Path | BytesIO) -> bytes:
         return file.getvalue()[:12]
     with Path(file).open("rb") as opened:
         return opened.read(12)
+
+
+@functools.cache
+def _list_formats() -> frozenset[str]:
+    """Return the names of the formats that this Pillow can read; older ones have no AVIF."""
+    Image.init()
+    return frozenset(Image.OPEN)
 
 
 def turn_upright(image: Image.Image) -> Image.Image:

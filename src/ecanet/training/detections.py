@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
-import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode  # pyright: ignore[reportMissingTypeStubs]
+from torchvision.transforms.v2.functional import resize  # pyright: ignore[reportMissingTypeStubs]
 
 from ecanet.data import RunLengths, encode_mask, find_size_problem, read_image
 from ecanet.errors import ConfigError, DataError
@@ -16,6 +17,9 @@ from ecanet.report import figures, write_file
 from ecanet.training.tasks import Detection, Task
 
 __all__ = ["FoundObject", "ImageDetections", "detect"]
+
+MOST_PIXELS = 2**21
+"""Pixels of an image that the detector sees, which resizes it to half as many. It may find 100 masks of that size."""
 
 
 class FoundObject(TypedDict):
@@ -46,7 +50,8 @@ def detect(
     """Run the restored detector ``task`` on image files, and write a picture and a JSON file for each to ``folder``.
 
     NAME.png is the image with boxes, masks, class names and scores of at least ``threshold``; small images are
-    enlarged. NAME.json has the same objects. Yield the content of NAME.json for each image, or a DataError for a file
+    enlarged, and images of more than 2 megapixels shrunk, before the detector sees them. NAME.json has the same
+    objects, in the pixels of the file. Yield the content of NAME.json for each image, or a DataError for a file
     that cannot be read.
 
     Raises:
@@ -65,6 +70,7 @@ def detect(
         except DataError as error:
             yield error
             continue
+        whole, image = image.shape[1:], _shrink(image)
         with torch.inference_mode():
             detections = cast(list[dict[str, Tensor]], task([image.to(torch_device).float() / 255]))[0]
         certain = detections["scores"] >= threshold
@@ -73,7 +79,7 @@ def detect(
         answer: ImageDetections = {
             "path": str(path),
             "picture": str(picture),
-            "objects": _list_objects(found, task.spec.class_names),
+            "objects": _list_objects(found, task.spec.class_names, image.shape[1:], whole),
         }
         write_file(picture.with_suffix(".json"), json.dumps(answer, indent=2))
         yield answer
@@ -99,13 +105,28 @@ def _choose_pictures(paths: Sequence[str | Path], folder: Path) -> list[tuple[Pa
     return list(chosen.values())
 
 
-def _list_objects(found: dict[str, Tensor], class_names: Sequence[str]) -> list[FoundObject]:
+def _shrink(image: Tensor) -> Tensor:
+    """Return an image (3, H, W) of at most `MOST_PIXELS`."""
+    factor = (MOST_PIXELS / (image.shape[1] * image.shape[2])) ** 0.5
+    if factor >= 1:
+        return image
+    return resize(image, [max(1, int(side * factor)) for side in image.shape[1:]], antialias=True)
+
+
+def _list_objects(
+    found: dict[str, Tensor], class_names: Sequence[str], seen: torch.Size, whole: torch.Size
+) -> list[FoundObject]:
+    """Return the objects ``found`` in an image of the size ``seen``, in the pixels of the ``whole`` one (H, W)."""
+    y, x = (new / old for new, old in zip(whole, seen, strict=True))
     objects: list[FoundObject] = []
     for label, score, box in zip(found["labels"], found["scores"], found["boxes"], strict=True):
-        left, top, right, bottom = map(float, box)
+        left, top, right, bottom = (float(value) * factor for value, factor in zip(box, (x, y, x, y), strict=True))
         box_sides = [left, top, right - left, bottom - top]
         objects.append({"name": class_names[int(label) - 1], "score": float(score), "box": box_sides})
     if "masks" in found:
         for entry, mask in zip(objects, found["masks"][:, 0], strict=True):
-            entry["mask"] = encode_mask((mask > 0.5).numpy().astype(np.uint8))
+            pixels = (mask > 0.5).to(torch.uint8)
+            if whole != seen:
+                pixels = resize(pixels[None], [*whole], interpolation=InterpolationMode.NEAREST)[0]
+            entry["mask"] = encode_mask(pixels.numpy())
     return objects

@@ -1,7 +1,7 @@
 """Use a trained network: evaluate it, predict the classes of images."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -25,8 +25,8 @@ from ecanet.training.restoring import find_source, restore_task
 
 __all__ = ["Prediction", "evaluate", "image_files", "predict"]
 
-BATCH = 64
-"""Number of images that `predict` passes to the network at once."""
+BATCH, BATCH_PIXELS = 64, 2**24
+"""Largest number of images, and of their pixels, that `predict` passes to the network at once."""
 
 ImageLike = str | Path | Image | NDArray[np.generic] | Tensor
 """One image for `predict`."""
@@ -118,11 +118,13 @@ def predict(
     spec, transform = task.spec, build_eval_transform(task.spec)
     torch_device = find_device(device)
     task = task.to(torch_device).eval()
-    for start in range(0, len(images), BATCH):
-        batch = images[start : start + BATCH]
+    size = min(BATCH, max(1, BATCH_PIXELS // spec.size**2))
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
         names = [str(one) if isinstance(one, str | Path) else f"image {start + at}" for at, one in enumerate(batch)]
-        pictures = [_try_read_image(image, name, spec) for image, name in zip(batch, names, strict=True)]
-        ready = [transform(picture) for picture in pictures if isinstance(picture, Tensor)]
+        # Each image is shrunk as soon as it is read: 64 photographs of 24 megapixels would be 4.6 GB.
+        pictures = [_try_read_image(image, name, spec, transform) for image, name in zip(batch, names, strict=True)]
+        ready = [picture for picture in pictures if isinstance(picture, Tensor)]
         logits = torch.empty(0, 1)
         if ready:
             with torch.inference_mode():
@@ -154,8 +156,12 @@ def image_files(path: str | Path) -> list[Path]:
     return files
 
 
-def _try_read_image(image: ImageLike, name: str, spec: DataSpec) -> Tensor | DataError:
+def _try_read_image(
+    image: ImageLike, name: str, spec: DataSpec, transform: Callable[[Tensor], Tensor]
+) -> Tensor | DataError:
+    """Return what ``transform`` makes of the image, or why it cannot be read."""
     try:
-        return read_image(image, spec.channels) if isinstance(image, str | Path) else to_tensor(image, spec.channels)
+        whole = read_image(image, spec.channels) if isinstance(image, str | Path) else to_tensor(image, spec.channels)
+        return transform(whole)
     except DataError as error:
         return error if isinstance(image, str | Path) else DataError(f"{name}: {error}")
