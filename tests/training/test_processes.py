@@ -83,7 +83,7 @@ def test_the_learning_rate_depends_on_the_epoch_and_not_on_the_steps_before(step
         task.resumed = resumed
         return task.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas[0]
 
-    whole, resumed = make_schedule(steps, (0, 0)), make_schedule(steps, (2, 40))
+    whole, resumed = make_schedule(steps, (0, 0, 0)), make_schedule(steps, (2, 0, 40))
     assert [resumed(40 + step) for step in range(4 * steps)] == [whole(2 * steps + step) for step in range(4 * steps)]
 
 

@@ -3,12 +3,20 @@
 import os
 import signal
 import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
+import lightning as L
 import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ecanet.recipes import DataConfig, ModelConfig, Recipe
-from ecanet.training import run
-from ecanet.training.stopping import find_scheduler, stop_on_signals
+import tiny_runs
+from ecanet.recipes import CheckpointConfig, DataConfig, ModelConfig, Recipe
+from ecanet.training import run, steps
+from ecanet.training.stopping import StopRequest, find_scheduler, stop_on_signals
+from tiny_runs import add_tiny
 
 TINY = Recipe(data=DataConfig(name="digits", batch_size=600), model=ModelConfig(name="resnet8"), epochs=1)
 
@@ -35,16 +43,16 @@ def test_slurm_does_not_requeue_and_torchrun_goes_before_it(slurm, monkeypatch):
     assert find_scheduler() == []
 
 
-@pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGHUP])
-def test_other_signals_act_as_sigterm_and_are_named(sent):
-    terminated, before = [], signal.getsignal(sent)
-    old = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
-    try:
-        with stop_on_signals() as received:
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_signals_are_noted_while_a_run_trains_and_end_it_at_once_before(sent):
+    before, request = signal.getsignal(sent), StopRequest()
+    with stop_on_signals(request):
+        with pytest.raises(SIGTERMException):
             os.kill(os.getpid(), sent)
-    finally:
-        signal.signal(signal.SIGTERM, old)
-    assert (received, terminated) == ([sent.name], [True])
+        assert request.name == sent.name
+        request.training = True
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert request.name == sent.name
     assert signal.getsignal(sent) == before
 
 
@@ -52,10 +60,87 @@ def test_a_run_in_a_thread_keeps_its_signals():
     before, found = signal.getsignal(signal.SIGUSR1), []
 
     def enter():
-        with stop_on_signals():
+        with stop_on_signals(StopRequest()):
             found.append(signal.getsignal(signal.SIGUSR1))
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
     assert found == [before]
+
+
+def test_a_reading_worker_outlives_the_first_signal():
+    """A scheduler sends its signal to all processes, and the run still needs images for its last step."""
+    with stop_on_signals(StopRequest()):
+        worker = os.fork()
+        if not worker:
+            while True:
+                time.sleep(0.01)
+    try:
+        for outlives in (True, False):
+            time.sleep(0.2)
+            os.kill(worker, signal.SIGTERM)
+            time.sleep(0.2)
+            ended, status = os.waitpid(worker, os.WNOHANG)
+            assert (ended == 0) == outlives
+        assert os.waitstatus_to_exitcode(status) == 143
+    finally:
+        if not ended:
+            os.kill(worker, signal.SIGKILL)
+
+
+class Send(L.Callback):
+    """Sends a signal to the run itself, in training or in validation."""
+
+    def __init__(self, sent, stage, epoch):
+        self.sent, self.stage, self.epoch = sent, stage, epoch
+
+    def send(self, trainer, stage, batch):
+        if (stage, trainer.current_epoch, batch) == (self.stage, self.epoch, 1):
+            os.kill(os.getpid(), self.sent)
+
+    def on_train_batch_start(self, trainer, task, batch, batch_idx):
+        self.send(trainer, "training", batch_idx)
+
+    def on_validation_batch_start(self, trainer, task, batch, batch_idx, dataloader_idx=0):
+        self.send(trainer, "validation", batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("stage", "place"), [("training", "epoch 2 after batch 2"), ("validation", "epoch 2 after batch 3")]
+)
+@pytest.mark.parametrize("ema_decay", [pytest.param(None, marks=pytest.mark.slow), 0.7])
+def test_a_signal_lets_the_step_end_and_loses_nothing(tmp_path, capsys, monkeypatch, stage, place, ema_decay):
+    add_tiny(monkeypatch)
+    recipe = tiny_runs.TINY.but(model=TINY.model, epochs=3, ema_decay=ema_decay)
+    whole = run(recipe, folder=tmp_path / "whole", device="cpu", quiet=True)
+    with pytest.raises(SystemExit) as stop:
+        run(recipe, folder=tmp_path / "run", device="cpu", quiet=True, callbacks=[Send(signal.SIGUSR1, stage, 1)])
+    assert stop.value.code == 143
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line == f"stopped by SIGUSR1 in {place}; continue with: ecanet train --resume {tmp_path / 'run'}"
+    resumed = run(recipe, folder=tmp_path / "run", resume=True, device="cpu")
+    assert f"resumed in {place}" in capsys.readouterr().out
+    saved, expected = (torch.load(report.last_checkpoint, weights_only=True) for report in (resumed, whole))
+    assert all(torch.equal(saved["state_dict"][name], value) for name, value in expected["state_dict"].items())
+    assert [row["val_loss"] for row in resumed.history] == [row["val_loss"] for row in whole.history]
+    assert [row["train_loss"] for row in resumed.history] == [row["train_loss"] for row in whole.history]
+
+
+def test_checkpoints_are_written_after_steps_and_minutes(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        L.Trainer, "save_checkpoint", lambda self, path, *_: written.append((self.global_step, Path(path).name))
+    )
+    clock = iter(range(0, 10**9, 60))  # a minute passes between two looks at the clock
+    monkeypatch.setattr(steps, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+    def train(name, **settings):
+        written.clear()
+        recipe = TINY.but(data=TINY.data.but(batch_size=100), checkpoint=CheckpointConfig(**settings))
+        run(recipe, folder=tmp_path / name, device="cpu", quiet=True)
+        return [step for step, name in written if name == "last.ckpt" and step < 14]
+
+    assert train("never", minutes=0) == []
+    assert train("steps", minutes=0, steps=5) == [5, 10]
+    assert train("minutes", minutes=4) == [4, 8, 12]

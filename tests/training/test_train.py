@@ -132,7 +132,7 @@ def test_a_run_with_a_mistake_makes_no_folder(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    with pytest.raises(ConfigError, match="not finite in epoch 1; lower the learning rate"):
+    with pytest.raises(ConfigError, match="not finite in epoch 1, batch 2: training image"):
         run(
             TINY.but(optimizer=OptimizerConfig(learning_rate=1e30, base_batch=16), schedule=ScheduleConfig()),
             tmp_path / "r",

@@ -88,9 +88,10 @@ def train(
         },
         settings,
     )
-    if resume is not None and (recipe or set(changes) - {"epochs"} or out or auto_resume):
+    if resume is not None and (recipe or set(changes) - {"epochs", "optimizer.learning_rate"} or out or auto_resume):
         raise ConfigError(
-            "--resume takes everything from the run but --epochs; leave out the recipe, other settings and --out"
+            "--resume takes everything from the run but --epochs and --learning-rate; leave out the recipe, other "
+            "settings and --out"
         )
     chosen = choose_recipe(recipe, changes) if resume is None else resume_recipe(resume, changes)
     from ecanet.training import run

@@ -149,7 +149,7 @@ def flip_sample(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
 
 class DetectionData(DataModule):
-    """Training and held-out images with targets."""
+    """Training and held-out images with targets; ``drawn`` has the images' ids in the annotations."""
 
     def __init__(
         self,
@@ -162,6 +162,16 @@ class DetectionData(DataModule):
     ):
         super().__init__(config, spec, seed=seed)
         self.train, self.held_out = train, held_out
+
+    def count_images(self) -> int:
+        """Return the number of training images."""
+        return len(self.train) if self.train is not None else 0
+
+    def name_images(self, drawn: Sequence[int]) -> list[str]:
+        """Return the path of each image."""
+        assert self.train is not None
+        paths = {picture.id: str(picture.path) for picture in self.train.annotations.pictures}
+        return [paths[number] for number in drawn]
 
     def train_dataloader(self) -> DataLoader[object]:
         """Return batches, and flips, that depend only on the seed and the epoch."""
@@ -176,7 +186,7 @@ class DetectionData(DataModule):
             world=world,
         )
         # Lightning sets the later epochs, but in the first one the workers begin before it does.
-        batches.set_epoch(self.first_epoch)
+        batches.begin(self.first_epoch, self.first_batch)
         return self._make_loader(self.train, batches=batches)
 
     def val_dataloader(self) -> DataLoader[object]:
@@ -194,6 +204,7 @@ class DetectionData(DataModule):
         """
         images, targets, unreadable = batch
         self.report_unreadable(unreadable)
+        self.drawn = [int(target["image_id"]) for target in targets]
         return images, targets
 
     def on_after_batch_transfer(

@@ -62,7 +62,7 @@ def load_images(
 class ClassificationData(DataModule):
     """Training and held-out images with labels; ``augment`` changes the training images of a batch.
 
-    ``drawn`` has the sampler's draws of the last batch, without unreadable images.
+    ``drawn`` has the sampler's draws, without unreadable images.
     """
 
     def __init__(
@@ -77,7 +77,27 @@ class ClassificationData(DataModule):
     ):
         super().__init__(config, spec, seed=seed)
         self.train, self.held_out, self.augment = train, held_out, augment
-        self.drawn: list[Draw] = []
+
+    def count_images(self) -> int:
+        """Return the number of training images."""
+        return len(self.train) if self.train is not None else 0
+
+    def name_images(self, drawn: Sequence[Draw]) -> list[str]:
+        """Return the path of each image, or its number among the training images."""
+        if isinstance(self.train, FolderDataset):
+            return [self.train.samples[draw.image][0] for draw in drawn]
+        return [f"training image {draw.image}" for draw in drawn]
+
+    def weigh_share(self) -> float:
+        """Return the weight of this process's loss, which makes the mean over processes the mean over images.
+
+        It is not 1 where all images together are fewer than a batch, and cannot be shared evenly.
+        """
+        rank, world = self.get_rank()
+        images = self.count_images()
+        if images >= self.config.batch_size * world:
+            return 1.0
+        return len(range(rank, images, world)) * world / images
 
     def train_dataloader(self) -> DataLoader[object]:
         """Return batches in an order that depends only on the seed and the epoch."""
@@ -91,7 +111,7 @@ class ClassificationData(DataModule):
             order = self.train.get_order if isinstance(self.train, ShardDataset) else None
             sampler = EpochSampler(len(self.train), **shares, order=order)
         # Lightning sets the later epochs, but in the first one the workers begin before it does.
-        sampler.set_epoch(self.first_epoch)
+        sampler.begin(self.first_epoch, self.first_batch)
         return self._make_loader(self.train, sampler)
 
     def val_dataloader(self) -> DataLoader[object]:

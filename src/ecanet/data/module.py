@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import lightning as L
 
@@ -21,16 +21,20 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Progress(TypedDict):
-    """A data module's state in a checkpoint."""
+    """A data module's state in a checkpoint: the epoch to go on with, and how many of its batches are done."""
 
     first_epoch: int
+    first_batch: NotRequired[int]
+    images: NotRequired[int]
 
 
 class DataModule(L.LightningDataModule):
     """Training and held-out images of a run; ``spec`` describes them as a network sees them.
 
-    ``skipped`` holds the message of each unreadable image that was skipped. ``first_epoch`` is the epoch, counted from
-    0, with which the run begins. ``split`` has the images of a flat folder. ``notices`` are lines about the files, and
+    ``skipped`` holds the message of each unreadable image that was skipped. The run begins in the epoch
+    ``first_epoch``, counted from 0, after ``first_batch`` of its batches. ``position`` is the number of batches that
+    are done when a checkpoint is written within an epoch, else 0. ``drawn`` says which images the last batch has, for
+    `name_images`. ``split`` has the images of a flat folder. ``notices`` are lines about the files, and
     are printed once.
     """
 
@@ -38,7 +42,8 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.config, self.spec, self.seed = config, spec, seed
         self.skipped: set[str] = set()
-        self.first_epoch = 0
+        self.first_epoch, self.first_batch, self.position = 0, 0, 0
+        self.drawn: list[Any] = []
         self.split: Split | None = None
         self.notices: list[str] = []
 
@@ -62,17 +67,40 @@ class DataModule(L.LightningDataModule):
                 )
 
     def state_dict(self) -> Progress:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the epoch after the current one: checkpoints are written at the end of an epoch."""
+        """Return the position in this epoch or, at its end, the beginning of the next one."""
         assert self.trainer is not None
-        return {"first_epoch": self.trainer.current_epoch + 1}
+        epoch = self.trainer.current_epoch + (self.position == 0)
+        return {"first_epoch": epoch, "first_batch": self.position, "images": self.count_images()}
 
     def load_state_dict(self, state_dict: Progress) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Begin with the epoch after the checkpoint's."""
-        self.first_epoch = state_dict["first_epoch"]
+        """Begin where the checkpoint was written.
+
+        Raises:
+            DataError: that is within an epoch, and there are other images now.
+        """
+        self.first_epoch, self.first_batch = state_dict["first_epoch"], state_dict.get("first_batch", 0)
+        before, now = state_dict.get("images"), self.count_images()
+        if self.first_batch and before != now:
+            raise DataError(
+                f"{self.config.name} has {now} training images, and had {before} when the run was stopped in epoch "
+                f"{self.first_epoch + 1}; to go on within that epoch, give it the same images again"
+            )
+
+    def count_images(self) -> int:
+        """Return the number of training images."""
+        raise NotImplementedError
+
+    def name_images(self, drawn: Sequence[Any]) -> list[str]:
+        """Return a name for each training image of a batch, whose value of ``drawn`` was this one."""
+        raise NotImplementedError
 
     def get_rank(self) -> tuple[int, int]:
         """Return this process's rank and the number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def weigh_share(self) -> float:
+        """Return the weight of this process's loss in a training step: 1 where all have equally many images."""
+        return 1.0
 
     def share_held_out(self, count: int) -> range:
         """Return the indices that this process evaluates, of ``count`` held-out images.

@@ -38,13 +38,19 @@ class EpochSampler(Sampler[Draw]):
         self.images, self.batch_size = images, batch_size
         self.order = order or partial(draw_order, images)
         self.seed, self.rank, self.world = seed, rank, world
-        self.epoch = 0
+        self.epoch, self.position = 0, 0
+
+    def begin(self, epoch: int, position: int) -> None:
+        """Go on with ``epoch`` after the first ``position`` batches; the epochs after it are whole."""
+        self.epoch, self.position = epoch, position
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of ``epoch``."""
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
 
     def __len__(self) -> int:
+        # Of a whole epoch, wherever it begins: Lightning counts on from the batches before.
         steps = self.images // (self.batch_size * self.world)
         # One process of several may have no image of the short batch; then it gets the first one once more.
         return steps * self.batch_size or max(1, len(range(self.rank, self.images, self.world)))
@@ -52,7 +58,7 @@ class EpochSampler(Sampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         order = self.order_images()
         padded = order * -(-self.world // len(order))  # each process needs an image
-        yield from padded[self.rank :: self.world][: len(self)]
+        yield from padded[self.rank :: self.world][self.position * self.batch_size : len(self)]
 
     def order_images(self) -> list[Draw]:
         """Return the images of the epoch in their order, for all processes."""
@@ -104,13 +110,18 @@ class GroupedBatchSampler(Sampler[list[tuple[int, bool]]]):
     def __init__(self, wide: Sequence[bool], batch_size: int, *, flip: bool, seed: int, rank: int, world: int):
         self.wide, self.batch_size, self.flip = wide, batch_size, flip
         self.seed, self.rank, self.world = seed, rank, world
-        self.epoch = 0
+        self.epoch, self.position = 0, 0
         # Lightning calls set_epoch on the attribute `sampler` of a batch sampler.
         self.sampler = self
 
+    def begin(self, epoch: int, position: int) -> None:
+        """Go on with ``epoch`` after the first ``position`` batches; the epochs after it are whole."""
+        self.epoch, self.position = epoch, position
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the batches of ``epoch``."""
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
 
     def __len__(self) -> int:
         return max(1, len(self.wide) // (self.batch_size * self.world))
@@ -132,4 +143,4 @@ class GroupedBatchSampler(Sampler[list[tuple[int, bool]]]):
         batches += [rest[at : at + self.batch_size] for at in range(0, len(rest), self.batch_size)]
         # Batches are repeated if there are fewer than processes: each process needs one.
         batches *= -(-self.world // len(batches))
-        yield from batches[self.rank :: self.world][: len(self)]
+        yield from batches[self.rank :: self.world][self.position : len(self)]

@@ -6,6 +6,7 @@ names), `config` (the settings of a recipe), `checks` (the base class of all set
 
 from ecanet.recipes.checks import Config, suggestion
 from ecanet.recipes.config import (
+    CheckpointConfig,
     DataConfig,
     DetectorConfig,
     ModelConfig,
@@ -20,6 +21,7 @@ from ecanet.recipes.settings import from_dict, parse_kernel_sizes, to_dict, with
 
 __all__ = [
     "RECIPES",
+    "CheckpointConfig",
     "Config",
     "DataConfig",
     "DetectorConfig",

@@ -16,6 +16,7 @@ from ecanet.errors import ConfigError, show_value
 from ecanet.recipes.checks import Config, Limits, check_options
 
 __all__ = [
+    "CheckpointConfig",
     "DataConfig",
     "DetectorConfig",
     "ModelConfig",
@@ -210,6 +211,19 @@ class ScheduleConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig(Config):
+    """How often a run saves its state within an epoch, beside the end of each epoch.
+
+    A checkpoint is written when the last one is ``minutes`` old, and after every ``steps`` steps; 0 is never.
+    """
+
+    minutes: float = 15
+    steps: int = 0
+
+    LIMITS: ClassVar[Limits] = {"minutes": (0, None), "steps": (0, None)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe(Config):
     """All settings that decide the result of a run; ``ecanet.training.run`` trains it.
 
@@ -226,6 +240,8 @@ class Recipe(Config):
         ema_decay: decay of an exponential moving average of the weights, which is then evaluated. None for no average.
         accumulate: number of batches per optimizer step.
         channels_last: whether weights and images have the channels_last memory format.
+        on_nan: "stop" ends the run at a loss that is not finite; "skip" names the batch's images and takes no step, for
+            which a GPU waits for each step's loss.
         compile: whether the network is compiled by ``torch.compile``.
         seed: random seed of the run.
     """
@@ -237,6 +253,7 @@ class Recipe(Config):
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     epochs: int = 1
     min_steps: int = 0
     loss: Literal["cross-entropy", "bce"] = "cross-entropy"
@@ -247,6 +264,7 @@ class Recipe(Config):
     ema_decay: float | None = None
     accumulate: int = 1
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
+    on_nan: Literal["stop", "skip"] = "stop"
     channels_last: bool = True
     compile: bool = False
     seed: int = 0

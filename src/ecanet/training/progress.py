@@ -2,13 +2,14 @@
 
 import csv
 import io
-import math
+import os
+import sys
 import time
 import warnings
 from collections.abc import Generator, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import lightning as L
 import torch
@@ -16,7 +17,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ecanet.errors import ConfigError, DataError
+from ecanet.errors import DataError
 from ecanet.models import quiet_loggers
 from ecanet.report import Report, write_file
 from ecanet.training.tasks import Task, get_data
@@ -28,10 +29,15 @@ class HistoryState(TypedDict):
     """The part of `History` that a checkpoint holds."""
 
     rows: list[dict[str, float]]
+    images: NotRequired[int]
+    seconds: NotRequired[tuple[float, float]]
+    learning_rate: NotRequired[float]
 
 
 class History(L.Callback):
     """One row of metrics per epoch. The rows are in the checkpoints, so that a resumed run has all of them.
+
+    So are the images and the time of the present epoch: the clock stands still while the run is stopped.
 
     ``evaluated`` says whether validation ran, so that the task has artifacts for the report.
     """
@@ -41,15 +47,24 @@ class History(L.Callback):
         self.rows: list[dict[str, float]] = []
         self.evaluated = False
         self.images, self.learning_rate = 0, 0.0
+        self.seconds = (0.0, 0.0)
         self.started = self.last_batch_ended = time.perf_counter()
 
     def state_dict(self) -> HistoryState:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the rows so far."""
-        return {"rows": self.rows}
+        """Return the rows so far, and the present epoch's share of the next one."""
+        seconds = time.perf_counter() - self.started, self.last_batch_ended - self.started
+        return {"rows": self.rows, "images": self.images, "seconds": seconds, "learning_rate": self.learning_rate}
 
     def load_state_dict(self, state_dict: HistoryState) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Restore the rows of the run that is resumed."""
         self.rows = [dict(row) for row in state_dict["rows"]]
+        self.images, self.learning_rate = state_dict.get("images", 0), state_dict.get("learning_rate", 0.0)
+        self.seconds = state_dict.get("seconds", (0.0, 0.0))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on with the clock of an epoch within which the run was stopped."""
+        self.started = time.perf_counter() - self.seconds[0]
+        self.last_batch_ended = self.started + self.seconds[1]
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock, and count images from 0."""
@@ -89,11 +104,6 @@ class History(L.Callback):
         if not trainer.strategy.reduce(images, reduce_op="sum"):  # pyright: ignore[reportUnknownMemberType]
             raise DataError(f"{get_data(trainer).config.name}: not one training image could be read")
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if not math.isfinite(metrics.get("train_loss", 0.0)):
-            raise ConfigError(
-                f"the loss is not finite in epoch {trainer.current_epoch + 1}; lower the learning rate "
-                "(--learning-rate) or lengthen the warm-up"
-            )
         row = {
             "epoch": trainer.current_epoch + 1,
             **metrics,
@@ -121,12 +131,23 @@ class History(L.Callback):
         write_file(self.path, table.getvalue())
 
 
+class OptionalConsole(Console):
+    """A console that a run can do without: where nobody reads it any more, it is quiet."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing from now on, and say so on standard error."""
+        self.quiet = True
+        # Python itself writes what is left when it ends, which must not fail either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("standard output is closed; the run goes on without it, see metrics.csv", file=sys.stderr, flush=True)
+
+
 class Display(L.Callback):
     """A progress bar with images per second during an epoch, and one line after it."""
 
     def __init__(self, history: History, *, quiet: bool = False):
         self.history = history
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self.console = OptionalConsole(quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self.bar: Progress | None = None
 
     def show_network(self, task: Task) -> None:
@@ -147,8 +168,12 @@ class Display(L.Callback):
         recipe, images = pl_module.recipe, get_data(trainer)
         assert images.train is not None
         parameters = sum(p.numel() for p in pl_module.model.parameters())
+        changed = "" if pl_module.rate_before is None else f"; it was {pl_module.rate_before:g} until now"
         start = " (split.json)" if images.split else ""
-        start += f", resumed after epoch {trainer.current_epoch}" if trainer.current_epoch else ""
+        if images.first_batch:
+            start += f", resumed in epoch {trainer.current_epoch + 1} after batch {images.first_batch}"
+        elif trainer.current_epoch:
+            start += f", resumed after epoch {trainer.current_epoch}"
         self.console.print(
             f"{recipe.model.name} with {recipe.model.attention}, {parameters:,} parameters, {recipe.epochs} epochs of "
             f"{recipe.data.name}: {len(images.train):,} training and {len(images.held_out):,} held-out images{start}"
@@ -158,12 +183,17 @@ class Display(L.Callback):
             f"device{'s' * (trainer.world_size > 1)} ({pl_module.device.type}) × {recipe.accumulate} accumulated"
             f"{', or all there are' * (pl_module.effective_batch == len(images.train))}; "
             f"learning rate {pl_module.learning_rate:g} "
-            f"({recipe.optimizer.learning_rate:g} for {recipe.optimizer.base_batch})"
+            f"({recipe.optimizer.learning_rate:g} for {recipe.optimizer.base_batch}{changed})"
         )
         self.console.print(f"folder {self.history.path.parent}")
+        if images.first_batch:
+            self._show_bar(trainer, images.first_batch)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show an empty progress bar if the output is a terminal."""
+        self._show_bar(trainer, 0)
+
+    def _show_bar(self, trainer: L.Trainer, done: int) -> None:
         if trainer.is_global_zero and self.console.is_terminal and not self.console.quiet:
             self.bar = Progress(
                 TextColumn(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"),
@@ -174,7 +204,7 @@ class Display(L.Callback):
                 console=self.console,
                 transient=True,
             )
-            self.bar.add_task("", total=int(trainer.num_training_batches), rate=0.0)
+            self.bar.add_task("", total=int(trainer.num_training_batches), completed=done, rate=0.0)
             self.bar.start()
 
     def on_train_batch_end(

@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import cast
@@ -72,10 +73,13 @@ def choose_run_dir(recipe: Recipe, folder: str | Path | None, resume: bool) -> P
         raise ConfigError(f"{folder}: cannot write a run there; {nearest} is {problem}")
     if resume:
         old = read_recipe(folder)
-        # A run may be lengthened; and one with a least number of steps has more epochs than its recipe had.
+        # A run may be lengthened, and go on with another learning rate; and one with a least number of steps has more
+        # epochs than its recipe had.
         longer = recipe.epochs > old.epochs or recipe.min_steps
-        same = old.but(epochs=recipe.epochs, min_steps=recipe.min_steps) == recipe
-        if old != recipe and not (longer and same):
+        rate = replace(old.optimizer, learning_rate=recipe.optimizer.learning_rate)
+        changed = old.but(optimizer=rate)
+        same = changed.but(epochs=recipe.epochs, min_steps=recipe.min_steps) == recipe
+        if changed != recipe and not (longer and same):
             raise ConfigError(f"{folder} holds another recipe: {_describe_difference(to_dict(old), to_dict(recipe))}")
     elif _is_first_process() and (folder / "recipe.json").exists():
         raise _make_taken_error(folder)

@@ -32,7 +32,8 @@ from ecanet.training.loggers import choose_loggers, open_loggers
 from ecanet.training.preparation import build_data, complete, find_seen, lengthen
 from ecanet.training.progress import Display, History, quiet_lightning
 from ecanet.training.run_dirs import choose_run_dir, has_run, lock_run_dir
-from ecanet.training.stopping import find_scheduler, stop_on_signals
+from ecanet.training.steps import StepWatch
+from ecanet.training.stopping import StopRequest, find_scheduler, stop_on_signals, take_over_signals
 
 __all__ = ["run"]
 
@@ -94,12 +95,10 @@ def run(
         display.show_network(task)
         if resume and checkpoint is None:
             display.say("the run was stopped before its first checkpoint: it begins again")
+        watch = StepWatch(run_dir / "checkpoints" / "last.ckpt", recipe.checkpoint, StopRequest())
         trainer = _make_trainer(
-            recipe, task, run_dir, [*_check_callbacks(callbacks), history, display], torch_device, devices
+            recipe, task, run_dir, [*_check_callbacks(callbacks), history, display, watch], torch_device, devices
         )
-        if recipe.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
-            # Lightning would compute in bfloat16 instead, with no more than a warning.
-            raise ConfigError("precision 16-mixed needs a GPU; on a CPU set precision=bf16-mixed or precision=32")
         if checkpoint is not None:
             share_batch(checkpoint, images, trainer.world_size)
         if not resume:  # now that nothing is wrong, the directory may be made
@@ -107,7 +106,7 @@ def run(
         with open_loggers(chosen, recipe, run_dir, resume=resume) as trainer.loggers:
             if trainer.is_global_zero:
                 _write_settings(recipe, task, run_dir, images.split, again=checkpoint is not None)
-            _fit(trainer, task, images, checkpoint, run_dir)
+            _fit(trainer, task, images, checkpoint, watch, run_dir)
             if not history.evaluated:
                 # The run had already finished. Its checkpoint has the metrics, but not the artifacts of an evaluation.
                 trainer.validate(task, images, verbose=False)
@@ -187,7 +186,7 @@ def _make_trainer(
     if recipe.ema_decay is not None:
         callbacks.append(WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay)))
     try:
-        return L.Trainer(
+        trainer = L.Trainer(
             max_epochs=recipe.epochs,
             precision=recipe.precision,
             accumulate_grad_batches=recipe.accumulate,
@@ -209,6 +208,10 @@ def _make_trainer(
         )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise ConfigError(f"cannot train like this: {str(error).strip().splitlines()[0]}") from None
+    if recipe.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
+        # Lightning would compute in bfloat16 instead, with no more than a warning.
+        raise ConfigError("precision 16-mixed needs a GPU; on a CPU set precision=bf16-mixed or precision=32")
+    return trainer
 
 
 def _choose_devices(device: torch.device, devices: int | str) -> int | str | list[int]:
@@ -228,20 +231,27 @@ def _choose_devices(device: torch.device, devices: int | str) -> int | str | lis
 
 
 def _fit(
-    trainer: L.Trainer, task: tasks.Task, images: L.LightningDataModule, checkpoint: Path | None, run_dir: Path
+    trainer: L.Trainer,
+    task: tasks.Task,
+    images: L.LightningDataModule,
+    checkpoint: Path | None,
+    watch: StepWatch,
+    run_dir: Path,
 ) -> None:
     """Train to the end, from ``checkpoint`` if there is one.
 
     SIGTERM ends the process with exit code 143, so that a script which waits for the run stops too.
     """
-    received: list[str] = []
+    take_over_signals(trainer)
     try:
-        with stop_on_signals() as received:
+        with stop_on_signals(watch.request):
             trainer.fit(task, images, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
     except SystemExit as stop:  # Lightning raises it after Ctrl-C and SIGTERM.
         if isinstance(stop, SIGTERMException):
-            name = received[0] if received else "SIGTERM"
-            print(f"stopped by {name}; continue with: ecanet train --resume {run_dir}", file=sys.stderr, flush=True)
+            if trainer.is_global_zero:
+                print(
+                    f"{watch.describe()}; continue with: ecanet train --resume {run_dir}", file=sys.stderr, flush=True
+                )
             raise SystemExit(143) from None
         raise KeyboardInterrupt from None
     except ValueError as error:

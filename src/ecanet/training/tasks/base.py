@@ -1,8 +1,10 @@
 """The base class of every task: network, optimizer, schedule, random state, checkpoints."""
 
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import ClassVar, NotRequired, Protocol, TypedDict, cast
+from typing import Any, ClassVar, NotRequired, Protocol, TypedDict, cast
 
 import lightning as L
 import torch
@@ -14,7 +16,8 @@ from ecanet.recipes import Recipe, to_dict
 from ecanet.report import Artifacts
 from ecanet.surgery import parameter_groups
 from ecanet.training.building import Built
-from ecanet.training.tasks.schedule import learning_rate_factor
+from ecanet.training.tasks.means import RunningMeans
+from ecanet.training.tasks.schedule import change_rate, learning_rate_factor
 
 __all__ = ["NO_READABLE_IMAGE", "Optimization", "Task", "get_data"]
 
@@ -62,8 +65,11 @@ class Task(L.LightningModule):
     monitor: ClassVar[str]
     split: Split | None = None
     """The images that the restored network was trained on, if its run has split a flat folder."""
-    resumed: tuple[int, int] = (0, 0)
-    """The finished epochs, and the steps in them, of the checkpoint from which a run was resumed."""
+    resumed: tuple[int, int, int] = (0, 0, 0)
+    """The whole epochs, the batches of the next one, and all steps that were done when a resumed run was stopped."""
+
+    rate_before: float | None = None
+    """The recipe's learning rate until the run was resumed with another one."""
 
     def __init__(self, recipe: Recipe, spec: DataSpec, model: nn.Module):
         super().__init__()
@@ -72,6 +78,7 @@ class Task(L.LightningModule):
         self.network: dict[str, object] = {}
         self.exchanged: list[str] = []
         self.unexpected: list[str] = []
+        self.means = RunningMeans()
         self.model = model.to(memory_format=torch.channels_last) if recipe.channels_last else model
         if recipe.compile:
             # Compiling in place keeps the names of the parameters. Only a detector's backbone is a single graph.
@@ -100,6 +107,48 @@ class Task(L.LightningModule):
         """Return the results of the last evaluation as file contents by file name, if there is a format for them."""
         return {}
 
+    def compute_losses(self, batch: Any) -> dict[str, Tensor]:
+        """Return the losses of a batch by name; "train_loss" is the one that is minimized."""
+        raise NotImplementedError
+
+    def training_step(self, batch: tuple[Sequence[object], object], batch_idx: int) -> Tensor | None:
+        """Return the loss of a batch, or `make_empty_loss` if it has no image, or its loss is to be passed over."""
+        images = len(batch[0])
+        if not images:
+            return self.make_empty_loss()
+        before = self._copy_buffers()
+        losses = self.compute_losses(batch)
+        loss, share = losses["train_loss"], get_data(self.trainer).weigh_share()
+        if before is not None and not bool(torch.isfinite(loss)):
+            self._skip(before)
+            return self.make_empty_loss()
+        self.means.add(losses, images if share else 0)
+        return loss if share == 1 else loss * share
+
+    def _copy_buffers(self) -> list[Tensor] | None:
+        """Return copies of the network's buffers, such as a norm's statistics, if a step may have to be undone."""
+        return [value.clone() for value in self.model.buffers()] if self.recipe.on_nan == "skip" else None
+
+    def _skip(self, before: Sequence[Tensor]) -> None:
+        """Name the images of the batch, and put the network's buffers back."""
+        names = get_data(self.trainer).name_images(get_data(self.trainer).drawn)
+        print(
+            f"skipped a batch whose loss is not finite, in epoch {self.current_epoch + 1}: {', '.join(names)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        for value, old in zip(self.model.buffers(), before, strict=True):
+            value.copy_(old)
+
+    def on_train_epoch_start(self) -> None:
+        """Forget the losses of the epoch before; a run that goes on within an epoch keeps them."""
+        self.means.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means of the epoch's losses in training, if there was any."""
+        for name, value in self.means.compute().items():
+            self.log(name, value)
+
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         """Seed the random state from the seed, the epoch, the batch and the rank.
 
@@ -117,13 +166,23 @@ class Task(L.LightningModule):
             "spec": asdict(self.spec),
             "split": data.split and data.split.to_dict(),
             "batch": data.config.batch_size * self.trainer.world_size,
+            "means": self.means.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
-        """Raise DataError if the classes of the data, or its split, have changed since the checkpoint."""
-        content = cast(dict[str, dict[str, object]], checkpoint["ecanet"])
+        """Restore the means of the losses, the position in the schedule, and a learning rate that was changed.
+
+        Raises:
+            DataError: the classes of the data, or its split, have changed since the checkpoint.
+        """
+        content = cast(dict[str, Any], checkpoint["ecanet"])
         schedules = cast(list[dict[str, int]], checkpoint["lr_schedulers"])
-        self.resumed = cast(int, checkpoint["epoch"]) + 1, schedules[0]["last_epoch"]
+        data = get_data(self.trainer)
+        place = cast(dict[str, int], checkpoint[type(data).__qualname__])
+        self.resumed = place["first_epoch"], place.get("first_batch", 0), schedules[0]["last_epoch"]
+        if self.global_rank == 0 and "means" in content:
+            self.means.load_state_dict(content["means"])
+        self.rate_before = change_rate(checkpoint, self.recipe.optimizer.learning_rate)
         check_classes(self.recipe.data.name, self.spec, DataSpec.from_dict(content["spec"]))
         split = get_data(self.trainer).split
         if (split and split.to_dict()) != content.get("split"):
@@ -165,10 +224,11 @@ class Task(L.LightningModule):
         optimizer, epochs = self._make_optimizer(), self.recipe.epochs
         schedule = self.recipe.schedule.in_epochs(steps, epochs)
         # With another number of processes, an epoch may have had another number of steps before the checkpoint.
-        first_epoch, first_step = self.resumed
+        first_epoch, first_batch, first_step = self.resumed
+        ahead = first_epoch * steps + math.ceil(first_batch / self.recipe.accumulate) - first_step
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
-            lambda step: learning_rate_factor(schedule, (first_epoch * steps + step - first_step) / steps, epochs),
+            lambda step: learning_rate_factor(schedule, (step + ahead) / steps, epochs),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

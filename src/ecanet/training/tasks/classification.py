@@ -90,14 +90,10 @@ class Classification(Task):
         elif self.recipe.class_weights is not None:
             self.class_weights = torch.tensor(self.recipe.class_weights, device=self.device)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+    def compute_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss of a batch after mixup or cutmix, if the recipe has them."""
-        if not len(batch[0]):
-            return self.make_empty_loss()
         images, labels = batch if self.mix is None else cast(Batch, self.mix(*batch))
-        loss = self.loss(self(images), labels)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
-        return loss
+        return {"train_loss": self.loss(self(images), labels)}
 
     def on_validation_epoch_start(self) -> None:
         """Remove the examples of the last evaluation."""
@@ -129,6 +125,7 @@ class Classification(Task):
         count = torch.tensor(self.images_evaluated, device=self.device)
         if not int(cast(Tensor, self.all_gather(count)).sum()):  # pyright: ignore[reportUnknownMemberType]
             raise DataError(NO_READABLE_IMAGE)
+        super().on_validation_epoch_end()
         self.log("val_loss", self.held_out_loss.compute())
         self.held_out_loss.reset()
         self.log("top1", 100 * self.top1.compute())

@@ -49,21 +49,11 @@ class Detection(Task):
         detections = cast(list[dict[str, Tensor]], found)
         return [{name: value[one["labels"] > 0] for name, value in one.items()} for one in detections]
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """Return the sum of the detector's losses."""
-        images, targets = batch
-        if not images:
-            return self.make_empty_loss()
-        losses = cast(dict[str, Tensor], self(images, targets))
-        loss = torch.stack(list(losses.values())).sum()
-        self.log_dict(
-            {"train_loss": loss, **{f"{name.removeprefix('loss_')}_loss": value for name, value in losses.items()}},
-            on_step=False,
-            on_epoch=True,
-            batch_size=len(images),
-            sync_dist=True,
-        )
-        return loss
+    def compute_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the sum of the detector's losses, and each of them."""
+        losses = cast(dict[str, Tensor], self(*batch))
+        each = {f"{name.removeprefix('loss_')}_loss": value for name, value in losses.items()}
+        return {"train_loss": torch.stack(list(losses.values())).sum(), **each}
 
     def on_validation_epoch_start(self) -> None:
         """Replace the results of the last evaluation by empty ones."""
@@ -89,6 +79,7 @@ class Detection(Task):
             self.outcome.gather()
         if not self.outcome.image_ids:
             raise DataError(NO_READABLE_IMAGE)
+        super().on_validation_epoch_end()
         self.log_dict(self.outcome.score(), batch_size=1)
 
     def artifacts(self) -> Artifacts:
