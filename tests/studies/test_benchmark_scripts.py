@@ -74,3 +74,19 @@ def test_scenes_lists_finished_runs_without_training(monkeypatch, tmp_path):
     result = json.loads((tmp_path / "scenes.json").read_text())
     assert result["runs"] == []
     assert result["recipe"]["data"]["name"] == "scenes"
+
+
+def test_readers_of_images_take_turns(monkeypatch, tmp_path):
+    script = load("input")
+    monkeypatch.setattr(script, "BATCH", 8)
+    out = tmp_path / "input.json"
+    monkeypatch.setattr(sys, "argv", ["input.py", "--images", "32", "--rounds", "2", "--out", str(out)])
+    threads = torch.get_num_threads()
+    try:
+        script.main()
+    finally:
+        torch.set_num_threads(threads)
+    rows = {row["reader"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows[script.BASE]["ratio"] == 1
+    assert {"ecanet folder", "ecanet shards", "ecanet shards, packed at 256 pixels"} < set(rows)
+    assert all(row["images per second"] > 0 for row in rows.values())
