@@ -162,3 +162,19 @@ def test_mistakes_about_the_control_are_one_line(base, names, weights, message):
     with pytest.raises(ConfigError, match=message) as caught:
         plan(recipe, names, lambda line: None)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("eca", "'eca-adaptive'"),
+        ("bigger", "'larger'"),
+        ("bigger=timm:resnet50d", "'larger'"),
+        ("plain", "'none'"),
+        ("largr", "'larger'"),
+    ],
+)
+def test_names_that_one_could_expect_say_what_is_meant(ecanet, given, meant):
+    code, out, err = ecanet("ablate", "digits", "--variants", f"none,{given},se")
+    assert (code, out) == (2, "")
+    assert err == f"ecanet: there is no variant {given.partition('=')[0]!r}; did you mean {meant}?\n"

@@ -12,6 +12,9 @@ from ecanet.networks.names import find_library
 
 __all__ = ["check_fit", "load_weights"]
 
+PATIENCE = 5.0
+"""Seconds in which the Hugging Face Hub must begin to answer before a download."""
+
 
 def load_weights(model: nn.Module, name: str, weights: str | Path) -> LoadReport:
     """Load ``weights`` into ``model``, the network ``name``: "default" means its library's own, else a checkpoint.
@@ -70,21 +73,63 @@ def _describe_timm(model: nn.Module) -> str:
 def _download_timm(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Return the state dict of timm's weights for its network ``name``, with timm's own 1,000 or more classes.
 
+    Without a connection to the Hugging Face Hub, weights that were downloaded before are taken from its cache. Its
+    client alone would try again for most of a minute before it says that there is no connection.
+
     Raises:
         CheckpointError: there are none, or they cannot be downloaded.
     """
     import timm
 
     create = cast(Callable[..., nn.Module], timm.create_model)
+    cfg = cast(Mapping[str, Any], model.pretrained_cfg)
+    overlay: dict[str, str] = {}
+    if cfg.get("hf_hub_id") and (problem := _find_hub_problem()):
+        cached = _find_cached(str(cfg["hf_hub_id"]), cfg.get("hf_hub_filename") or "pytorch_model.bin")
+        if cached is None:
+            raise _no_weights(model, name, problem)
+        overlay["file"] = cached
     try:
         # A download that fails is tried several times, and then reported here.
         with quiet_loggers("huggingface_hub", "timm"):
-            return cast(dict[str, Tensor], create(name, pretrained=True).state_dict())
+            return cast(dict[str, Tensor], create(name, pretrained=True, pretrained_cfg_overlay=overlay).state_dict())
     except (OSError, RuntimeError, ValueError) as error:
-        source = _describe_timm(model)
-        if not source:
+        if not _describe_timm(model):
             raise CheckpointError(f"timm has no weights for {name!r}; give the path of a checkpoint instead") from error
-        raise CheckpointError(
-            f"cannot get timm's weights for {name!r} ({summarize(error)}); download {source} by other means and pass "
-            f"the file's path instead of default"
-        ) from error
+        raise _no_weights(model, name, summarize(error)) from error
+
+
+def _find_hub_problem() -> str | None:
+    """Ask the Hugging Face Hub once for an answer, whatever it is; return what is wrong, None if it answers.
+
+    The hub's own client asks, so that proxies, mirrors and certificates are those of the download.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception as error:  # the client's errors have changed their classes from version to version
+        return f"{constants.ENDPOINT} does not answer: {summarize(error)}"
+    return None
+
+
+def _find_cached(repository: str, filename: str) -> str | None:
+    """Return the path of the weights of ``repository`` (``OWNER/NAME``, or with ``@REVISION``) in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, revision = repository.partition("@")
+    for candidate in ("model.safetensors", f"{filename.removesuffix('.bin')}.safetensors", filename):
+        found = try_to_load_from_cache(name, candidate, revision=revision or None)
+        if isinstance(found, str):  # else it is not there, or known not to exist
+            return found
+    return None
+
+
+def _no_weights(model: nn.Module, name: str, why: str) -> CheckpointError:
+    cfg = cast(Mapping[str, Any], model.pretrained_cfg)
+    file = f"{cfg.get('hf_hub_filename') or 'model.safetensors'} of " if cfg.get("hf_hub_id") else ""
+    return CheckpointError(
+        f"cannot get timm's weights for {name!r} ({why}); download {file}{_describe_timm(model)} by other means and "
+        f"pass the file's path instead of default"
+    )

@@ -66,6 +66,9 @@ VARIANTS: dict[str, tuple[str, dict[str, int | str]]] = {
 With pretrained weights all gates begin neutral, except those of ``eca-random``.
 """
 
+MEANT = {"eca": "eca-adaptive", "bigger": "larger", "plain": "none"}
+"""What is meant by names that one could expect among the variants, and that are not spelled like any of them."""
+
 SMALL_DIVISOR = 4
 """Replaces a reduction or group count of 16 in small-image networks, whose stages have 16 to 64 channels."""
 
@@ -151,7 +154,8 @@ def _read_names(names: Iterable[str]) -> tuple[list[str], str | None]:
     for text in names:
         name, equals, network = text.strip().partition("=")
         if name not in VARIANTS:
-            raise ConfigError(f"there is no variant {name!r}; {suggestion(name, list(VARIANTS))}")
+            hint = f"did you mean {MEANT[name]!r}?" if name in MEANT else suggestion(name, list(VARIANTS))
+            raise ConfigError(f"there is no variant {name!r}; {hint}")
         if equals and (name != "larger" or not network):
             raise ConfigError(f"{text.strip()}: only the larger control names a network: larger=timm:resnet50d")
         named = network or named
