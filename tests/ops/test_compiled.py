@@ -2,13 +2,16 @@
 
 import copy
 import shutil
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 
+import ecanet
 from ecanet import ECA, ops
+from ecanet.ops import dispatch, proof
 from tensors import to_layout
 
 pytest.importorskip("triton")
@@ -75,3 +78,77 @@ def test_auto_compiles_to_the_reference():
     with ops.prefer_impl("fused"):
         torch.compile(lambda x: ops.squeeze_scale(x, torch.sigmoid), backend=recorder, fullgraph=True)(x)
     assert not any("ecanet" in str(node.target) for node in recorder.fw_graphs[0].graph.nodes)
+
+
+def list_operators(graphs):
+    """Return how often each of our operators stands in ``graphs``."""
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    return Counter(t.split(".")[1] for t in targets if t.startswith("ecanet."))
+
+
+def compile_network(network):
+    torch._dynamo.reset()
+    recorder = AotEagerAndRecordGraphs()
+    return torch.compile(network, backend=recorder, fullgraph=True), recorder
+
+
+@pytest.mark.parametrize("attention", ["eca", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "se"))])
+def test_each_tail_of_a_compiled_network_is_kept_for_training(attention):
+    """One graph; blocks hand each other two outputs, so no gradients of whole tensors are added between them."""
+    torch.manual_seed(0)
+    network = ecanet.create_model("resnet14", attention=attention, num_classes=3).double()
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.normal_(norm.bias)
+    copied, x = copy.deepcopy(network), to_layout(torch.randn(2, 3, 9, 8, dtype=torch.float64), True)
+    with ops.prefer_impl("fused"):
+        compiled, recorder = compile_network(copied)
+        for _, call in ((network, network), (copied, compiled)):
+            call(x).square().sum().backward()
+    assert len(recorder.fw_graphs) == 1
+    # six blocks, of which two have a norm in their shortcut
+    assert list_operators(recorder.fw_graphs) == {"moments": 8, "apply": 6}
+    assert list_operators(recorder.bw_graphs) == {"reduce": 6, "grads": 8}
+    with_second = [n for n in recorder.bw_graphs[0].graph.nodes if "ecanet.reduce" in str(n.target) and n.args[1]]
+    assert len(with_second) == 3  # the first block of each stage feeds another one
+    for (name, a), b in zip(copied.named_parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+    for a, b in zip(copied.buffers(), network.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_network_compiled_for_evaluation_or_with_hooks_shows_pytorch_operations():
+    """In evaluation the compiler moves no more bytes; a hook in a block must see what it listens to."""
+    x = torch.randn(2, 3, 8, 8)
+    hooked = ecanet.create_model("resnet8", num_classes=3)
+    for block in (hooked.layer1[0], hooked.layer2[0].eca, hooked.layer3[0].bn2):
+        block.register_forward_hook(lambda module, args, y: y * 1)
+    for network in (ecanet.create_model("resnet8", num_classes=3).eval(), hooked):
+        with ops.prefer_impl("fused"):
+            compiled, recorder = compile_network(network)
+            compiled(x).sum().backward()
+        assert not list_operators([*recorder.fw_graphs, *recorder.bw_graphs])
+
+
+@pytest.mark.parametrize("right", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_compiler_asks_for_the_proof_of_the_operators(right, monkeypatch):
+    asked = []
+    monkeypatch.setattr(dispatch, "runs_on_gpu", lambda x: True)
+    monkeypatch.setattr(proof, "is_proven", lambda *key: asked.append(key) or right)
+    compiled, recorder = compile_network(ecanet.create_model("resnet8", num_classes=3))
+    compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert list_operators(recorder.fw_graphs)["apply"] == (3 if right else 0)
+    assert set(asked) == {(torch.device("cpu"), torch.float32, "operators")}
+
+
+@pytest.mark.slow
+def test_the_proof_of_the_operators_runs_while_a_compiler_traces(monkeypatch):
+    monkeypatch.setattr(dispatch, "runs_on_gpu", lambda x: True)
+    monkeypatch.setattr(proof, "_passed", {})
+    monkeypatch.setattr(proof, "SHAPES", proof.SHAPES[1:])
+    monkeypatch.setattr(proof, "CASES", proof.CASES[:1])
+    compiled, recorder = compile_network(ecanet.create_model("resnet8", num_classes=3))
+    compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert proof._passed == {("operators", torch.device("cpu"), torch.float32): True}
+    assert list_operators(recorder.fw_graphs)["apply"] == 3

@@ -129,7 +129,7 @@ class ECA(ChannelAttention):
         bias = None if bias is None else bias.to(p.dtype)
         if self.padding_mode == "circular":
             p, r = F.pad(p[:, None], (r, r), mode="circular")[:, 0], 0
-        if ops.is_jit_tracing() or torch.compiler.is_exporting():
+        if ops.is_jit_tracing() or ops.is_exporting():
             return F.conv1d(p[:, None], weight, bias, padding=r).squeeze(1).sigmoid()
         # Outside of tracing, use a matrix product over k taps: the weight gradient of F.conv1d is slow on a CPU.
         kernel = weight[0].transpose(-2, -1)  # k 1

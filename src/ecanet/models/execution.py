@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ecanet import ops
-from ecanet.models.block import ENDS, DescribesItself, Layer, Parts, gate_of, runnable_parts
+from ecanet.models.block import ENDS, DescribesItself, Layer, Parts, describe, gate_of, runnable_parts
 
 
 def call(parts: Parts, x: Tensor) -> Tensor:
@@ -196,8 +196,18 @@ def _expand(
 
 def forward_block(block: DescribesItself, x: Tensor) -> Tensor:
     """Run ``block`` by its parts where that is the same as calling them, else call them."""
-    parts = runnable_parts(block) if is_eager(x) else None
+    parts = find_parts(block, x)
     return call(block.parts(), x) if parts is None else run(parts, x, x)[0]
+
+
+def find_parts(block: nn.Module, x: Tensor) -> Parts | None:
+    """Return the parts of ``block`` if it shall be run by them, None if it must be called."""
+    if is_eager(x):
+        return runnable_parts(block)
+    if not torch.compiler.is_compiling() or not isinstance(block, DescribesItself) or not ops.compiles_to_kernels(x):
+        return None
+    # what `runnable_parts` remembers is no matter for a compiler, which traces each block once
+    return None if any(ops.must_be_called(module) for module in block.modules()) else describe(block)
 
 
 def is_eager(x: Tensor) -> bool:
@@ -217,8 +227,7 @@ class Stage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Run the blocks: (N, C, H, W) -> (N, C', H', W')."""
-        eager = is_eager(x)
-        known = [runnable_parts(block) if eager else None for block in self]
+        known = [find_parts(block, x) for block in self]
         # Only a block that is run by its parts has a use for a second output.
         follows = [*(parts is not None for parts in known[1:]), False]
         shortcut_x = x

@@ -22,6 +22,7 @@ from ecanet.ops.channel_gates import ChannelGate
 from ecanet.ops.dispatch import (
     Impl,
     check_input,
+    compiles_to_kernels,
     expand,
     find_mode_obstacle,
     get_requested_impl,
@@ -35,7 +36,7 @@ from ecanet.ops.dispatch import (
     uses_kernels,
 )
 from ecanet.ops.reference import Activation, Gate
-from ecanet.ops.tracing import is_jit_tracing, is_traced, record_as_one_node
+from ecanet.ops.tracing import is_exporting, is_jit_tracing, is_traced, record_as_one_node
 
 __all__ = [
     "Activation",
@@ -44,12 +45,14 @@ __all__ = [
     "Impl",
     "call_state",
     "check_input",
+    "compiles_to_kernels",
     "expand",
     "find_mode_obstacle",
     "get_requested_impl",
     "has_global_hooks",
     "has_original_forward",
     "hook_dictionaries",
+    "is_exporting",
     "is_frozen_norm",
     "is_jit_tracing",
     "is_traced",

@@ -25,7 +25,7 @@ from ecanet.ops import lean, proof, reference, tail
 from ecanet.ops.calls import has_original_forward, must_be_called
 from ecanet.ops.passes import Passes
 from ecanet.ops.reference import Activation, Gate
-from ecanet.ops.tracing import is_jit_tracing, is_traced
+from ecanet.ops.tracing import is_exporting, is_jit_tracing, is_traced
 
 __all__ = ["Activation", "Gate", "Impl", "prefer_impl", "residual_tail", "residual_tail_pair", "squeeze_scale"]
 
@@ -84,6 +84,24 @@ def uses_kernels(x: Tensor) -> bool:
         return get_requested_impl() == "fused"
     plain = type(x) in (Tensor, nn.Parameter)  # subclasses (fake tensors too) may need to see PyTorch's operations
     return plain and x.dtype in proof.DTYPES and runs_on_gpu(x) and proof.is_proven(x.device, x.dtype)
+
+
+def compiles_to_kernels(x: Tensor) -> bool:
+    """Return whether tails of ``x`` are the kernels' operators in a graph of `torch.compile` for training.
+
+    There the compiler moves more bytes than the kernels do. In evaluation it moves as many.
+    """
+    if not torch.compiler.is_compiling() or not torch.is_grad_enabled() or find_mode_obstacle() is not None:
+        return False
+    if _requests:
+        return get_requested_impl() == "fused"
+    return x.dtype in proof.DTYPES and runs_on_gpu(x) and _are_operators_proven(x.device, x.dtype)
+
+
+@torch.compiler.assume_constant_result  # pyright: ignore[reportUnknownMemberType]
+def _are_operators_proven(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the kernels passed their proof. The compiler calls this while it traces, and keeps the answer."""
+    return proof.is_proven(device, dtype, "operators")
 
 
 def runs_on_gpu(x: Tensor) -> bool:
@@ -158,6 +176,8 @@ def residual_tail_pair(
     obstacle = _find_norm_obstacle(norm) or (None if shortcut_norm is None else _find_norm_obstacle(shortcut_norm))
     if shortcut is not None and shortcut.dtype != z.dtype:
         obstacle = f"a {z.dtype} branch with a {shortcut.dtype} shortcut needs the reference"
+    if impl == "auto" and not obstacle and compiles_to_kernels(z) and tail.uses_batch_statistics(norm):
+        impl = "fused"
     passes = choose(impl, z, obstacle)
     if passes is not None:
         z = make_dense(z)
@@ -226,7 +246,7 @@ def expand(
 
 def find_mode_obstacle() -> str | None:
     """Return why the current mode (export, tracing, transforms) rules out our backward passes, None if it does not."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "an exported graph consists of PyTorch's operations"
     if torch.compiler.is_compiling():
         return None

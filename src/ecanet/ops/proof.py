@@ -30,8 +30,11 @@ SHAPES = ((2, 72, 19, 29), (3, 5, 7, 3))
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
-Kernels = Literal["fused", "expansion"]
-"""The kernels of a block's tail, and the kernel of its last convolution (`expansion`). Each has its own proof."""
+Kernels = Literal["fused", "operators", "expansion"]
+"""The kernels of a block's tail, the same as operators in a compiled graph, and the kernel of its last convolution.
+
+Each has its own proof.
+"""
 
 _passed: dict[tuple[Kernels, torch.device, torch.dtype], bool] = {}
 _lock = threading.RLock()
@@ -97,7 +100,9 @@ def is_proven(device: torch.device, dtype: torch.dtype, kernels: Kernels = "fuse
                     reason = "a CUDA graph is captured before they could be checked; run one step before the capture"
                     warn_unused(device, reason, kernels)
                     return False
-                failed = find_failure(device, dtype) if kernels == "fused" else find_expansion_failure(device, dtype)
+                failed = (
+                    find_expansion_failure(device, dtype) if kernels == "expansion" else find_failure(device, dtype)
+                )
                 if failed is not None:
                     warn_unused(device, failed, kernels)
                 _passed[key] = failed is None

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.overrides import handle_torch_function
 
-__all__ = ["is_jit_tracing", "is_traced", "record_as_one_node"]
+__all__ = ["is_exporting", "is_jit_tracing", "is_traced", "record_as_one_node"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -20,6 +20,15 @@ Result = TypeVar("Result")
 def is_traced(x: object) -> bool:
     """Return whether ``x`` stands for a tensor in a graph that `torch.fx` is recording."""
     return isinstance(x, fx.Proxy)
+
+
+def is_exporting() -> bool:
+    """Return whether `torch.export` is recording.
+
+    The compiler of torch 2.11 takes `torch.compiler.is_exporting()` for True even where nothing is exported, so this
+    reads the flag behind it.
+    """
+    return torch.compiler._is_exporting_flag  # pyright: ignore[reportPrivateUsage]
 
 
 def is_jit_tracing() -> bool:
