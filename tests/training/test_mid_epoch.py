@@ -16,6 +16,7 @@ import torch
 from ecanet.data.scenes import SceneConfig, make_scenes
 from ecanet.recipes import CheckpointConfig, DataConfig, ModelConfig, Recipe, find, to_dict, with_settings
 from ecanet.report import Report
+from ecanet.shards import pack
 from ecanet.training import checkpoints
 from photographs import make_flat
 from tiny_runs import TINY, add_tiny, content, run
@@ -129,6 +130,11 @@ def make_recipe(tmp_path):
             make_flat(tmp_path / "photos", {"a": 14, "b": 15, "c": 6})
             images = DataConfig(name=f"folder:{tmp_path / 'photos'}", image_size=16, batch_size=4, workers=2)
             return SHORT.but(data=images, ema_decay=0.8)
+        if kind == "shards":
+            make_flat(tmp_path / "photos", {"a": 14, "b": 15, "c": 6})
+            pack(tmp_path / "photos", tmp_path / "packed", workers=1, shard_bytes=2_000, quiet=True)
+            images = DataConfig(name=f"shards:{tmp_path / 'packed'}", image_size=16, batch_size=4, workers=2)
+            return SHORT.but(data=images)
         if kind == "detection":
             scenes = make_scenes(SceneConfig(train=8, held_out=2, side=64), tmp_path / "scenes")
             changes = {"data.name": f"coco:{scenes}", "data.batch_size": 2, "data.workers": 1, "checkpoint.steps": 1}
@@ -139,7 +145,11 @@ def make_recipe(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["everything", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("plain", "folder", "detection"))]
+    "kind",
+    [
+        "everything",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("plain", "folder", "shards", "detection")),
+    ],
 )
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # workers of a stopped run
 def test_a_run_in_pieces_ends_as_a_whole_one(tmp_path, make_recipe, kind):
@@ -162,7 +172,7 @@ training.run(recipe, folder=sys.argv[1], resume=True, device="cpu", quiet=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "everything", "folder", "detection"])
+@pytest.mark.parametrize("kind", ["plain", "everything", "folder", "shards", "detection"])
 def test_a_run_that_is_killed_again_and_again_ends_as_a_whole_one(tmp_path, make_recipe, kind):
     """SIGKILL at random moments, 20 of them or as many as ``ECANET_KILLS`` says: 200 is the full test."""
     recipe, folder, draw = make_recipe(kind), tmp_path / "killed", random.Random(kind)
