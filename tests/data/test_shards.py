@@ -13,7 +13,7 @@ from ecanet.data import Draw, read_shards
 from ecanet.data.samplers import EpochSampler
 from ecanet.data.shards import mix_shards
 from ecanet.errors import DataError
-from ecanet.recipes import DataConfig, ModelConfig, Recipe
+from ecanet.recipes import DataConfig, ModelConfig, OptimizerConfig, Recipe
 from ecanet.shards import pack
 from ecanet.training import evaluate, run
 
@@ -45,7 +45,8 @@ def config(sets: Path, kind: str, **options: object) -> DataConfig:
 
 def recipe(sets: Path, kind: str, **options: object) -> Recipe:
     images = config(sets, kind, **options)
-    return Recipe(data=images, model=ModelConfig(name="resnet8"), epochs=3, seed=1)
+    rate = OptimizerConfig(learning_rate=0.8)
+    return Recipe(data=images, model=ModelConfig(name="resnet8"), optimizer=rate, epochs=4, seed=1)
 
 
 def test_the_held_out_images_are_those_of_the_folder(sets):
@@ -205,6 +206,17 @@ def test_processes_read_shards_of_their_own(world):
         read.append(epochs[0])
     assert [len(shards) for shards in read] == [64 // world] * world
     assert Counter(shard for shards in read for shard in shards) == Counter(range(64))
+
+
+def test_shards_of_other_sizes_stay_with_their_processes():
+    """Beside its share, a process reads at most the two shards that the edges of its lane cut."""
+    random = np.random.default_rng(0)
+    sizes = random.integers(20, 60, 200).tolist()
+    shard_of = np.repeat(np.arange(200), sizes)
+    lanes = [set(shard_of[at : at + sum(sizes) // 32 + 2].tolist()) for at in range(0, sum(sizes), sum(sizes) // 32)]
+    for rank in range(32):
+        read = {int(shard) for seed in range(4) for shard in shard_of[mix_shards(sizes, seed)[rank::32]]}
+        assert len(read) <= max(map(len, lanes)) + 1
 
 
 def test_few_shards_are_open_at_a_time():

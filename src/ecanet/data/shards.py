@@ -4,7 +4,7 @@ Random access lets these images go through the same samplers, transforms and che
 the reads together: at any time an epoch reads from few shards.
 """
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,35 +67,41 @@ class ShardDataset(Dataset[tuple[Tensor, int, Draw] | Unreadable]):
 def mix_shards(sizes: list[int], seed: int) -> NDArray[np.int64]:
     """Return a random order of the images of shards with ``sizes`` images each, all of them exactly once.
 
-    The shards are dealt to lanes, a power of two of them, which stay the same in every epoch. Each lane takes its
-    shards in a random order and mixes the images of `WINDOW` neighbours, and the lanes take turns. So a process that
-    takes every W-th image, where W is a power of two up to 32, reads the shards of 32 / W lanes only. The order does
-    not depend on the number of processes.
+    The images are cut into lanes of equal length, a power of two of them, which stay the same in every epoch. A lane
+    takes its shards in a random order and mixes the images of `WINDOW` neighbours, and the lanes take turns. So a
+    process that takes every W-th image, where W is a power of two up to 32, reads the shards of 32 / W lanes only. The
+    order does not depend on the number of processes.
 
     >>> sorted(mix_shards([3, 2, 3], seed=1).tolist())
     [0, 1, 2, 3, 4, 5, 6, 7]
     """
-    starts = list(accumulate(sizes, initial=0))
     lanes = min(LANES, 1 << (max(1, len(sizes)).bit_length() - 1))
     random = np.random.default_rng(seed)
     images: list[NDArray[np.int64]] = []
     turns: list[NDArray[np.int64]] = []
-    for lane in deal(sizes, lanes):
+    for lane in cut(sizes, lanes):
         order = [lane[int(at)] for at in random.permutation(len(lane))]
         for at in range(0, len(order), WINDOW):
-            window = [np.arange(starts[shard], starts[shard + 1]) for shard in order[at : at + WINDOW]]
-            images.append(random.permutation(np.concatenate(window)))
-        turns.append(np.arange(sum(sizes[shard] for shard in lane)))
-    # A stable sort by turn: the lanes alternate, and one that ends early is left out.
+            window = np.concatenate([np.arange(*part) for part in order[at : at + WINDOW]])
+            images.append(random.permutation(window))
+        turns.append(np.arange(sum(end - start for start, end in lane)))
+    # A stable sort by turn: the lanes alternate.
     return np.concatenate(images)[np.argsort(np.concatenate(turns), kind="stable")]
 
 
-def deal(sizes: list[int], lanes: int) -> list[list[int]]:
-    """Return the numbers of the shards of each lane; the lanes have almost the same number of images."""
-    dealt: list[list[int]] = [[] for _ in range(lanes)]
-    filled = [0] * lanes
-    for shard in sorted(range(len(sizes)), key=lambda shard: (-sizes[shard], shard)):
-        least = filled.index(min(filled))
-        dealt[least].append(shard)
-        filled[least] += sizes[shard]
-    return dealt
+def cut(sizes: list[int], lanes: int) -> list[list[tuple[int, int]]]:
+    """Return the parts of shards of each lane, as (first image, one past the last).
+
+    The first lanes have one image more if the images cannot be cut evenly, so the last turn is in order, too.
+
+    >>> cut([3, 2, 4], 2)
+    [[(0, 3), (3, 5)], [(5, 9)]]
+    """
+    share, more = divmod(sum(sizes), lanes)
+    edges = [lane * share + min(lane, more) for lane in range(lanes + 1)]
+    starts = list(accumulate(sizes, initial=0))
+    parts: list[list[tuple[int, int]]] = []
+    for low, high in pairwise(edges):
+        overlaps = ((max(start, low), min(end, high)) for start, end in pairwise(starts))
+        parts.append([(start, end) for start, end in overlaps if start < end])
+    return parts
