@@ -52,7 +52,7 @@ if __name__ == "__main__":
         path = Path(folder, "attached.pth")
         torch.save(model.state_dict(), path)
         again = build()  # the same attach, then the file
-        again.load_state_dict(torch.load(path))
+        again.load_state_dict(torch.load(path, weights_only=True))
     same = torch.equal(model.eval()(images), again.eval()(images))
     correct = (again(images).argmax(1) == labels).float().mean()
     print(f"loaded again: outputs {'equal' if same else 'differ'}, {correct:.0%} correct")

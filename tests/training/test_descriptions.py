@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import sys
 from typing import Any
 
 import pytest
@@ -187,3 +188,34 @@ def test_a_recipe_of_a_larger_machine_is_evaluated_with_the_processes_of_this_on
     content["ecanet"]["recipe"]["data"]["workers"] = 64
     torch.save(content, tmp_path / "file.ckpt")
     assert training.restore(tmp_path / "file.ckpt").recipe.data.workers == 2
+
+
+def test_an_attention_that_only_a_checkpoint_names_is_not_imported(made, ecanet, tmp_path, monkeypatch):
+    """To import a module runs it, and a module may lie in the folder beside the checkpoint."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "strange.py").write_text(
+        "from pathlib import Path\nfrom ecanet import SE\nPath('ran').touch()\nclass Gate(SE):\n    pass\n"
+    )
+    torch.manual_seed(0)
+    content = torch.load(made / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+    content["ecanet"]["recipe"]["model"]["attention"] = "strange.Gate"
+    torch.save(content, tmp_path / "file.ckpt")
+    shutil.copy(made / "picture.png", tmp_path)
+    for line in ("eval file.ckpt", "predict file.ckpt picture.png", "inspect file.ckpt"):
+        code, out, err = ecanet(*line.split())
+        assert (code, out) == (2, "")
+        assert "attention 'strange.Gate' is code that nobody has named on this machine, and it would run" in err
+    shutil.copytree(made / "run", tmp_path / "run")
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(content["ecanet"]["recipe"]))
+    assert "'strange.Gate' is code that nobody has named" in ecanet("train", "--resume", "run")[2]
+    assert not (tmp_path / "ran").exists()
+    ecanet("eval", "file.ckpt", "--model", "resnet8", "--attention", "strange.Gate")
+    assert (tmp_path / "ran").exists()
+    monkeypatch.delitem(sys.modules, "strange")
+    assert "nobody has named" not in ecanet("eval", "file.ckpt")[2]  # now it is known here
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "strange.py").rename(tmp_path / "elsewhere" / "strange.py")
+    monkeypatch.delitem(sys.modules, "strange")
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    assert "nobody has named" in ecanet("eval", "file.ckpt")[2]  # the same name, but another module

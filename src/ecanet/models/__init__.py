@@ -1,10 +1,10 @@
 """Networks with an attention slot in every block.
 
 Read downward: `detection` (detectors over these networks), `factory` (`create_model`), `checkpoints` (loads other
-people's files), `matching` (finds a network's tensors in them), `files` (reads them without running code), `mobilenet`,
-`resnet` (the networks), `network` (timm's interface), `execution` (runs a residual block), `block` (what it is made
-of), `placement` (attentions that stand elsewhere), `slots` (which attention a block holds), `kernel_sizes` (the one
-table of the released sizes), `downloads` (the folder that keeps them).
+people's files), `matching` (finds a network's tensors in them), `files` (reads them without running code), `pickles`
+(bounds what they may ask for), `mobilenet`, `resnet` (the networks), `network` (timm's interface), `execution` (runs a
+residual block), `block` (what it is made of), `placement` (attentions that stand elsewhere), `slots` (which attention a
+block holds), `kernel_sizes` (the one table of the released sizes), `downloads` (the folder that keeps them).
 """
 
 from typing import TYPE_CHECKING

@@ -21,12 +21,7 @@ from typing import Any, cast
 import torch
 
 from ecanet.errors import CheckpointError, summarize
-
-LARGEST_PICKLE = 2**25
-"""Bytes of a file's names and plain values, without the tensors: enough for 250,000 tensors.
-
-One byte of a pickle can create an object of 200 bytes: a larger limit would need more memory than many machines have.
-"""
+from ecanet.models.pickles import LARGEST_PICKLE, check_pickles
 
 LARGEST_RATIO = 8
 """Size of a zip file's unpacked content, relative to the file. PyTorch does not compress, so 1 is usual."""
@@ -138,11 +133,17 @@ def read_file(path: str | Path) -> object:
         if start == b"PK\x03\x04":
             check_archive(path)
             with allow_harmless_names():
-                return torch.load(path, map_location="cpu", weights_only=True)
+                content: object = torch.load(path, map_location="cpu", weights_only=True)
+            check_tensors(path, content)
+            return content
         if start[:1] != b"\x80":  # a pickle, as PyTorch before 1.6 wrote them
             raise CheckpointError(f"{path} is not a checkpoint")
+        with path.open("rb") as file:
+            check_pickles(path, file.read(LARGEST_PICKLE))
         with allow_harmless_names(), LimitedReader(io.FileIO(path)) as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        check_tensors(path, content)
+        return content
     except CheckpointError:
         raise
     except Exception as error:  # whatever the readers meet in a damaged file
@@ -185,13 +186,35 @@ def check_archive(path: Path) -> None:
         pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
         if sum(entry.file_size for entry in pickles) > LARGEST_PICKLE:
             raise make_size_error(path)
-        if any(name in archive.read(entry) for entry in pickles for name in REFUSED):
-            raise make_name_error(path)
+        for data in map(archive.read, pickles):
+            if any(name in data for name in REFUSED):
+                raise make_name_error(path)
+            check_pickles(path, data)
         # PyTorch's reader ignores the checksums.
         if (name := archive.testzip()) is not None:
             raise CheckpointError(
                 f"{path} is damaged: {name!r} in it does not have its checksum; take another copy of the file"
             )
+
+
+def check_tensors(path: Path, content: object) -> None:
+    """Raise CheckpointError if the tensors of a file are far larger than the file: a view repeats its numbers."""
+    values, seen, total = [content], set[int](), 0
+    while values:
+        value = values.pop()
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
+            total += value.numel() * value.element_size()
+        elif isinstance(value, dict | list | tuple) and id(cast(object, value)) not in seen:
+            seen.add(id(cast(object, value)))  # it may hold itself
+            inner = cast(object, value)
+            values += (
+                cast("dict[object, object]", inner).values() if isinstance(inner, dict) else cast(list[object], inner)
+            )
+    if total > LARGEST_RATIO * path.stat().st_size:
+        raise CheckpointError(
+            f"{path} holds tensors of {total:,} bytes, more than {LARGEST_RATIO} times its size, which are views of "
+            f"fewer numbers; save their clones and load those"
+        )
 
 
 class LimitedReader(io.BufferedReader):

@@ -8,7 +8,7 @@ the logits), `preprocessing` (the images that a network is made for), `names` (`
 
 from ecanet.networks.devices import find_device
 from ecanet.networks.examples import is_detector, small_example
-from ecanet.networks.factories import find_factory, trust
+from ecanet.networks.factories import check_class, find_factory, trust, trust_class
 from ecanet.networks.heads import exchange_head, find_head
 from ecanet.networks.loading import check_fit, load_weights
 from ecanet.networks.names import find, find_kind, find_library, is_ours, list_names
@@ -22,6 +22,7 @@ from ecanet.networks.preprocessing import (
 
 __all__ = [
     "Preprocessing",
+    "check_class",
     "check_fit",
     "detector_classes",
     "exchange_head",
@@ -40,4 +41,5 @@ __all__ = [
     "load_weights",
     "small_example",
     "trust",
+    "trust_class",
 ]

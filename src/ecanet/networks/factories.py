@@ -2,7 +2,8 @@
 
 Such a file is code, and building the network runs it. That is safe for a file that the user names on the command line,
 and not for one that only a checkpoint names, since anybody may have written the checkpoint. So `trust` remembers the
-content of each file that a user has named; a checkpoint's file runs only if this machine knows its content.
+content of each file that a user has named; a checkpoint's file runs only if this machine knows its content. It is the
+same with an attention ``package.module.Class``: importing the package runs it.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from torch import nn
 from ecanet.errors import ConfigError, summarize
 from ecanet.models import get_cache_folder
 
-__all__ = ["Factory", "find_factory", "is_file", "trust"]
+__all__ = ["Factory", "check_class", "find_factory", "is_file", "trust", "trust_class"]
 
 Factory = Callable[..., nn.Module]
 """A function that returns a network; it may take ``num_classes``."""
@@ -66,6 +67,37 @@ def find_factory(name: str) -> Factory:
     if not callable(factory):
         raise ConfigError(f"{path} has no function {function!r}; name one that returns a network: {path}:FUNCTION")
     return cast(Factory, factory)
+
+
+def trust_class(path: str) -> None:
+    """Remember the attention ``path`` (``package.module.Class``), which the user has named, and where it lies."""
+    record = _find_class_record(path)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.touch()
+
+
+def check_class(path: str) -> None:
+    """Check that the module of the attention ``path`` may be imported, which runs it.
+
+    Raises:
+        ConfigError: only a file names it, and it has neither been imported nor named on this machine.
+    """
+    module = path.rpartition(".")[0]
+    if module not in sys.modules and not _find_class_record(path).exists():
+        raise ConfigError(
+            f"attention {path!r} is code that nobody has named on this machine, and it would run; if you trust it, "
+            f"name it: --model NAME --attention {path}"
+        )
+
+
+def _find_class_record(path: str) -> Path:
+    """Return the path of the empty file that says that a user has named the class ``path`` of this package."""
+    try:
+        spec = importlib.util.find_spec(path.partition(".")[0])  # of a package's outermost part, which is not run
+    except (ImportError, ValueError):
+        spec = None
+    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+    return get_cache_folder("named-files") / hashlib.sha256(f"{path} {places}".encode(errors="replace")).hexdigest()
 
 
 def _split(name: str) -> tuple[Path, str]:

@@ -80,14 +80,17 @@ def find_seen(recipe: Recipe) -> Split | None:
 def complete(recipe: Recipe, *, trusted: bool) -> Recipe:
     """Return ``recipe`` with the settings that follow from its network.
 
-    The file of a network ``FILE.py:FACTORY`` gets its absolute path, so that the run can be used from another folder;
-    ``trusted`` means that the user has named it. Photographs for another library's network get that network's size, and
-    are resized as its library says.
+    A network's file and an attention's package are code: unless the recipe is ``trusted``, because the user has named
+    them, they must have been named on this machine before. The file of a network ``FILE.py:FACTORY`` gets its absolute
+    path, so that the run can be used from another folder. Photographs for another library's network get that network's
+    size, and are resized as its library says.
 
     Raises:
-        ConfigError: the network's file is missing, or there is no such library.
+        ConfigError: the network's file is missing, there is no such library, or nobody has named the code.
     """
     name = recipe.model.name
+    if "." in recipe.model.attention:
+        (networks.trust_class if trusted else networks.check_class)(recipe.model.attention)
     if recipe.task != "classification" or networks.is_ours(name):
         return recipe
     library, _ = networks.find_library(name)
