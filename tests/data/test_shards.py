@@ -90,6 +90,12 @@ def test_an_epoch_takes_the_order_of_the_set(sets):
         assert [draw.image for draw in sampler] == expected[: len(sampler)]
 
 
+def test_images_have_names(sets):
+    module = data.build(config(sets, "shards"))
+    first = sets / "packed" / module.train.files[0].name
+    assert module.name_images([Draw(0, 1)]) == [f"{first}, byte {int(module.train.records['offset'][0]):,}"]
+
+
 def test_settings_that_do_not_fit_are_refused(sets):
     with pytest.raises(DataError, match=r"data.val_share \(0.3\) is for a folder without held-out images"):
         data.build(config(sets, "shards", val_share=0.3))

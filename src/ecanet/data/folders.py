@@ -60,6 +60,10 @@ class FolderDataset(Dataset[tuple[Tensor, int, Draw] | Unreadable]):
         """Return the label of each image."""
         return [label for _, label in self.samples]
 
+    def name_image(self, index: int) -> str:
+        """Return the path of an image."""
+        return self.samples[index][0]
+
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, Draw] | Unreadable:
         path, label = self.samples[draw.image]
         try:

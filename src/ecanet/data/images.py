@@ -84,8 +84,8 @@ class ClassificationData(DataModule):
 
     def name_images(self, drawn: Sequence[Draw]) -> list[str]:
         """Return the path of each image, or its number among the training images."""
-        if isinstance(self.train, FolderDataset):
-            return [self.train.samples[draw.image][0] for draw in drawn]
+        if isinstance(self.train, FolderDataset | ShardDataset):
+            return [self.train.name_image(draw.image) for draw in drawn]
         return [f"training image {draw.image}" for draw in drawn]
 
     def weigh_share(self) -> float:

@@ -48,16 +48,20 @@ class ShardDataset(Dataset[tuple[Tensor, int, Draw] | Unreadable]):
         """Return the indices of all images in the order in which an epoch takes them."""
         return mix_shards(self.sizes, seed)
 
+    def name_image(self, index: int) -> str:
+        """Return the shard of an image, and where it begins there."""
+        record = self.records[index]
+        file = self.files[int(record["shard"])]
+        return f"{self.shards.address}/{file.name}, byte {int(record['offset']):,}"
+
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, Draw] | Unreadable:
         record = self.records[draw.image]
-        file = self.files[int(record["shard"])]
-        offset, size = int(record["offset"]), int(record["bytes"])
         try:
-            path = self.shards.get_path(file)
+            path = self.shards.get_path(self.files[int(record["shard"])])
             with path.open("rb") as shard:
-                shard.seek(offset)
-                content = shard.read(size)
-            image = decode_image(content, f"{path}, byte {offset:,}", self.channels)
+                shard.seek(int(record["offset"]))
+                content = shard.read(int(record["bytes"]))
+            image = decode_image(content, self.name_image(draw.image), self.channels)
         except (DataError, OSError) as error:
             return Unreadable(str(error))
         with use_sample_stream(self.seed, draw.epoch, draw.image, draw.repeat):
