@@ -129,8 +129,8 @@ def test_what_is_wrong_is_seen():
     ]
     assert violations("models.slots", "from ecanet.models import create_model") == ["models is above"]
     assert violations("ops.tail", "import ecanet") == [" is above"]
-    assert violations("training.trainer", "from ecanet.data.images import build_eval_transform") == [
-        "data.images:build_eval_transform is behind the front door"
+    assert violations("training.trainer", "from ecanet.data.augmentation import build_eval_transform") == [
+        "data.augmentation:build_eval_transform is behind the front door"
     ]
     assert violations("inference.fusion", "from ecanet.ops import dispatch") == [
         "ops.dispatch: is behind the front door"

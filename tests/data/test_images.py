@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from ecanet import data
 from ecanet.data import sources
-from ecanet.data.images import build_eval_transform, flip_images, shift_images
+from ecanet.data.augmentation import build_eval_transform, flip_images, shift_images
 from ecanet.data.pictures import read_image
 from ecanet.data.randomness import Draw, draw_uniform
 from ecanet.data.sources import DEBIAN_FASHION_MNIST, SMALL_SETS, DataSpec, load_fashion_mnist, read_idx

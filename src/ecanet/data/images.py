@@ -9,15 +9,14 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2  # pyright: ignore[reportMissingTypeStubs]
-from torchvision.transforms.v2.functional import center_crop  # pyright: ignore[reportMissingTypeStubs]
 
-from ecanet.data.folders import FolderDataset, Transform, find_images
+from ecanet.data.augmentation import Augmentation, build_eval_transform, build_train_transform, choose_augmentation
+from ecanet.data.folders import FolderDataset, find_images
 from ecanet.data.module import IMAGENET_MEAN, IMAGENET_STD, DataModule
 from ecanet.data.pictures import Unreadable
-from ecanet.data.randomness import Draw, draw_uniform, use_sample_stream
+from ecanet.data.randomness import Draw
 from ecanet.data.samplers import BalancedSampler, EpochSampler
 from ecanet.data.shard_files import read_shards
 from ecanet.data.shards import ShardDataset
@@ -26,17 +25,11 @@ from ecanet.data.split import Split
 from ecanet.errors import DataError
 from ecanet.recipes import DataConfig, has_photographs
 
-__all__ = ["ClassificationData", "build_eval_transform", "flip_images", "has_labels", "load_images", "shift_images"]
-
-LONGEST = 16
-"""Ratio of an image's sides beyond which evaluation cuts off its ends before it resizes it."""
+__all__ = ["ClassificationData", "has_labels", "load_images"]
 
 ImageDataset = MemoryDataset | FolderDataset | ShardDataset
 LoadedBatch = tuple[Tensor | None, Tensor | None, list[Draw], list[Unreadable]]
 """Images (N, C, H, W), labels (N,) and draws, or None if no image could be read; and the unreadable images."""
-
-Augmentation = Callable[[Tensor, list[Draw]], Tensor]
-"""A function of a whole batch of images (N, C, H, W), and the draw of each."""
 
 
 def has_labels(name: str) -> bool:
@@ -189,28 +182,8 @@ def _load_small_set(config: DataConfig, seed: int, train: bool) -> Classificatio
 
     spec = replace(small.spec, size=size)
     return ClassificationData(
-        config, spec, load(True) if train else None, load(False), augment=_choose_augmentation(config, seed), seed=seed
+        config, spec, load(True) if train else None, load(False), augment=choose_augmentation(config, seed), seed=seed
     )
-
-
-def _choose_augmentation(config: DataConfig, seed: int) -> Augmentation | None:
-    """Return the augmentation of a batch of small images, or None if ``config`` has none."""
-    augment_one = cast(Transform, v2.RandAugment(magnitude=config.random_augment))
-
-    def augment(images: Tensor, drawn: list[Draw]) -> Tensor:
-        if config.crop_padding:
-            images = shift_images(images, config.crop_padding, draw_uniform(seed, drawn, stream=0, count=2))
-        if config.flip:
-            images = flip_images(images, draw_uniform(seed, drawn, stream=1, count=1)[0])
-        if not config.random_augment:
-            return images
-        changed: list[Tensor] = []
-        for image, draw in zip(images, drawn, strict=True):
-            with use_sample_stream(seed, draw.epoch, draw.image, draw.repeat):
-                changed.append(augment_one(image))
-        return torch.stack(changed)
-
-    return augment if config.crop_padding or config.flip or config.random_augment else None
 
 
 def _load_photographs(config: DataConfig, seed: int, train: bool, split: Split | None) -> ClassificationData:
@@ -222,7 +195,7 @@ def _load_photographs(config: DataConfig, seed: int, train: bool, split: Split |
         return _load_shards(config, seed, train)
     found = find_images(config, seed=seed, train=train, split=split)
     spec = _describe_photographs(config, found.class_names)
-    augment = _build_train_transform(config, spec)
+    augment = build_train_transform(config, spec)
     training = FolderDataset(*found.train, spec.channels, augment, seed=seed) if found.train else None
     held_out = FolderDataset(*found.held_out, spec.channels, build_eval_transform(spec))
     module = ClassificationData(config, spec, training, held_out, seed=seed)
@@ -238,7 +211,7 @@ def _load_shards(config: DataConfig, seed: int, train: bool) -> ClassificationDa
         )
     shards = read_shards(config.name.removeprefix("shards:"))
     spec = _describe_photographs(config, shards.class_names)
-    augment = _build_train_transform(config, spec)
+    augment = build_train_transform(config, spec)
     training = ShardDataset(shards, "train", spec.channels, augment, seed=seed) if train else None
     held_out = ShardDataset(shards, "held_out", spec.channels, build_eval_transform(spec))
     return ClassificationData(config, spec, training, held_out, seed=seed)
@@ -254,55 +227,3 @@ def _describe_photographs(config: DataConfig, class_names: tuple[str, ...]) -> D
         crop=config.eval_crop,
         interpolation=config.interpolation or "bilinear",
     )
-
-
-def _build_train_transform(config: DataConfig, spec: DataSpec) -> Transform:
-    mode = v2.InterpolationMode(spec.interpolation)
-    transforms: list[v2.Transform] = [v2.RandomResizedCrop(spec.size, interpolation=mode, antialias=True)]
-    if config.flip is not False:
-        transforms.append(v2.RandomHorizontalFlip())
-    if config.random_augment:
-        transforms.append(v2.RandAugment(magnitude=config.random_augment))
-    return cast(Transform, v2.Compose(transforms))
-
-
-def build_eval_transform(spec: DataSpec) -> Transform:
-    """Return the transform of evaluation: resize the short side to ``spec.size / spec.crop``, crop the center."""
-    mode = v2.InterpolationMode(spec.interpolation)
-    resize = v2.Resize(round(spec.size / spec.crop), interpolation=mode, antialias=True)
-    return cast(Transform, v2.Compose([cut_ends, resize, v2.CenterCrop(spec.size)]))
-
-
-def cut_ends(image: Tensor) -> Tensor:
-    """Return the central part of a very long ``image`` (C, H, W), at most 16 times as long as wide; others unchanged.
-
-    An image of 1 × 65,000 pixels would be resized to 256 × 16,640,000.
-    """
-    height, width = image.shape[1:]
-    longest = LONGEST * min(height, width)
-    if max(height, width) <= longest:
-        return image
-    return center_crop(image, [min(height, longest), min(width, longest)])
-
-
-def shift_images(images: Tensor, padding: int, where: Tensor) -> Tensor:
-    """Return images (N, C, H, W), each shifted by up to ``padding`` pixels along each axis.
-
-    ``where`` has two numbers from 0 up to 1 for each image (2, N): 0 is the farthest shift down, or to the right. Zeros
-    fill the border. With random numbers this equals a random crop after zero padding, independently for each image.
-    """
-    n, _, h, w = images.shape
-    padded = F.pad(images, [padding] * 4)
-    # The integers are found in float64 on the CPU: rounded to float32, a number below 1 may become 1.
-    top, left = (where * (2 * padding + 1)).long().to(images.device)[:, :, None]
-    rows = top + torch.arange(h, device=images.device)  # N H
-    columns = left + torch.arange(w, device=images.device)  # N W
-    each = torch.arange(n, device=images.device)[:, None, None]
-    # Advanced indices on both sides of a slice put the sliced axis last: N H W C.
-    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def flip_images(images: Tensor, chance: Tensor) -> Tensor:
-    """Return images (N, C, H, W), flipped left to right where ``chance`` (N,), from 0 up to 1, is below 1/2."""
-    flip = (chance < 0.5).to(images.device)[:, None, None, None]
-    return torch.where(flip, images.flip(-1), images)
