@@ -34,8 +34,27 @@ def speed_up_interpreter() -> None:
     InterpretedFunction.__call__ = call_prepared
 
 
+def read_one_number() -> None:
+    """Let the interpreter of Triton 3.6 take an array of one element for a number, as later ones do.
+
+    NumPy warns of its way, and from 2.4 on refuses it.
+    """
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: type, scope: interpreter._LangPatchScope) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor
+
+
 if not torch.cuda.is_available():
     speed_up_interpreter()
+    read_one_number()
 
 # The same cases in every run, so that a failure can be repeated; a loaded machine must not fail a test by its speed.
 COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}

@@ -171,6 +171,8 @@ def stage_gradients(stage, x):
 @pytest.mark.parametrize("name", ["resnet50", "resnet34"])
 @pytest.mark.parametrize("attention", ["eca", "none", "cbam"])
 def test_gradients_between_blocks_meet_inside_the_tail(name, attention, monkeypatch):
+    """As where kernels run; here the lean passes compute them."""
+    monkeypatch.setattr(ops, "uses_kernels", lambda x: True)
     stage = create_model(name, attention=attention).layer2.double()
     calls = []
     plain = copy.deepcopy(stage)

@@ -221,8 +221,9 @@ def is_eager(x: Tensor) -> bool:
 class Stage(nn.Sequential):
     """Residual blocks, one after the other.
 
-    Each block hands the next one its output twice, so that the backward kernel adds the two gradients and autograd does
-    not. A block that must be called as a module gets one tensor, and returns one, with all of its gradient.
+    Where kernels run, each block hands the next one its output twice, so that the backward kernel adds the two
+    gradients and autograd does not. A block that must be called as a module gets one tensor, and returns one, with all
+    of its gradient.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -231,9 +232,11 @@ class Stage(nn.Sequential):
         # Only a block that is run by its parts has a use for a second output.
         follows = [*(parts is not None for parts in known[1:]), False]
         shortcut_x = x
+        # On a CPU a second output gains nothing, by measurement.
+        gains = torch.is_grad_enabled() and (ops.uses_kernels(x) or ops.compiles_to_kernels(x))
         for block, parts, pair in zip(self, known, follows, strict=True):
             if parts is None:
                 x = shortcut_x = block(x)
             else:
-                x, shortcut_x = run(parts, x, shortcut_x, pair and torch.is_grad_enabled())
+                x, shortcut_x = run(parts, x, shortcut_x, pair and gains)
         return x

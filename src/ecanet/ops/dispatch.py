@@ -186,8 +186,9 @@ def residual_tail_pair(
         # By measurement: without a gate PyTorch's own batch norm is as fast. With frozen statistics the norm is as fast
         # too, and only gate and addition gain.
         if gate is None:
-            passes = None
-        elif not tail.uses_batch_statistics(norm) and z.dtype == reference.accumulation_dtype(z.dtype):
+            y = lean.compute_plain_tail(z, norm, shortcut, shortcut_norm, activation)
+            return y, y
+        if not tail.uses_batch_statistics(norm) and z.dtype == reference.accumulation_dtype(z.dtype):
             y = lean.compute_frozen_tail(z, norm, gate, shortcut, shortcut_norm, activation)
             return y, y
     if passes is None:

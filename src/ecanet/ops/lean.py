@@ -126,6 +126,19 @@ def run_tail(*_: object) -> None:
     return
 
 
+def compute_plain_tail(
+    z: Tensor, norm: nn.Module, shortcut: Tensor | None, shortcut_norm: nn.Module | None, activation: Activation
+) -> Tensor:
+    """Return the tail without a gate. The addition works in the norm's output.
+
+    A new tensor for the sum would be memory that no cache holds, which takes more time than the addition.
+    """
+    y = norm(z)
+    if shortcut is not None:
+        y.add_(shortcut if shortcut_norm is None else shortcut_norm(shortcut))
+    return activate(y, activation)
+
+
 def compute_frozen_tail(
     z: Tensor,
     norm: nn.Module,
@@ -141,10 +154,16 @@ def compute_frozen_tail(
     b = norm(z)
     with disable_autocast(b):
         g = gate(squeeze(b)).expand(b.shape[:2]).reshape(*b.shape[:2], *(1,) * (b.dim() - 2)).to(b.dtype)
+    out = None if torch.is_grad_enabled() else b  # the gradient of g needs b
     if shortcut is None:
-        y = b * g
+        y = torch.mul(b, g, out=out)
     else:
-        y = torch.addcmul(shortcut if shortcut_norm is None else shortcut_norm(shortcut), b, g)
+        y = torch.addcmul(shortcut if shortcut_norm is None else shortcut_norm(shortcut), b, g, out=out)
+    return activate(y, activation)
+
+
+def activate(y: Tensor, activation: Activation) -> Tensor:
+    """Apply the activation in ``y``'s memory."""
     if activation is None:
         return y
     return y.relu_() if activation == "relu" else y.clamp_(0, 6)
