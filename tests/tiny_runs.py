@@ -1,5 +1,6 @@
 """Runs of a second: 68 images of three grey levels, a recipe for them, and what a run has written."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,19 @@ TINY = Recipe(
 )
 
 
-def load_tiny(root: str | None, training: bool) -> tuple[Tensor, Tensor]:
+def load_tiny(root: str | None, training: bool, images: int = 48) -> tuple[Tensor, Tensor]:
     """Return 48 training or 20 held-out images of three classes: noise of three brightness levels."""
-    count = 48 if training else 20
+    count = images if training else 20
     generator = torch.Generator().manual_seed(count)
     labels = torch.arange(count) % 3
     noise = torch.randint(0, 60, (count, 1, 8, 8), generator=generator)
     return (noise + 80 * labels[:, None, None, None]).to(torch.uint8), labels
 
 
-def add_tiny(patch: pytest.MonkeyPatch) -> None:
+def add_tiny(patch: pytest.MonkeyPatch, images: int = 48) -> None:
     """Make the images known under the name "tiny"."""
     spec = DataSpec(class_names=("dark", "grey", "light"), channels=1, size=8, mean=(0.4,), std=(0.3,))
-    patch.setitem(SMALL_SETS, "tiny", SmallSet(load=load_tiny, spec=spec))
+    patch.setitem(SMALL_SETS, "tiny", SmallSet(load=partial(load_tiny, images=images), spec=spec))
 
 
 def run(recipe: Recipe, folder: Path, **options: Any) -> Report:

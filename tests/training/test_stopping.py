@@ -92,11 +92,11 @@ def test_a_reading_worker_outlives_the_first_signal():
 class Send(L.Callback):
     """Sends a signal to the run itself, in training or in validation."""
 
-    def __init__(self, sent, stage, epoch):
-        self.sent, self.stage, self.epoch = sent, stage, epoch
+    def __init__(self, sent, stage, batch):
+        self.sent, self.place = sent, (stage, 1, batch)
 
     def send(self, trainer, stage, batch):
-        if (stage, trainer.current_epoch, batch) == (self.stage, self.epoch, 1):
+        if (stage, trainer.current_epoch, batch) == self.place:
             os.kill(os.getpid(), self.sent)
 
     def on_train_batch_start(self, trainer, task, batch, batch_idx):
@@ -107,15 +107,22 @@ class Send(L.Callback):
 
 
 @pytest.mark.parametrize(
-    ("stage", "place"), [("training", "epoch 2 after batch 2"), ("validation", "epoch 2 after batch 3")]
+    ("stage", "batch", "accumulate", "place"),
+    [
+        pytest.param("training", 1, 1, "epoch 2 after batch 2", marks=pytest.mark.slow),
+        ("training", 0, 2, "epoch 2 after batch 2"),  # half a step is not saved
+        ("validation", 1, 1, "epoch 2 after batch 3"),
+    ],
 )
 @pytest.mark.parametrize("ema_decay", [pytest.param(None, marks=pytest.mark.slow), 0.7])
-def test_a_signal_lets_the_step_end_and_loses_nothing(tmp_path, capsys, monkeypatch, stage, place, ema_decay):
+def test_a_signal_lets_the_step_end_and_loses_nothing(
+    tmp_path, capsys, monkeypatch, stage, batch, accumulate, place, ema_decay
+):
     add_tiny(monkeypatch)
-    recipe = tiny_runs.TINY.but(model=TINY.model, epochs=3, ema_decay=ema_decay)
+    recipe = tiny_runs.TINY.but(model=TINY.model, epochs=3, ema_decay=ema_decay, accumulate=accumulate)
     whole = run(recipe, folder=tmp_path / "whole", device="cpu", quiet=True)
     with pytest.raises(SystemExit) as stop:
-        run(recipe, folder=tmp_path / "run", device="cpu", quiet=True, callbacks=[Send(signal.SIGUSR1, stage, 1)])
+        run(recipe, folder=tmp_path / "run", device="cpu", quiet=True, callbacks=[Send(signal.SIGUSR1, stage, batch)])
     assert stop.value.code == 143
     *_, line = capsys.readouterr().err.splitlines()
     assert line == f"stopped by SIGUSR1 in {place}; continue with: ecanet train --resume {tmp_path / 'run'}"

@@ -239,6 +239,7 @@ class Recipe(Config):
         mixup, cutmix: parameter of the Beta distribution, 0 for none. With both, each batch gets one of them.
         ema_decay: decay of an exponential moving average of the weights, which is then evaluated. None for no average.
         accumulate: number of batches per optimizer step.
+        sync_batchnorm: whether batch norms take their statistics over all processes; several GPUs only.
         channels_last: whether weights and images have the channels_last memory format.
         on_nan: "stop" ends the run at a loss that is not finite; "skip" names the batch's images and takes no step, for
             which a GPU waits for each step's loss.
@@ -265,6 +266,7 @@ class Recipe(Config):
     accumulate: int = 1
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
     on_nan: Literal["stop", "skip"] = "stop"
+    sync_batchnorm: bool = False
     channels_last: bool = True
     compile: bool = False
     seed: int = 0

@@ -1,11 +1,11 @@
 """A run: recipe, data, network, task, trainer, report.
 
 Read downward: `trainer` (`run`), `weights` (takes them out of a run), `run_dirs` (a run's directory), `steps` (what
-happens after each step), `votes` (what processes decide together), `stopping` (signals), `checkpoints` (how a run
-writes and finds them), `loggers` (TensorBoard and others, by name), `detections` (`detect`), `trained` (`evaluate`,
-`predict`), `restoring` (`restore`), `preparation` (completes a recipe), `progress` (the output of a run while it
-trains), `tasks` (what a network learns and how it is scored), `detectors` and `building` (any network, with weights and
-attention).
+happens after each step), `votes` (what processes decide together), `processes` (connects those that were started
+again), `stopping` (signals), `failures` (of the machine), `checkpoints` (how a run writes and finds them), `loggers`
+(TensorBoard and others, by name), `detections` (`detect`), `trained` (`evaluate`, `predict`), `restoring` (`restore`),
+`preparation` (completes a recipe), `progress` (the output of a run while it trains), `tasks` (what a network learns and
+how it is scored), `detectors` and `building` (any network, with weights and attention).
 """
 
 from ecanet.training.building import Built, build

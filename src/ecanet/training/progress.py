@@ -138,7 +138,7 @@ class OptionalConsole(Console):
         """Print nothing from now on, and say so on standard error."""
         self.quiet = True
         # Python itself writes what is left when it ends, which must not fail either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
         print("standard output is closed; the run goes on without it, see metrics.csv", file=sys.stderr, flush=True)
 
 

@@ -22,14 +22,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ecanet import data
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, EcanetError
 from ecanet.networks import find_device
 from ecanet.recipes import Recipe, find, to_dict
 from ecanet.report import Report, environment, write_file
 from ecanet.training import tasks
 from ecanet.training.checkpoints import AtomicCheckpointIO, RunCheckpoint, find_last_checkpoint, share_batch
+from ecanet.training.failures import explain_failure
 from ecanet.training.loggers import choose_loggers, open_loggers
 from ecanet.training.preparation import build_data, complete, find_seen, lengthen
+from ecanet.training.processes import join_restarted
 from ecanet.training.progress import Display, History, quiet_lightning
 from ecanet.training.run_dirs import choose_run_dir, has_run, lock_run_dir
 from ecanet.training.steps import StepWatch
@@ -190,6 +192,7 @@ def _make_trainer(
             max_epochs=recipe.epochs,
             precision=recipe.precision,
             accumulate_grad_batches=recipe.accumulate,
+            sync_batchnorm=recipe.sync_batchnorm,
             accelerator=device.type,
             devices=_choose_devices(device, devices),
             num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
@@ -208,10 +211,18 @@ def _make_trainer(
         )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise ConfigError(f"cannot train like this: {str(error).strip().splitlines()[0]}") from None
-    if recipe.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
+    if trainer.strategy.root_device.type == "cpu":
+        _check_cpu(recipe, trainer.world_size)
+    return trainer
+
+
+def _check_cpu(recipe: Recipe, processes: int) -> None:
+    """Raise ConfigError if ``recipe`` has a setting that needs a GPU."""
+    if recipe.precision == "16-mixed":
         # Lightning would compute in bfloat16 instead, with no more than a warning.
         raise ConfigError("precision 16-mixed needs a GPU; on a CPU set precision=bf16-mixed or precision=32")
-    return trainer
+    if recipe.sync_batchnorm and processes > 1:
+        raise ConfigError("sync_batchnorm needs GPUs: PyTorch has it for no other device; leave it out")
 
 
 def _choose_devices(device: torch.device, devices: int | str) -> int | str | list[int]:
@@ -245,6 +256,7 @@ def _fit(
     take_over_signals(trainer)
     try:
         with stop_on_signals(watch.request):
+            join_restarted(trainer)
             trainer.fit(task, images, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
     except SystemExit as stop:  # Lightning raises it after Ctrl-C and SIGTERM.
         if isinstance(stop, SIGTERMException):
@@ -254,12 +266,11 @@ def _fit(
                 )
             raise SystemExit(143) from None
         raise KeyboardInterrupt from None
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
+    except (ValueError, RuntimeError, OSError, EOFError, MemoryError) as error:
+        problem = None if isinstance(error, EcanetError) else explain_failure(error, task.recipe, run_dir)
+        if problem is None:
             raise
-        raise ConfigError(
-            "batch norm needs more than one value per channel: increase data.batch_size or data.image_size"
-        ) from None
+        raise problem from None
 
 
 def _make_report(recipe: Recipe, task: tasks.Task, history: History, run_dir: Path) -> Report:
