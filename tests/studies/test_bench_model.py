@@ -81,6 +81,28 @@ def test_our_network_and_its_optimized_copies():
     ]
 
 
+def test_compiled_networks_are_checked_and_divided_by_each_other(monkeypatch):
+    """A wrapper stands for the compiler's result, which takes half a minute to make."""
+
+    def compile_networks(networks):
+        return {f"{name} compiled": nn.Sequential(network) for name, network in networks.items()}
+
+    monkeypatch.setattr(attached, "compile_networks", compile_networks)
+    monkeypatch.setattr(attached, "check_compiler", lambda: None)
+    result, lines = run("resnet8", "eca", image_size=16, compiled=True)
+    variants = [row["variant"] for row in result["networks"] if row["phase"] == "training"]
+    assert variants == ["plain", "eca", "plain compiled", "eca compiled"]
+    pairs = {(r["first"], r["second"]) for r in result["ratios"] if r["phase"] == "training"}
+    assert pairs == {
+        ("eca", "plain"),
+        ("eca compiled", "plain compiled"),
+        ("plain compiled", "plain"),
+        ("eca compiled", "eca"),
+    }
+    assert "eca compiled: gradients, batch 2" in [check["what"] for check in result["checks"]]
+    assert sum(line.endswith("compiled for batch 2 in 0 s") for line in lines) == 4
+
+
 def test_the_command_times_a_network_from_a_file(ecanet, factory):
     arguments = ["--quick", "--batch-size", 5, "--image-size", 16, "--out", "new/mine.json"]
     code, out, err = ecanet("bench", "--model", "mine.py:make", "--attention", "eca,gct", *arguments)
