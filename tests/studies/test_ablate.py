@@ -1,5 +1,6 @@
 """Ablations: the variants of a network, resuming after a kill, and the statistics, computed by hand."""
 
+import functools
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import torch
 
 from ecanet import recipes
 from ecanet.attention import ECA, ECANS, SE, SEGC, SEVar1, SEVar2, SEVar3
+from ecanet.data import glyphs
 from ecanet.errors import ConfigError
 from ecanet.models import create_model
 from ecanet.studies import ablate
@@ -265,3 +267,15 @@ def test_a_merged_row_has_the_same_name_in_any_order_of_the_list():
     ]
     assert names[0] == names[1]
     assert len(names[0]) == 2
+
+
+@pytest.mark.slow
+def test_the_published_ablation_of_glyphs_in_a_small_form(ecanet, monkeypatch):
+    """The command of docs/results.md, with 90 images for training and one epoch."""
+    monkeypatch.setattr(glyphs, "GlyphConfig", functools.partial(glyphs.GlyphConfig, train=90, held_out=45))
+    arms = ["--variants", "eca-adaptive,eca-neutral,se,gct,srm,simam", "--seeds", 2, "--threads", 1]
+    code, out, err = ecanet("ablate", "glyphs", *arms, "--epochs", 1, "--data-dir", "made", "--out", "arms")
+    assert code == 0, err
+    for name in ("none (plain resnet20)", "eca-adaptive", "eca-neutral", "se", "gct", "srm", "simam"):
+        assert f"| {name} |" in out
+    assert len(json.loads(Path("arms/ablation.json").read_text())["rows"]) == 7
