@@ -3,10 +3,11 @@
 Every operation has one specification and several implementations with the same values and gradients.
 
 Read downward: `dispatch` (chooses the implementation), `proof` (checks the kernels on a device before networks use
-them), `triton` (the passes over memory as kernels for a GPU), `lean` (the passes in PyTorch), `tail` (the algebra
-between the passes), `nodes` (the autograd functions around the algebra), `channel_gates` (gates that a kernel can
-compute), `passes` (the protocol of the passes), `reference` (the specification, in plain PyTorch), `tracing` (lets
-torch.fx record a function as one node), `calls` (whether a module must be called or its parts may be used).
+them), `proof_records` (which checks have passed on this machine), `triton` (the passes over memory as kernels for a
+GPU), `lean` (the passes in PyTorch), `tail` (the algebra between the passes), `nodes` (the autograd functions around
+the algebra), `channel_gates` (gates that a kernel can compute), `passes` (the protocol of the passes), `reference`
+(the specification, in plain PyTorch), `tracing` (lets torch.fx record a function as one node), `calls` (whether a
+module must be called or its parts may be used).
 """
 
 from ecanet.ops import lean, proof, reference

@@ -1,8 +1,8 @@
 """Check the Triton kernels on a device before networks use them there without being told to.
 
-Once for each process, device and dtype, the value and every gradient of small tails are compared with the float64
-reference, in both memory layouts. The bound is that of the tests (`ecanet.testing.find_excess`): twice the error of the
-reference in the same dtype, and the roundings of a sum in another order.
+Once for each machine, device and dtype (see `proof_records`), the value and every gradient of small tails are compared
+with the float64 reference, in both memory layouts. The bound is that of the tests (`ecanet.testing.find_excess`):
+twice the error of the reference in the same dtype, and the roundings of a sum in another order.
 """
 
 import copy
@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ecanet.ops import reference, tail
+from ecanet.ops import proof_records, reference, tail
 from ecanet.ops.channel_gates import ChannelGate, compute_weights
 from ecanet.ops.passes import Passes
 from ecanet.ops.reference import Activation
@@ -100,13 +100,18 @@ def is_proven(device: torch.device, dtype: torch.dtype, kernels: Kernels = "fuse
                     reason = "a CUDA graph is captured before they could be checked; run one step before the capture"
                     warn_unused(device, reason, kernels)
                     return False
-                failed = (
-                    find_expansion_failure(device, dtype) if kernels == "expansion" else find_failure(device, dtype)
-                )
-                if failed is not None:
-                    warn_unused(device, failed, kernels)
-                _passed[key] = failed is None
+                _passed[key] = proof_records.has_passed(device, dtype, kernels) or try_kernels(device, dtype, kernels)
     return _passed[key]
+
+
+def try_kernels(device: torch.device, dtype: torch.dtype, kernels: Kernels) -> bool:
+    """Return whether the kernels are right. A success is recorded for later processes, a failure warned of."""
+    failed = find_expansion_failure(device, dtype) if kernels == "expansion" else find_failure(device, dtype)
+    if failed is not None:
+        warn_unused(device, failed, kernels)
+        return False
+    proof_records.record_success(device, dtype, kernels)
+    return True
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -116,7 +121,11 @@ def is_capturing(device: torch.device) -> bool:
 
 def warn_unused(device: torch.device, reason: str, kernels: Kernels = "fused") -> None:
     """Warn that the kernels are not used on ``device``."""
-    instead = "The lean passes run" if kernels == "fused" else "PyTorch's convolution and the lean passes run"
+    instead = {
+        "fused": "The lean passes run",
+        "operators": "PyTorch's operations run",
+        "expansion": "PyTorch's convolution and the lean passes run",
+    }[kernels]
     warnings.warn(
         f"ecanet's {kernels} kernels are not used on {device}: {reason}. {instead} instead, with the same results "
         "in more passes over memory. Please report this to the project with the output of `python -m "

@@ -1,0 +1,89 @@
+"""Remember which kernels have passed their proof on this machine, so that later processes need not repeat it.
+
+A record is a file in the user's cache folder. Its name and its content say all that the proof depends on: the device,
+its driver, the versions of torch and Triton, the source of the kernels, the dtype. Only a success is recorded. A file
+that is damaged, or that another user owns, counts as none.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import cast
+
+import torch
+
+__all__ = ["has_passed", "record_success"]
+
+
+def has_passed(device: torch.device, dtype: torch.dtype, kernels: str) -> bool:
+    """Return whether these kernels are recorded to have passed on this machine."""
+    content = describe_proof(device, dtype, kernels)
+    if content is None:
+        return False
+    path = find_record(content)
+    try:
+        if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
+            return False
+        return path.read_bytes() == content
+    except OSError:
+        return False
+
+
+def record_success(device: torch.device, dtype: torch.dtype, kernels: str) -> None:
+    """Record that these kernels have passed. Where the file cannot be written, the next process repeats the proof."""
+    content = describe_proof(device, dtype, kernels)
+    if content is None:
+        return
+    path = find_record(content)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        Path(file.name).replace(path)  # complete or not at all, whichever processes write at once
+    except OSError:
+        return
+
+
+def find_record(content: bytes) -> Path:
+    """Return the file of the record with this content."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ecanet", "proofs")
+    return cache / f"{hashlib.sha256(content).hexdigest()[:32]}.json"
+
+
+def describe_proof(device: torch.device, dtype: torch.dtype, kernels: str) -> bytes | None:
+    """Return all that the proof depends on as JSON, None on a device whose proofs are not recorded.
+
+    Only those on a GPU are: in Triton's interpreter nothing is compiled.
+    """
+    gpu = describe_gpu(device)
+    if gpu is None:
+        return None
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:  # made from source, or another package has its name
+        triton = str(getattr(sys.modules.get("triton"), "__version__", None))
+    content = {"gpu": gpu, "torch": torch.__version__, "triton": triton, "source": hash_source()}
+    return json.dumps(content | {"dtype": str(dtype), "kernels": kernels}, sort_keys=True).encode()
+
+
+def describe_gpu(device: torch.device) -> list[object] | None:
+    """Return name, compute capability and driver of a GPU, None for any other device."""
+    if device.type != "cuda":
+        return None
+    driver = cast(object, torch._C._cuda_getDriverVersion())  # pyright: ignore
+    return [torch.cuda.get_device_name(device), *torch.cuda.get_device_capability(device), driver, torch.version.cuda]
+
+
+@functools.cache
+def hash_source() -> str:
+    """Return a digest of this room's files and of the error budget, to which the proof holds the kernels."""
+    room = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in [*sorted(room.rglob("*.py")), room.parent / "testing.py"]:
+        digest.update(str(path.relative_to(room.parent)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
