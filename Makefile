@@ -5,7 +5,7 @@ READY := .venv/.installed
 # Threads that spin while they wait slow down everything many times when other programs run, too.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-slow sweep mutants check clean help
+.PHONY: demo test test-slow sweep fuzz soak mutants check clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,12 @@ test: $(READY)  ## the default tests
 
 test-slow: $(READY)  ## the tests that take minutes, and the random tests with thousands of cases each
 	$(BIN)/python -m pytest -q -m slow --hypothesis-profile=thorough
+
+fuzz: $(READY)  ## 300 random commands and 12,000 broken files (a quarter of an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m fuzz tests/test_fuzz.py
+
+soak: $(READY)  ## 3,000 steps of training: memory and open files stay as they are
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m soak tests/training/test_soak.py
 
 # spikingjelly asks for torchaudio, which fails beside a torch for another CUDA, so its other needs are in the extra.
 sweep: $(READY)  ## attach gates to all networks of tests/sweep_networks (installs their libraries)

@@ -1,5 +1,13 @@
 """Channel attention for convolutional networks: modules, lossless attach, ECA-Nets."""
 
+from ecanet.errors import shorten_interrupts
+
+shorten_interrupts()  # before PyTorch is imported, which takes seconds
+del shorten_interrupts
+
+# isort: split
+# ruff: noqa: E402
+
 from ecanet.attention import (
     ECA,
     ECANS,

@@ -3,6 +3,7 @@
 Exit codes: 0 for success, 2 for a user's mistake, 130 for Ctrl-C. `ecanet.training` ends a run with 143 on SIGTERM.
 """
 
+import os
 import sys
 from typing import NoReturn, cast
 
@@ -35,7 +36,10 @@ The commands need more packages: {INSTALL}
 def main() -> NoReturn:
     """Run the command line and exit with one of the codes above."""
     try:
-        sys.exit(_run())
+        code = _run()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a closed pipe can be said
+        sys.exit(code)
     except EcanetError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
@@ -46,6 +50,14 @@ def main() -> NoReturn:
         if "torchvision::nms" not in str(error):
             raise
         _fail("torch and torchvision do not fit together; install both from one place (pip install torch torchvision)")
+    except (BrokenPipeError, SystemExit) as error:
+        # click and rich end with 1 and no word where nobody reads the output.
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        # Python itself writes what is left when it ends, which must not fail either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print("ecanet: standard output is closed; the rest of the output is lost", file=sys.stderr)
+        sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
 

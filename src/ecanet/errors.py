@@ -8,7 +8,10 @@ EcanetError (a ValueError)
 """
 
 import reprlib
+import sys
 from numbers import Integral
+from pathlib import Path
+from types import TracebackType
 
 __all__ = [
     "AttachError",
@@ -18,6 +21,7 @@ __all__ = [
     "EcanetError",
     "check_int",
     "check_positive_int",
+    "shorten_interrupts",
     "show_value",
     "summarize",
 ]
@@ -90,3 +94,18 @@ def show_value(value: object) -> str:
     """
     text = " ".join(_short.repr(value).split())
     return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def shorten_interrupts() -> None:
+    """If this process is the command line, let Ctrl-C end it with one line, while it imports packages too."""
+    by_module = any(pair == ("-m", "ecanet") for pair in zip(sys.orig_argv, sys.orig_argv[1:], strict=False))
+    if by_module or Path(sys.argv[0]).stem == "ecanet":
+        sys.excepthook = _say_interrupted
+
+
+def _say_interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print one line for Ctrl-C, and the traceback of every other exception."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("ecanet: stopped by Ctrl-C", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)

@@ -121,6 +121,8 @@ BROKEN = {
     "image is not in the file": annotation(9, image=[1]),
     r"mask's size is \[5, 5\]": annotation(9, segmentation={"size": [5, 5], "counts": [25]}),
     "sum to 250, not to its 240": annotation(9, segmentation={"size": [12, 20], "counts": [10, 240]}),
+    "a polygon's outline is 60,000 pixels long": annotation(9, segmentation=[[150.0, 0.0, -150.0, 0.0] * 100]),
+    "run lengths cannot be": annotation(9, segmentation={"size": [12, 20], "counts": "o" * 10**6}),
     "run lengths cannot be read": annotation(9, segmentation={"size": [12, 20], "counts": "Q"}),
 }
 
@@ -162,6 +164,7 @@ IMAGE = {"id": 1, "file_name": "1.png", "width": 20, "height": 12}
         (json.dumps({"images": [IMAGE | {"width": None}]}), "a width that is not a number of pixels: 'None'"),
         (json.dumps({"images": [IMAGE | {"height": "90"}]}), "a height that is not a number of pixels: '90'"),
         (json.dumps({"images": [IMAGE | {"height": 90.5}]}), "a height that is not a number of pixels"),
+        (json.dumps({"images": [IMAGE | {"width": 10**8}]}), "a width of 100000000 pixels; at most 65,536 are allowed"),
         (json.dumps({"images": [IMAGE | {"file_name": None}]}), "a file_name that is not a text"),
         (json.dumps({"images": [IMAGE], "categories": [{"id": "a", "name": "b"}]}), "an id that is not an integer"),
         (json.dumps({"images": [IMAGE], "categories": [{"id": 1, "name": "b" * 5000}]}), "a name of 5000 characters"),

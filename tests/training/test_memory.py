@@ -10,7 +10,7 @@ from bounds import read_memory
 from ecanet.data import DataSpec
 from ecanet.data.coco import decode_mask
 from ecanet.recipes import DataConfig, DetectorConfig, ModelConfig, Recipe
-from ecanet.training import detect, detections, predict, tasks
+from ecanet.training import detect, detections, image_files, predict, tasks
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says how much it was")
 
@@ -79,3 +79,14 @@ def test_objects_in_a_shrunk_image_have_the_pixels_of_the_file(monkeypatch):
     assert (one["name"], one["score"], one["box"]) == ("b", 0.75, [30, 20, 60, 80])
     mask = torch.as_tensor(decode_mask(one["mask"], 200, 300))
     assert mask.sum() == 60 * 80 == mask[20:100, 30:90].sum()
+
+
+def test_images_behind_links_are_found_once(tmp_path):
+    (tmp_path / "store" / "deep").mkdir(parents=True)
+    (tmp_path / "photos").mkdir()
+    for name in ("store/a.jpg", "store/deep/b.HEIC", "store/c.txt", "photos/d.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "photos" / "linked").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "round").symlink_to(tmp_path / "photos")
+    names = [path.relative_to(tmp_path / "photos").as_posix() for path in image_files(tmp_path / "photos")]
+    assert names == ["d.png", "linked/a.jpg", "linked/deep/b.HEIC"]

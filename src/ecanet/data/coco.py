@@ -41,6 +41,12 @@ MAX_COORDINATE = 1e9
 FARTHEST_POINT = 10
 """Distance of a polygon's point from the image, in lengths of its long side: pycocotools' memory grows with it."""
 
+LONGEST_OUTLINE = 1000
+"""Length of a polygon, in half outlines of its image: pycocotools' memory grows with it, too."""
+
+LARGEST_SIDE = 2**16
+"""Pixels of an image's side: JPEG has no larger ones."""
+
 LARGEST_ID = 2**63 - 1
 LONGEST_NAME = 255
 
@@ -167,6 +173,8 @@ def _find_entry_problem(entry: Mapping[str, object]) -> str | None:
             return problem
         if name in ("width", "height") and not (is_pixel_number(value) and value >= 1 and value == int(value)):
             return f"a {name} that is not a number of pixels: {str(value)[:40]!r}"
+        if name in ("width", "height") and cast(float, value) > LARGEST_SIDE:
+            return f"a {name} of {value} pixels; at most {LARGEST_SIDE:,} are allowed"
     return None
 
 
@@ -228,6 +236,9 @@ def _find_mask_problem(segmentation: object, height: int, width: int) -> str | N
                 return "a polygon's coordinates are not all finite numbers"
             if (farthest := max(numbers, key=abs)) and abs(farthest) > FARTHEST_POINT * max(height, width):
                 return f"a polygon has the coordinate {farthest:g}, far outside the image of {width} × {height} pixels"
+            outline = sum(abs(a - b) for a, b in zip(numbers, numbers[2:] + numbers[:2], strict=True))
+            if outline > LONGEST_OUTLINE * (height + width):
+                return f"a polygon's outline is {outline:,.0f} pixels long in an image of {width} × {height} pixels"
         return None
     mask = cast("dict[str, object]", segmentation) if isinstance(segmentation, dict) else None
     size: object = cast(object, segmentation) if mask is None else mask.get("size")
@@ -253,6 +264,8 @@ def decode_run_lengths(text: str) -> Iterator[int]:
     value = shift = position = 0
     for code in text.encode():
         bits = code - 48
+        if shift > 60:  # a number of millions of digits would take hours
+            break
         value |= (bits & 31) << shift
         shift += 5
         if bits & 32:

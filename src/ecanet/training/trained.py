@@ -1,5 +1,6 @@
 """Use a trained network: evaluate it, predict the classes of images."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def predict(
 
 
 def image_files(path: str | Path) -> list[Path]:
-    """Return ``path`` itself if it is a file, else the sorted images in the folder and in the folders below it.
+    """Return ``path`` itself if it is a file, else the sorted images in the folder and below it; links are followed.
 
     Raises:
         DataError: ``path`` does not exist, or the folder has no images.
@@ -150,10 +151,22 @@ def image_files(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder")
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    files = sorted(p for p in _walk(path) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
     if not files:
         raise DataError(f"{path}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
     return files
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files in ``folder`` and below it; links are followed, and a folder is read once."""
+    visited = set[tuple[int, int]]()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        status = Path(at).stat()
+        if (status.st_dev, status.st_ino) in visited:  # a link to a folder above would lead round in a circle
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        yield from (Path(at, name) for name in names)
 
 
 def _try_read_image(

@@ -1,0 +1,43 @@
+"""Ctrl-C before anything has begun, and an output that nobody reads any more."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def start(*arguments: str, path: Path | None = None, **options) -> subprocess.Popen[str]:
+    paths = [str(path)] * (path is not None) + [os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "ecanet", *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **options)
+
+
+def test_control_c_during_the_imports_is_one_line(tmp_path):
+    """In place of PyTorch there is a package whose import is interrupted."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    process = start("eval", "run", path=tmp_path, stdout=subprocess.DEVNULL)
+    _, err = process.communicate(timeout=60)
+    assert err == "ecanet: stopped by Ctrl-C\n"
+    assert process.returncode in (130, -signal.SIGINT)
+
+
+def test_other_exceptions_of_the_imports_keep_their_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ZeroDivisionError")
+    _, err = start("eval", "run", path=tmp_path, stdout=subprocess.DEVNULL).communicate(timeout=60)
+    assert "Traceback" in err
+    assert "ZeroDivisionError" in err
+
+
+@pytest.mark.parametrize("line", ["models resnet8 --json", "models resnet8"])
+def test_a_closed_output_is_said(line):
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start(*line.split(), stdout=writer)
+    os.close(writer)
+    _, err = process.communicate(timeout=120)
+    assert err == "ecanet: standard output is closed; the rest of the output is lost\n"
+    assert process.returncode == 0
