@@ -16,7 +16,7 @@ from ecanet.data.coco import (
     read_coco,
 )
 from ecanet.data.pictures import HOW_TO_SKIP
-from ecanet.errors import DataError
+from ecanet.errors import DataError, show_value
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
@@ -108,7 +108,7 @@ def read_annotations(path: str | Path, images: str | Path, *, masks: bool = True
         if type(number) is int and number in unusable:  # the problem of its image has been reported already
             continue
         if problem := find_annotation_problem(annotation, usable, category_ids, masks=masks):
-            report(f"annotation {annotation.get('id')} of image {number}: {problem}")
+            report(f"annotation {show_value(annotation.get('id'))} of image {show_value(number)}: {problem}")
             continue
         whole = _complete(annotation, masks)
         objects[whole["image_id"]].append(whole)

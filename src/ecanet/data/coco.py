@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict, TypeGuard, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ecanet.errors import DataError
+from ecanet.errors import DataError, show_value
 
 if TYPE_CHECKING:
     from pycocotools import _EncodedRLE  # pyright: ignore[reportPrivateUsage]
@@ -207,10 +207,10 @@ def find_annotation_problem(
     if type(number) is not int or number not in images:
         return "its image is not in the file"
     if annotation.get("category_id") not in categories:
-        return f"unknown category {annotation.get('category_id')!r}"
+        return f"unknown category {show_value(annotation.get('category_id'))}"
     box = _to_numbers(annotation.get("bbox"))
     if box is None or len(box) != 4:
-        return f"the box {annotation.get('bbox')!r} is not four finite numbers"
+        return f"the box {show_value(annotation.get('bbox'))} is not four finite numbers"
     if box[2] <= 0 or box[3] <= 0:
         return f"the box {box!r} has no area"
     if not masks:
