@@ -47,6 +47,7 @@ def test_fused_is_the_same(name):
 
 
 def test_the_lean_tail_is_what_runs(monkeypatch):
+    """Each tail once; gradients between blocks meet inside the tails where kernels run, and on a CPU outside."""
     model = ecanet.fuse(NETWORKS["timm eca"]())
     shapes, folds = [], []
     original, reduce = ops.lean.apply, ops.lean.reduce
@@ -54,6 +55,10 @@ def test_the_lean_tail_is_what_runs(monkeypatch):
     monkeypatch.setattr(ops.lean, "reduce", lambda dy, more, *rest: folds.append(more) or reduce(dy, more, *rest))
     model(torch.randn(2, 3, 64, 64)).sum().backward()
     assert len(shapes) == 8  # resnet26: two blocks in each of four stages
+    assert not any(more is not None for more in folds)
+    folds.clear()
+    monkeypatch.setattr(ops, "uses_kernels", lambda x: True)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
     assert sum(more is not None for more in folds) == 4
 
 
