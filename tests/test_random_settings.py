@@ -67,7 +67,7 @@ def fitting(kind: object) -> st.SearchStrategy[object]:
         return st.dictionaries(keys, st.integers(0, 99) | texts | st.lists(st.integers(0, 99), max_size=3), max_size=3)
     return {
         int: st.integers(0, 40),
-        float: st.floats(0, 1) | st.integers(0, 1),
+        float: st.floats(0.001, 1) | st.integers(0, 1),
         bool: st.booleans(),
         str: texts,
         type(None): st.none(),

@@ -80,6 +80,8 @@ def test_lists_become_tuples_and_integers_become_floats():
         ({"optimizer": {"nesterov": True, "momentum": 0}}, "needs optimizer.momentum above 0"),
         ({"schedule": {"warmup_epochs": 3}, "epochs": 3}, "schedule.warmup_epochs (3) must be less than epochs (3)"),
         ({"precision": "64"}, "precision must be '32' or 'bf16-mixed' or '16-mixed', got '64'"),
+        ({"mixup": 1e-320}, "mixup must be 0 or from 0.001 to 1000, got 9.99989e-321"),
+        ({"cutmix": 1e308}, "cutmix must be at most 1000, got 1e+308"),
         ({"ema_decay": 1.01}, "ema_decay must be at most 1, got 1.01"),
         ({"channels_last": 1}, "channels_last must be true or false, got 1"),
     ],

@@ -277,8 +277,8 @@ class Recipe(Config):
         "epochs": (1, 10**6),
         "min_steps": (0, 10**9),
         "label_smoothing": (0, 1),
-        "mixup": (0, None),
-        "cutmix": (0, None),
+        "mixup": (0, 1000),
+        "cutmix": (0, 1000),
         "ema_decay": (0, 1),
         "accumulate": (1, None),
         "seed": (0, 2**32 - 1),
@@ -325,6 +325,9 @@ class Recipe(Config):
         if isinstance(weights, tuple) and not (min(weights, default=-1) >= 0 and sum(weights) > 0):
             expected = "'balanced' or a number of at least 0 for each class, not all 0"
             raise ConfigError(f"class_weights must be {expected}, got {show_value(list(weights))}")
+        for name, value in (("mixup", self.mixup), ("cutmix", self.cutmix)):
+            if 0 < value < 1e-3:  # a Beta distribution's parameter would be rounded to 0
+                raise ConfigError(f"{name} must be 0 or from 0.001 to 1000, got {value:g}")
         if weights == "balanced" and self.data.sampler == "balanced":
             raise ConfigError("class_weights=balanced and data.sampler=balanced would balance twice; leave one out")
         if self.schedule.warmup_epochs and self.schedule.warmup_steps:
