@@ -25,8 +25,8 @@ Usage: ecanet COMMAND [OPTIONS]
 Channel attention for convolutional networks: train, evaluate, compare.
 
 Commands:
-  train, eval, predict, detect, weights, models,
-  cost, paper, ablate, inspect, bench, shards
+  train, eval, predict, detect, report, weights,
+  models, cost, paper, ablate, inspect, bench, shards
 
 The commands need more packages: {INSTALL}
 """

@@ -12,6 +12,7 @@ import torch
 
 from ecanet.errors import ConfigError
 from ecanet.recipes import CheckpointConfig, DataConfig, Recipe
+from ecanet.report import Report
 from ecanet.training.failures import explain_failure
 from ecanet.training.progress import OptionalConsole
 from photographs import make_flat
@@ -96,3 +97,32 @@ def test_a_run_goes_on_where_nobody_reads_its_output(tmp_path, monkeypatch, caps
         console.print("nobody reads this")
         console.print("nor this")
     assert capsys.readouterr().err == "standard output is closed; the run goes on without it, see metrics.csv\n"
+
+
+def test_a_report_can_be_made_again(tmp_path, monkeypatch, ecanet):
+    add_tiny(monkeypatch)
+
+    def fail(self):
+        raise ZeroDivisionError("no\nfont")
+
+    recipe, folder = TINY.but(epochs=2), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "write", fail)
+        with pytest.raises(
+            ConfigError, match=f"but its report failed .*make it again: ecanet report {folder}"
+        ) as caught:
+            run(recipe, folder)
+    assert "\n" not in str(caught.value)
+    assert not (folder / "report.html").exists()
+    code, out, err = ecanet("report", folder, "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert "report.html" in out
+    assert (folder / "report.html").exists()
+    assert len(Report.read(folder).history) == 2
+    table = folder / "metrics.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:2]))
+    assert ecanet("report", folder)[::2] == (
+        2,
+        f"ecanet: {folder} has finished 1 of 2 epochs, and a report is for a "
+        f"finished run; first finish it: ecanet train --resume {folder}\n",
+    )

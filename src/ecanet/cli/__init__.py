@@ -1,8 +1,8 @@
 """The command line: each command turns its options into one function call and prints the result.
 
-Read downward: `run` (train, eval, predict, weights), `detect`, `models`, `compare` (cost, paper, ablate, inspect),
-`bench`, `shards` (pack, index, check), `options` (the options that several commands share). Heavy packages are
-imported inside the commands, so ``--help`` is quick. A user's mistake raises an `EcanetError`, which
+Read downward: `run` (train, eval, predict, report, weights), `detect`, `models`, `compare` (cost, paper, ablate,
+inspect), `bench`, `shards` (pack, index, check), `options` (the options that several commands share). Heavy packages
+are imported inside the commands, so ``--help`` is quick. A user's mistake raises an `EcanetError`, which
 ``ecanet.__main__`` prints as one line.
 """
 
@@ -17,7 +17,7 @@ from ecanet.cli.compare import ablate, cost, inspect, paper
 from ecanet.cli.detect import detect
 from ecanet.cli.models import models
 from ecanet.cli.options import console
-from ecanet.cli.run import evaluate, predict, train, weights
+from ecanet.cli.run import evaluate, predict, report, train, weights
 from ecanet.cli.shards import app as shards
 
 __all__ = ["app"]
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "predict": predict,
     "detect": detect,
+    "report": report,
     "weights": weights,
     "models": models,
     "cost": cost,

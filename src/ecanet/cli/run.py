@@ -1,4 +1,4 @@
-"""The commands that train and use a classifier: train, eval, predict, weights."""
+"""The commands that train and use a classifier: train, eval, predict, report, weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -192,6 +192,19 @@ def predict(
     for p in predictions:
         table.add_row(p.path, "  ".join(f"{name} {probability:.1%}" for name, probability in p.classes))
     console.print(table)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Directory of a finished run.", show_default=False)],
+    device: Device = "auto",
+) -> None:
+    """Make a finished run's report again.
+
+    The last checkpoint is evaluated on the run's held-out images.
+    """
+    from ecanet.training import remake_report
+
+    remake_report(run, device=device)
 
 
 def weights(

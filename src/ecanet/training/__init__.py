@@ -1,11 +1,11 @@
 """A run: recipe, data, network, task, trainer, report.
 
-Read downward: `trainer` (`run`), `weights` (takes them out of a run), `run_dirs` (a run's directory), `steps` (what
-happens after each step), `votes` (what processes decide together), `processes` (connects those that were started
-again), `stopping` (signals), `failures` (of the machine), `checkpoints` (how a run writes and finds them), `loggers`
-(TensorBoard and others, by name), `detections` (`detect`), `trained` (`evaluate`, `predict`), `restoring` (`restore`),
-`preparation` (completes a recipe), `progress` (the output of a run while it trains), `tasks` (what a network learns and
-how it is scored), `detectors` and `building` (any network, with weights and attention).
+Read downward: `trainer` (`run`, `remake_report`), `weights` (takes them out of a run), `run_dirs` (a run's directory),
+`steps` (what happens after each step), `votes` (what processes decide together), `processes` (connects those that were
+started again), `stopping` (signals), `failures` (of the machine), `checkpoints` (how a run writes and finds them),
+`loggers` (TensorBoard and others, by name), `detections` (`detect`), `trained` (`evaluate`, `predict`), `restoring`
+(`restore`), `preparation` (completes a recipe), `progress` (the output of a run while it trains), `tasks` (what a
+network learns and how it is scored), `detectors` and `building` (any network, with weights and attention).
 """
 
 from ecanet.training.building import Built, build
@@ -16,7 +16,7 @@ from ecanet.training.restoring import restore
 from ecanet.training.run_dirs import read_recipe
 from ecanet.training.tasks import TASKS, Classification, Detection, Task
 from ecanet.training.trained import Prediction, evaluate, image_files, predict
-from ecanet.training.trainer import run
+from ecanet.training.trainer import remake_report, run
 from ecanet.training.weights import write_weights
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "image_files",
     "predict",
     "read_recipe",
+    "remake_report",
     "restore",
     "run",
     "write_weights",

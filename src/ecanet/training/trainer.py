@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ecanet import data
-from ecanet.errors import ConfigError, EcanetError
+from ecanet.errors import ConfigError, EcanetError, summarize
 from ecanet.networks import find_device
 from ecanet.recipes import Recipe, find, to_dict
 from ecanet.report import Report, environment, write_file
@@ -33,11 +33,11 @@ from ecanet.training.loggers import choose_loggers, open_loggers
 from ecanet.training.preparation import build_data, complete, find_seen, lengthen
 from ecanet.training.processes import join_restarted
 from ecanet.training.progress import Display, History, quiet_lightning
-from ecanet.training.run_dirs import choose_run_dir, has_run, lock_run_dir
+from ecanet.training.run_dirs import choose_run_dir, has_run, lock_run_dir, read_recipe
 from ecanet.training.steps import StepWatch
 from ecanet.training.stopping import StopRequest, find_scheduler, stop_on_signals, take_over_signals
 
-__all__ = ["run"]
+__all__ = ["remake_report", "run"]
 
 SPLIT_FILE = "split.json"
 
@@ -114,11 +114,43 @@ def run(
                 trainer.validate(task, images, verbose=False)
         report = _make_report(recipe, task, history, run_dir)
         if trainer.is_global_zero:
-            report.write()
-            for name, content in task.files().items():
-                write_file(run_dir / "results" / name, content)
+            _write_results(report, task)
             display.show_report(report)
     return report
+
+
+def remake_report(folder: str | Path, *, device: str | torch.device = "auto", quiet: bool = False) -> Report:
+    """Evaluate the finished run in ``folder`` again, and write its report anew.
+
+    Raises:
+        ConfigError: there is no run, or it is not finished.
+    """
+    recipe = read_recipe(folder)
+    table = Path(folder) / "metrics.csv"
+    done = len(table.read_text().splitlines()) - 1 if table.exists() else 0
+    if done < recipe.epochs:
+        raise ConfigError(
+            f"{folder} has finished {done} of {recipe.epochs} epochs, and a report is for a finished run; first finish "
+            f"it: ecanet train --resume {folder}"
+        )
+    return run(recipe, folder=folder, resume=True, device=device, quiet=quiet)
+
+
+def _write_results(report: Report, task: tasks.Task) -> None:
+    """Write the report and the files of results.
+
+    Raises:
+        ConfigError: they cannot be written. The run itself is safe in its checkpoints.
+    """
+    try:
+        report.write()
+        for name, content in task.files().items():
+            write_file(report.folder / "results" / name, content)
+    except Exception as error:  # a plot or a page may fail in many ways, hours after the run began
+        raise ConfigError(
+            f"{report.folder}: the run is finished and its checkpoints are whole, but its report failed "
+            f"({summarize(error)}); then make it again: ecanet report {report.folder}"
+        ) from error
 
 
 def _build_task(recipe: Recipe, spec: data.DataSpec, *, from_checkpoint: bool) -> tasks.Task:
