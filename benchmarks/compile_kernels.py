@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -22,13 +22,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ecanet.ops.triton import algebra, algebra_grads, expansion
-from ecanet.ops.triton import kernels as K
-from ecanet.ops.triton.coefficients import WARPS
+from ecanet.ops.triton.coefficients import WARPS, GateKind, NormKind
+from ecanet.ops.triton.node import TailKind, prepare_tail
+from ecanet.ops.triton.tiles import Grid, Launch, find_grid
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PLACES = ("a_at", "b_at", "sa_at")
 SIZES = ("channels", "positions", "part", "parts", "row", "norm_row", "samples", "rows", "inner", *PLACES)
 """Arguments that are 32-bit integers."""
+
+SHAPES = {
+    "tail": ((256, 56), (512, 28), (1024, 14), (2048, 7)),
+    "side": ((256, 56), (512, 28), (1024, 14), (2048, 7)),
+    "inner": ((64, 112), (64, 56), (128, 56), (128, 28), (256, 28), (256, 14), (512, 14), (512, 7)),
+}
+"""Channels and side of all planes of ResNet-50 at 224 pixels, by what stands after the norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,12 @@ class Kernel:
     options: dict[str, int] = field(default_factory=dict)
     extra: dict[str, object] = field(default_factory=dict)
     """Further entries of the row in the report."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Values of `SIZES`; those that are not named are multiples of 16."""
+
+    def find_odd_sizes(self) -> tuple[str, ...]:
+        """Return the sizes that are no multiples of 16, for which the compiler makes other code."""
+        return tuple(name for name, value in self.sizes.items() if value % 16)
 
     def find_unknown_names(self) -> set[str]:
         """Return the names of tensors and constants that the kernel does not have."""
@@ -75,44 +89,60 @@ def list_kernels() -> Iterator[Kernel]:
         yield from list_expansions(dtype)
 
 
-def list_passes(dtype: str, channels_last: bool) -> Iterator[Kernel]:
-    """Yield the four passes of a residual tail with a gate, in the form that training uses inside a stage."""
+def list_passes(dtype: str, channels_last: bool) -> list[Kernel]:
+    """Return the passes over `SHAPES` at batch 256, in bfloat16 all, in other dtypes the first of each kind.
+
+    A kernel that several shapes share is listed once.
+    """
+    found: dict[object, Kernel] = {}
+    for role, shapes in SHAPES.items():
+        for channels, side in shapes if dtype == "bf16" else shapes[:1]:
+            layout = torch.channels_last if channels_last else torch.contiguous_format
+            z = torch.empty(256, channels, side, side, dtype=DTYPES[dtype], device="meta").contiguous(
+                memory_format=layout
+            )
+            for kernel in describe_passes(role, find_grid(z), dtype, channels_last):
+                key = kernel.name, str(kernel.constants), tuple(kernel.tensors), kernel.find_odd_sizes()
+                kernel = found.setdefault(key, kernel)
+                names = cast("list[str]", kernel.extra.setdefault("shapes", []))
+                names += [f"{channels}x{side}x{side}"] if f"{channels}x{side}x{side}" not in names else []
+    return list(found.values())
+
+
+def describe_passes(role: str, grid: Grid, dtype: str, channels_last: bool) -> Iterator[Kernel]:
+    """Yield the passes of one norm of ResNet-50, as `ops.triton.node` launches them."""
+    norm = NormKind(1e-5, 0.1, True, True, False, (*(torch.float32,) * 4, torch.int64))
+    gate = None if role == "inner" else GateKind(1.0, 5, False, False, (torch.float32, None))
+    side, has_shortcut = norm if role == "side" else None, role != "inner"
+    run = prepare_tail(grid, TailKind(norm, side, gate, "relu", has_shortcut))
     f = "fp32"
-    blocks = {"BLOCK_P": 32, "BLOCK_C": 64} if channels_last else {"BLOCK_P": 256, "BLOCK_C": 8}
-    grid = {"LAST": channels_last, **blocks, "WIDE": tl.float32}
     affine = {"a": f, "b": f, "mu": f}
-    given = {"HAS_B": True, "HAS_MU": True}
-    common: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last}
-    yield Kernel(
-        name="_moments",
-        function=K._moments,
-        tensors={"z": dtype, "out": f},
-        constants={"ORDER": 2, **grid},
-        **common,
-    )
-    yield Kernel(
-        name="_apply",
-        function=K._apply,
-        tensors={"z": dtype, "s": dtype, "y": dtype, "bits": "u8", **affine},
-        constants={**given, "SHORTCUT": 1, "ACTIVATION": 1, "BITS": True, **grid},
-        **common,
-    )
-    flags = {"NORMED_SHORTCUT": False, "ACTIVATION": 1, "SECOND_DY": True, "BITS": True, "WRITE": True}
-    tensors = {"dy": dtype, "second_dy": dtype, "bits": "u8", "z": dtype, "t": dtype}
-    yield Kernel(
-        name="_reduce",
-        function=K._reduce,
-        tensors={**tensors, **affine, "sums": f},
-        constants={**given, **flags, **grid},
-        **common,
-    )
-    yield Kernel(
-        name="_grads",
-        function=K._grads,
-        tensors={"t": dtype, "z": dtype, "dz": dtype, **affine, "m": f, "dm": f, "dv": f},
-        constants={**given, "HAS_DM": True, "HAS_DV": True, "ACTIVATION": 0, **grid},
-        **common,
-    )
+    shortcut = {"s": dtype, "bits": "u8"} if has_shortcut else {}
+    normed = {"sa": f, "smu": f} if side else {}
+    written = {"second_dy": dtype, "bits": "u8", "t": dtype} if has_shortcut else {}
+    passes: list[tuple[Launch | None, dict[str, str]]] = [
+        (run.norm.moments, {"z": dtype, "out": f}),
+        (run.apply, {"z": dtype, "y": dtype, **affine, **shortcut, **normed}),
+        (
+            run.reduce[has_shortcut],
+            {"dy": dtype, "z": dtype, **affine, **written, "sums": f, **({"s": dtype, "smu": f} if side else {})},
+        ),
+        (run.norm.grads, {"t": dtype, "z": dtype, "dz": dtype, **affine, "dm": f, "dv": f}),
+    ]
+    for launch, tensors in passes:
+        assert launch is not None
+        names = launch.kernel.arg_names[-len(launch.others) :]
+        yield Kernel(
+            name=launch.kernel.__name__,
+            function=launch.kernel,
+            dtype=dtype,
+            channels_last=channels_last,
+            tensors=tensors,
+            constants={name: value for name, value in zip(names, launch.others, strict=True) if name not in SIZES},
+            sizes={name: value for name, value in zip(names, launch.others, strict=True) if name in SIZES},
+            options={"num_warps": launch.warps},
+            extra={"role": role},
+        )
 
 
 def list_algebra() -> Iterator[Kernel]:
@@ -162,20 +192,21 @@ def list_algebra() -> Iterator[Kernel]:
 
 
 def list_expansions(dtype: str) -> Iterator[Kernel]:
-    """Yield a large network's last convolution with many rows, and with the few of a last stage at a small batch."""
-    for rows, within in ((1 << 20, True), (392, False)):
-        tiles = expansion.choose_tiles(rows, 512, 2048, DTYPES[dtype])
+    """Yield the last convolutions of ResNet-50's stages at batch 256, and of its last stage at a small batch."""
+    for rows, inner, positions in ((802816, 64, 3136), (200704, 128, 784), (12544, 512, 49), (392, 512, 49)):
+        tiles = expansion.choose_tiles(rows, inner, 4 * inner, DTYPES[dtype])
         sizes = {"BLOCK_R": tiles.rows, "BLOCK_C": tiles.channels, "BLOCK_K": tiles.inner}
-        flags = {"BIAS": True, "GATE": True, "SHORTCUT": True, "ACTIVATION": 1, "WITHIN": within, "WIDEN": False}
+        within = positions >= tiles.rows
+        flags = {"BIAS": True, "GATE": True, "SHORTCUT": True, "ACTIVATION": 1, "WITHIN": within}
         yield Kernel(
             name=f"_expand {tiles.rows}x{tiles.channels}x{tiles.inner}",
             function=expansion._expand,
             dtype=dtype,
             channels_last=True,
             tensors={"h": dtype, "w": dtype, "b": dtype, "g": "fp32", "s": dtype, "y": dtype},
-            constants={**flags, **sizes},
+            constants={**flags, "FAR": False, "WIDEN": False, **sizes},
             options={"num_warps": tiles.warps, "num_stages": 3},
-            extra={"warps": tiles.warps, "gate": "two samples a tile" if within else "gathered"},
+            extra={"inputs": inner, "rows": rows, "gate": "two samples a tile" if within else "gathered"},
         )
 
 
@@ -193,7 +224,12 @@ def compile_kernel(kernel: Kernel) -> dict[str, object]:
         else:
             signature[name] = "constexpr"
             constants[(position,)] = kernel.constants.get(name)
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
+    odd = kernel.find_odd_sizes()
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind != "constexpr" and name not in odd
+    }
     source = ASTSource(kernel.function, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=kernel.options)
     usage = read_usage(compiled.asm["cubin"])
@@ -205,17 +241,46 @@ def compile_kernel(kernel: Kernel) -> dict[str, object]:
         "stack_bytes": usage["STACK"],
         "local_bytes": usage["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
+        "blocks": count_blocks(usage["REG"], compiled.metadata.shared, compiled.metadata.num_warps),
+        "memory": read_widths(compiled.asm["cubin"]),
         **kernel.extra,
     }
 
 
-def read_usage(cubin: bytes) -> dict[str, int]:
-    """Return the numbers that NVIDIA's cuobjdump prints for a compiled kernel."""
+def count_blocks(registers: int, shared: int, warps: int) -> int:
+    """Return how many programs a processor of an H100 or H200 runs at once.
+
+    It has 65,536 registers, given out in eights for each thread, 64 warps, and 228 KiB of shared memory, of which the
+    system takes one for each program.
+    """
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
+    return min(32, 64 // warps, by_registers, 228 * 1024 // (shared + 1024))
+
+
+def read_widths(cubin: bytes) -> dict[str, int]:
+    """Return the instructions that read and write global memory, with the bytes of each: ``{"load 16": 4, ...}``."""
+    kinds = {"LDG": "load", "LDGSTS": "load", "STG": "store"}
+    found: dict[str, int] = {}
+    for kind, rest in re.findall(r"\s(LDG|LDGSTS|STG)\.([A-Z0-9.]+)", run_tool("-sass", cubin)):
+        parts = rest.split(".")
+        width = 16 if "128" in parts else 8 if "64" in parts else 2 if {"U16", "S16"} & {*parts} else 4
+        width = 1 if {"U8", "S8"} & {*parts} else width
+        found[f"{kinds[kind]} {width}"] = found.get(f"{kinds[kind]} {width}", 0) + 1
+    return dict(sorted(found.items()))
+
+
+def run_tool(option: str, cubin: bytes) -> str:
+    """Return what NVIDIA's cuobjdump prints about a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        log = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def read_usage(cubin: bytes) -> dict[str, int]:
+    """Return registers, stack, and shared and local memory of a compiled kernel."""
+    log = run_tool("-res-usage", cubin)
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", log)}
 
 

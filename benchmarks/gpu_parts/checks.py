@@ -32,11 +32,11 @@ def prove_kernels(setting: Setting) -> dict[str, dict[str, str]]:
     These are the checks that the library itself makes before networks use the kernels. The rehearsal takes the
     smallest shapes.
     """
-    from ecanet.ops.triton import expansion
+    from ecanet.ops.triton import expansion_proof
 
     if not setting.on_gpu:
         proof.SHAPES = proof.SHAPES[1:]
-        expansion.TRIED = dict(list(expansion.TRIED.items())[:1])
+        expansion_proof.TRIED = dict(list(expansion_proof.TRIED.items())[:1])
     device = torch.device("cuda", 0) if setting.on_gpu else torch.device("cpu")
     return {
         str(dtype).removeprefix("torch."): {

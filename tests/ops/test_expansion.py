@@ -23,7 +23,7 @@ from tensors import surround_with_nan, to_layout
 
 pytest.importorskip("triton")
 
-from ecanet.ops.triton import expansion
+from ecanet.ops.triton import expansion, expansion_proof
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -97,6 +97,13 @@ def test_large_tiles_are_within_rounding(dtype, monkeypatch):
     assert_within_rounding(expansion.expand(*given, "relu"), given, "relu")
     given = case((3, 20, 19, 5, 11), dtype)  # and shorter
     assert_within_rounding(expansion.expand(*given, "relu"), given, "relu")
+
+
+def test_far_offsets_give_the_same(monkeypatch):
+    given = case((2, 65, 70, 9, 11), torch.float32)
+    near = expansion.expand(*given)
+    monkeypatch.setattr(expansion, "NEAR", 0)
+    assert torch.equal(expansion.expand(*given), near)
 
 
 def test_bands_cover_every_tile_once(monkeypatch):
@@ -222,8 +229,8 @@ def make_optimized(name):
 @pytest.fixture
 def ran(monkeypatch):
     """Return a list that records the arguments of the kernel's launches."""
-    launches, launch = [], expansion._expansion
-    monkeypatch.setattr(expansion, "_expansion", lambda *args: launches.append(args) or launch(*args))
+    launches, launch = [], expansion.run_expansion
+    monkeypatch.setattr(expansion, "run_expansion", lambda *args: launches.append(args) or launch(*args))
     return launches
 
 
@@ -288,7 +295,7 @@ def gpu(monkeypatch):
     for room in (ops, dispatch):
         monkeypatch.setattr(room, "runs_on_gpu", lambda x: True)
     monkeypatch.setattr(proof, "_passed", {})
-    monkeypatch.setattr(expansion, "TRIED", dict([next(iter(expansion.TRIED.items()))]))
+    monkeypatch.setattr(expansion_proof, "TRIED", dict([next(iter(expansion_proof.TRIED.items()))]))
     monkeypatch.setattr(execution, "rounds_to_tf32", lambda: False)
 
 
@@ -329,7 +336,7 @@ def test_wrong_kernel_is_found_and_warned_of_once(bug, gpu, monkeypatch):
     block, x = make_optimized("torchvision")
     with ops.prefer_impl("lean"):
         expected = block(x)
-    monkeypatch.setattr(expansion, "_expansion", WRONG[bug](expansion._expansion))
+    monkeypatch.setattr(expansion, "run_expansion", WRONG[bug](expansion.run_expansion))
     with pytest.warns(
         UserWarning, match=r"expansion kernels are not used on cpu: y is (off by|not finite).*convolution and"
     ):
@@ -342,7 +349,7 @@ def test_wrong_kernel_is_found_and_warned_of_once(bug, gpu, monkeypatch):
 @torch.no_grad()
 def test_missing_triton_warns_and_falls_back(gpu, monkeypatch):
     block, x = make_optimized("torchvision")
-    monkeypatch.setitem(sys.modules, "ecanet.ops.triton.expansion", None)
-    monkeypatch.delattr(ops.triton, "expansion")
+    monkeypatch.setitem(sys.modules, "ecanet.ops.triton.expansion_proof", None)
+    monkeypatch.delattr(ops.triton, "expansion_proof")
     with pytest.warns(UserWarning, match="Triton cannot be imported"):
         block(x)

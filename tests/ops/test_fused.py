@@ -294,11 +294,11 @@ def test_operators_pass_opcheck():
     a, mu = torch.rand(2, 17), torch.rand(17)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.ecanet.moments, (z, 2), test_utils=checks)
-    torch.library.opcheck(torch.ops.ecanet.apply, (z, s, a, a, mu, None, None, "relu"), test_utils=checks)
-    _, bits = fused._apply(z, s, a, a, mu, None, None, "relu")
+    torch.library.opcheck(torch.ops.ecanet.apply_packed, (z, s, a, a, mu, None, None, "relu"), test_utils=checks)
+    _, bits = fused._apply_packed(z, s, a, a, mu, None, None, "relu")
     for second_dy in (None, s):
         arguments = (dy, second_dy, bits, z, None, a, a, mu, None, "relu")
-        torch.library.opcheck(torch.ops.ecanet.reduce, arguments, test_utils=checks)
+        torch.library.opcheck(torch.ops.ecanet.reduce_packed, arguments, test_utils=checks)
     torch.library.opcheck(torch.ops.ecanet.grads, (dy, z, a, a, mu, a, a, a, None), test_utils=checks)
 
 

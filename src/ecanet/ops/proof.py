@@ -171,9 +171,9 @@ def _try_tails(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _try_expansion(device: torch.device, dtype: torch.dtype) -> str | None:
-    from ecanet.ops.triton import expansion
+    from ecanet.ops.triton import expansion_proof
 
-    return expansion.find_discrepancy(device, dtype)
+    return expansion_proof.find_discrepancy(device, dtype)
 
 
 @contextmanager

@@ -225,7 +225,7 @@ def prepare_coefficients(grid: Grid, norm: NormKind, gate: GateKind | None) -> L
     """Return the launch of `algebra._coefficients`."""
     numbers = grid.samples, grid.channels, grid.positions, grid.parts, grid.part
     blocks, programs = _choose_blocks(grid, gate)
-    others = *numbers, *norm[:4], *_describe(gate), *blocks, grid.options[3]
+    others = *numbers, *norm[:4], *_describe(gate), *blocks, grid.options[-1]
     return Launch(algebra._coefficients, programs, others, WARPS)
 
 
@@ -234,7 +234,7 @@ def prepare_coefficient_grads(grid: Grid, first: int, by_batch: bool, gate: Gate
     blocks, programs = _choose_blocks(grid, gate)
     columns = triton.next_power_of_2(gate.taps + 1) if gate is not None else 1
     flags = first, by_batch, *_describe(gate), columns
-    others = grid.samples, grid.channels, grid.parts, *flags, *blocks, grid.options[3]
+    others = grid.samples, grid.channels, grid.parts, *flags, *blocks, grid.options[-1]
     return Launch(algebra_grads._coefficient_grads, programs, others, WARPS)
 
 
@@ -242,13 +242,13 @@ def prepare_totals(grid: Grid) -> Launch:
     """Return the launch of `algebra._totals`."""
     numbers = grid.samples, grid.channels, grid.positions, grid.parts, grid.part
     blocks, programs = _choose_blocks(grid, None)
-    return Launch(algebra._totals, programs, (*numbers, *blocks, grid.options[3]), WARPS)
+    return Launch(algebra._totals, programs, (*numbers, *blocks, grid.options[-1]), WARPS)
 
 
 def prepare_finish(grid: Grid, gated: bool) -> Launch:
     """Return the launch of `algebra_grads._finish`."""
     blocks, programs = _choose_blocks(grid, None)
-    others = grid.samples, grid.channels, grid.positions, gated, *blocks, grid.options[3]
+    others = grid.samples, grid.channels, grid.positions, gated, *blocks, grid.options[-1]
     return Launch(algebra_grads._finish, programs, others, WARPS)
 
 

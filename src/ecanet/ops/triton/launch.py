@@ -44,7 +44,7 @@ def moments(z: Tensor, order: int) -> tuple[Tensor, Tensor]:
 
 def apply(z: Tensor, shortcut: Tensor | None, form: Form) -> tuple[Tensor, Tensor | None]:
     """Return ``y`` of the form and, with a shortcut and an activation, the activation's sign bits."""
-    y, bits = _find_launcher(_apply)(
+    y, bits = _find_launcher(_apply_packed)(
         z, shortcut, form.a, form.b, form.mu, form.shortcut_a, form.shortcut_mu, form.activation
     )
     return y, None if shortcut is None or form.activation is None else bits
@@ -54,7 +54,7 @@ def reduce(
     dy: Tensor, second_dy: Tensor | None, kept: Tensor | None, z: Tensor, shortcut: Tensor | None, form: Form
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Return the sums over each plane, and t (dy where the sign is recomputed)."""
-    sums, t = _find_launcher(_reduce)(
+    sums, t = _find_launcher(_reduce_packed)(
         dy, second_dy, kept, z, shortcut, form.a, form.b, form.mu, form.shortcut_mu, form.activation
     )
     return sums[0], sums[1], sums[2] if len(sums) > 2 else None, dy if kept is None and second_dy is None else t
@@ -75,7 +75,8 @@ def _find_launcher(function: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(torch.ops.ecanet, function.__name__[1:]) if torch.compiler.is_compiling() else function
 
 
-# the operators. Their arguments are tensors and plain values, and no result is an argument.
+# the operators. Their arguments are tensors and plain values, and no result is an argument. PyTorch keeps compiled
+# graphs on disk by the names of their operators: change the name of one whose results get another shape.
 
 
 def _moments(z: Tensor, order: int) -> Tensor:
@@ -94,7 +95,7 @@ def _moments(z: Tensor, order: int) -> Tensor:
     return torch.stack((m, (share * (parts[1] + (parts[0] - m).square())).sum(0)))
 
 
-def _apply(
+def _apply_packed(
     z: Tensor, shortcut: Tensor | None, a: Tensor, b: Tensor | None, mu: Tensor | None,
     shortcut_a: Tensor | None, shortcut_mu: Tensor | None, activation: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -106,7 +107,7 @@ def _apply(
     return y, z.new_empty(0, dtype=torch.uint8) if bits is None else bits
 
 
-def _reduce(
+def _reduce_packed(
     dy: Tensor, second_dy: Tensor | None, bits: Tensor | None, z: Tensor, shortcut: Tensor | None, a: Tensor,
     b: Tensor | None, mu: Tensor | None, shortcut_mu: Tensor | None, activation: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -163,6 +164,6 @@ def _fake_grads(t: Tensor, z: Tensor, *rest: object) -> Tensor:
 
 
 _register_operator(_moments, _fake_moments)
-_register_operator(_apply, _fake_apply)
-_register_operator(_reduce, _fake_reduce)
+_register_operator(_apply_packed, _fake_apply)
+_register_operator(_reduce_packed, _fake_reduce)
 _register_operator(_grads, _fake_grads)

@@ -20,13 +20,19 @@ from triton.runtime import driver
 
 from ecanet.ops.passes import Form
 from ecanet.ops.reference import Activation, accumulation_dtype
-from ecanet.ops.triton import kernels
+from ecanet.ops.triton import kernels, reductions
 
 TILE = 2048
 """Elements of a tile: 16 for each thread of four warps."""
 
 PROGRAMS = 1024
-"""A reduction with fewer programs splits planes into parts: about eight programs for each processor of a large GPU."""
+"""A reduction with fewer programs splits planes into parts. A large GPU runs eight at once on each of 132 processors.
+
+So they are one whole wave: none waits for a place while others have ended.
+"""
+
+STEPS = 4
+"""Tiles of a program of an elementwise pass, if that leaves four waves of programs."""
 
 ACTIVATIONS: dict[Activation, int] = {None: 0, "relu": 1, "relu6": 2}
 
@@ -79,15 +85,19 @@ class Grid:
     """Positions of a plane that one program sums: all of them, unless that gives fewer than PROGRAMS programs."""
     parts: int
     tiles: tuple[int, int, int]
-    """The grid with a program for each tile. Only the first axis of a grid is long enough for any number."""
+    """The grid of elementwise passes. Only the first axis of a grid is long enough for any number."""
     columns: tuple[int, int, int]
-    """The grid with one program for each sample, block of channels and part of the planes."""
+    """The grid with one program for each sample and block of channels, and each part of the planes."""
+    steps: int
+    """Tiles that one program of an elementwise pass computes."""
     options: tuple[object, ...]
-    """The last arguments of all passes: LAST, BLOCK_P, BLOCK_C and WIDE."""
+    """The last arguments of the passes: LAST, PLANES, BLOCK_P, BLOCK_C and WIDE."""
+    reduce_options: tuple[object, ...]
+    """Those of `reductions._reduce`, which has smaller tiles: eight elements of four tensors for each thread."""
     wide: torch.dtype
     layout: torch.memory_format
-    bits: tuple[int, int, int]
-    """The shape of the sign bits: one byte for eight channels of a position."""
+    bits: tuple[int, ...]
+    """The shape of the sign bits: one byte for eight neighbours in memory."""
 
 
 def find_grid(z: Tensor) -> Grid:
@@ -100,24 +110,35 @@ def _compute_grid(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype
     n, channels = shape[:2]
     positions = shape[2:].numel()
     last = is_channels_last(channels, positions, stride)
+    planes = kernels.ALIGNED if last or positions % 8 == 0 else kernels.SHIFTED if positions > 6 else kernels.SMALL
+    whole = last or planes == kernels.ALIGNED
     if last:
         block_c = min(64, max(8, triton.next_power_of_2(channels)))
         block_p = min(TILE // block_c, triton.next_power_of_2(positions))
     else:
-        block_p = min(TILE // 8, triton.next_power_of_2(positions))
+        block_p = min(TILE // 8, triton.next_power_of_2(positions if whole else positions + 7))
         block_c = min(max(8, TILE // block_p), max(8, triton.next_power_of_2(channels)))
     across = triton.cdiv(channels, block_c)
-    parts = max(1, min(triton.cdiv(PROGRAMS, n * across), triton.cdiv(positions, 2 * block_p)))
+    parts = max(1, min(triton.cdiv(PROGRAMS, n * across), triton.cdiv(positions, 2 * block_p))) if whole else 1
     part = triton.cdiv(triton.cdiv(positions, parts), block_p) * block_p
     parts = triton.cdiv(positions, part)
-    tiles = n * triton.cdiv(positions, block_p) * across, 1, 1
-    options = last, block_p, block_c, tl.float64 if dtype == torch.float64 else tl.float32
-    width = (channels + 7) // 8
-    bits = (n, positions, width) if last else (n, width, positions)
+    steps = STEPS if last else 1
+    while steps > 1 and n * across * triton.cdiv(positions, steps * block_p) < 4 * PROGRAMS:
+        steps //= 2
+    programs = across * triton.cdiv(positions, steps * block_p)
+    if not last:
+        programs = triton.cdiv(channels * positions, block_p * block_c)
+    wide_type = tl.float64 if dtype == torch.float64 else tl.float32
+    options = last, planes.value, block_p, block_c, wide_type
+    reduce_options = last, planes.value, block_p if block_p < 16 else block_p // 2, block_c, wide_type
+    bits = (n, positions, (channels + 7) // 8) if last else (n, (channels * positions + 7) // 8)
     wide, layout = accumulation_dtype(dtype), torch.contiguous_format
     if last:
         layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
-    return Grid(n, channels, positions, last, part, parts, tiles, (n, across, parts), options, wide, layout, bits)
+    return Grid(
+        n, channels, positions, last, part, parts, (n * programs, 1, 1), (n * across, parts, 1), steps, options,
+        reduce_options, wide, layout, bits,
+    )  # fmt: skip
 
 
 def is_channels_last(channels: int, positions: int, stride: tuple[int, ...]) -> bool:
@@ -133,7 +154,7 @@ def is_channels_last(channels: int, positions: int, stride: tuple[int, ...]) -> 
 def prepare_moments(grid: Grid, order: int) -> Launch:
     """Return the launch that stores means and variances in a tensor (2, parts, N, C)."""
     others = grid.channels, grid.positions, grid.part, order, *grid.options
-    return Launch(kernels._moments, grid.columns, others)
+    return Launch(reductions._moments, grid.columns, others)
 
 
 @lru_cache(maxsize=4096)
@@ -147,7 +168,7 @@ def prepare_apply(
     shortcut's a.
     """
     row = grid.channels if planes else 0
-    flags = has_b, has_mu, shortcut, ACTIVATIONS[activation], bits
+    flags = has_b, has_mu, shortcut, ACTIVATIONS[activation], bits, grid.steps
     return Launch(kernels._apply, grid.tiles, (*places, grid.channels, grid.positions, row, *flags, *grid.options))
 
 
@@ -162,8 +183,8 @@ def prepare_reduce(
     """
     row = grid.channels if planes else 0
     flags = has_b, has_mu, normed, ACTIVATIONS[activation], second_dy, bits, bits or second_dy
-    others = *places, grid.channels, grid.positions, grid.part, row, *flags, *grid.options
-    return Launch(kernels._reduce, grid.columns, others)
+    others = *places, grid.channels, grid.positions, grid.part, row, *flags, *grid.reduce_options
+    return Launch(reductions._reduce, grid.columns, others)
 
 
 @lru_cache(maxsize=4096)
@@ -176,7 +197,7 @@ def prepare_grads(
     ``norm_planes``: m and dv are (N, C). ``places`` are those of a and b.
     """
     rows = grid.channels if planes else 0, grid.channels if norm_planes else 0
-    flags = has_b, has_mu, has_dm, has_dv, ACTIVATIONS[activation]
+    flags = has_b, has_mu, has_dm, has_dv, ACTIVATIONS[activation], grid.steps
     others = *places, grid.channels, grid.positions, *rows, *flags, *grid.options
     return Launch(kernels._grads, grid.tiles, others)
 
@@ -242,12 +263,13 @@ def unpack_bits(bits: Tensor, z: Tensor) -> Tensor:
     if grid.last:
         live = eight.flatten(2)[..., : grid.channels].transpose(1, 2)  # N C P
     else:
-        live = eight.transpose(2, 3).flatten(1, 2)[:, : grid.channels]
+        live = eight.flatten(1)[:, : grid.channels * grid.positions]
     return live.reshape(z.shape).bool()
 
 
 def shape_bits(z: Tensor) -> tuple[int, ...]:
     """Return the shape of ``z``'s sign bits. Sizes may be symbols, as in compilers, for which there is no grid."""
-    positions, width = z.shape[2:].numel(), (z.shape[1] + 7) // 8
-    last = is_channels_last(z.shape[1], positions, z.stride())
-    return (z.shape[0], positions, width) if last else (z.shape[0], width, positions)
+    n, channels, positions = *z.shape[:2], z.shape[2:].numel()
+    if is_channels_last(channels, positions, z.stride()):
+        return n, positions, (channels + 7) // 8
+    return n, (channels * positions + 7) // 8

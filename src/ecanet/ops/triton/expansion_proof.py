@@ -1,0 +1,89 @@
+"""The cases of `expansion` that `ops.proof` checks on a device before networks use the kernel there."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ecanet.ops.reference import Activation
+from ecanet.ops.triton import expansion
+from ecanet.ops.triton.expansion import INTERPRETED
+from ecanet.testing import bound_sums, find_elementwise_excess
+
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Case(NamedTuple):
+    """Which operands the equation has, and the activation."""
+
+    biased: bool
+    gated: bool
+    added: bool
+    activation: Activation
+
+
+USUAL = (Case(True, True, True, "relu"), Case(True, False, True, "relu"))
+
+TRIED = {
+    (3, 19, 37, 5, 3): (*USUAL, Case(True, True, False, "relu6"), Case(False, False, True, None)),
+    (2, 64, 208, 14, 14): USUAL,
+    (3, 128, 96, 7, 7): USUAL[:1],
+    (3, 144, 208, 93, 61): USUAL,
+}
+"""Cases by (N, K, C, H, W): sizes that are no multiples of a tile; then channels as in networks, with both tiles."""
+
+
+def find_discrepancy(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return how the kernel is wrong on ``device``, None if it is not."""
+    for shape, cases in TRIED.items():
+        for case in cases:
+            given = make_inputs(shape, case, device, dtype)
+            y = expansion.run_expansion(*given, case.activation)
+            expected, allowed = compute_exactly(*given, case.activation)
+            excess = find_elementwise_excess("y", y, expected, allowed)
+            if excess is not None:
+                return f"{excess} ({case}, {shape}, {dtype})"
+    return None
+
+
+def make_inputs(shape: tuple[int, ...], case: Case, device: torch.device, dtype: torch.dtype) -> Operands:
+    """Return random h, weight, bias, gate and shortcut, None for those that the case has not.
+
+    They come from a generator of their own, so that the global random state is unchanged.
+    """
+    n, inner, channels, *plane = shape
+    generator = torch.Generator(device="cpu").manual_seed(0)
+
+    def draw(*size: int, wide: bool = False) -> Tensor:
+        x = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
+        last = torch.channels_last if len(size) == 4 else torch.contiguous_format
+        return x.to(device, torch.float32 if wide else dtype).contiguous(memory_format=last)
+
+    h, weight, bias = draw(n, inner, *plane), draw(channels, inner), draw(channels)
+    gate, shortcut = draw(n, channels, wide=True).sigmoid(), draw(n, channels, *plane)
+    return (
+        h, weight, bias if case.biased else None, gate if case.gated else None, shortcut if case.added else None
+    )  # fmt: skip
+
+
+def compute_exactly(
+    h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, shortcut: Tensor | None, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    """Return the result in float64, and how far from it a result may be that is summed in float32 and rounded once.
+
+    Each of the K products, and bias, gate, shortcut and a spare one, may lose an eps of the absolute values summed.
+    """
+    x, w = h.movedim(1, -1).double(), weight.double()
+    y, terms = x @ w.t(), x.abs() @ w.abs().t()
+    if bias is not None:
+        y, terms = y + bias.double(), terms + bias.double().abs()
+    if gate is not None:
+        scale = gate.double()[:, None, None]
+        y, terms = y * scale, terms * scale.abs()
+    if shortcut is not None:
+        addend = shortcut.movedim(1, -1).double()
+        y, terms = y + addend, terms + addend.abs()
+    y = y if activation is None else y.clamp(0, 6 if activation == "relu6" else None)
+    truncates = INTERPRETED and h.dtype == torch.bfloat16  # the interpreter does not round to bfloat16, it truncates
+    allowed = bound_sums(y, terms, h.shape[1] + 4, h.dtype, truncates=truncates)
+    return y.movedim(-1, 1), allowed.movedim(-1, 1)
