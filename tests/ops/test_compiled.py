@@ -65,8 +65,8 @@ def test_compiled_kernels_give_eager_values_in_one_graph(shortcut, last, backend
             [node.target.__name__ for node in graphs[0].graph.nodes if "ecanet." in str(node.target)]
             for graphs in (recorder.fw_graphs, recorder.bw_graphs)
         )
-        assert forward.count("apply.default") == 3
-        assert backward.count("reduce.default") == 3
+        assert forward.count("apply_packed.default") == 3
+        assert backward.count("reduce_packed.default") == 3
         assert "grads.default" in backward
 
 
@@ -107,8 +107,8 @@ def test_each_tail_of_a_compiled_network_is_kept_for_training(attention):
             call(x).square().sum().backward()
     assert len(recorder.fw_graphs) == 1
     # six blocks, of which two have a norm in their shortcut
-    assert list_operators(recorder.fw_graphs) == {"moments": 8, "apply": 6}
-    assert list_operators(recorder.bw_graphs) == {"reduce": 6, "grads": 8}
+    assert list_operators(recorder.fw_graphs) == {"moments": 8, "apply_packed": 6}
+    assert list_operators(recorder.bw_graphs) == {"reduce_packed": 6, "grads": 8}
     with_second = [n for n in recorder.bw_graphs[0].graph.nodes if "ecanet.reduce" in str(n.target) and n.args[1]]
     assert len(with_second) == 3  # the first block of each stage feeds another one
     for (name, a), b in zip(copied.named_parameters(), network.parameters(), strict=True):
@@ -138,7 +138,7 @@ def test_a_compiler_asks_for_the_proof_of_the_operators(right, monkeypatch):
     monkeypatch.setattr(proof, "is_proven", lambda *key: asked.append(key) or right)
     compiled, recorder = compile_network(ecanet.create_model("resnet8", num_classes=3))
     compiled(torch.randn(2, 3, 8, 8)).sum().backward()
-    assert list_operators(recorder.fw_graphs)["apply"] == (3 if right else 0)
+    assert list_operators(recorder.fw_graphs)["apply_packed"] == (3 if right else 0)
     assert set(asked) == {(torch.device("cpu"), torch.float32, "operators")}
 
 
@@ -151,4 +151,4 @@ def test_the_proof_of_the_operators_runs_while_a_compiler_traces(monkeypatch):
     compiled, recorder = compile_network(ecanet.create_model("resnet8", num_classes=3))
     compiled(torch.randn(2, 3, 8, 8)).sum().backward()
     assert proof._passed == {("operators", torch.device("cpu"), torch.float32): True}
-    assert list_operators(recorder.fw_graphs)["apply"] == 3
+    assert list_operators(recorder.fw_graphs)["apply_packed"] == 3

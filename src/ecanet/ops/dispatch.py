@@ -98,10 +98,13 @@ def compiles_to_kernels(x: Tensor) -> bool:
     return x.dtype in proof.DTYPES and runs_on_gpu(x) and _are_operators_proven(x.device, x.dtype)
 
 
-@torch.compiler.assume_constant_result  # pyright: ignore[reportUnknownMemberType]
 def _are_operators_proven(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the kernels passed their proof. The compiler calls this while it traces, and keeps the answer."""
     return proof.is_proven(device, dtype, "operators")
+
+
+# What `torch.compiler.assume_constant_result` sets. Called here, it would import the compiler along with this library.
+_are_operators_proven._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def runs_on_gpu(x: Tensor) -> bool:
