@@ -1,5 +1,6 @@
 """Training reads shards as it reads a folder; an epoch reads few of them at a time."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ecanet import data
+from ecanet import data, recipes
 from ecanet.data import Draw, read_shards
 from ecanet.data.samplers import EpochSampler
 from ecanet.data.shards import mix_shards
@@ -88,6 +89,16 @@ def test_an_epoch_takes_the_order_of_the_set(sets):
         sampler.set_epoch(epoch)
         expected = module.train.get_order(data.derive_seed(4, epoch)).tolist()
         assert [draw.image for draw in sampler] == expected[: len(sampler)]
+
+
+def test_a_small_set_is_fine_tuned(sets, tmp_path):
+    assert recipes.find(f"shards:{sets / 'packed'}").name == "finetune"
+    assert recipes.find(f"shards:{sets / 'packed'}", scratch=True).name == "imagenet"
+    index = json.loads((sets / "packed" / "index.json").read_text())
+    index["train"][0]["images"] = 20_000
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    for address in (tmp_path, "s3://bucket/set", tmp_path / "nowhere"):
+        assert recipes.find(f"shards:{address}").name == "imagenet"
 
 
 def test_images_have_names(sets):

@@ -6,6 +6,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from ecanet.errors import ConfigError
 from ecanet.recipes.checks import suggestion
@@ -17,6 +18,7 @@ from ecanet.recipes.config import (
     Recipe,
     ScheduleConfig,
 )
+from ecanet.recipes.json_files import read_json
 
 __all__ = ["RECIPES", "find"]
 
@@ -141,10 +143,11 @@ def imagenet_a3() -> Recipe:
 def finetune() -> Recipe:
     """Return the recipe for your own photographs: a pretrained network with lossless gates, trained gently.
 
-    It is chosen for ``folder:PATH`` with fewer than 20,000 images; ``--weights none`` trains from scratch instead. The
-    network begins with its library's ImageNet weights and gates that change nothing; the new head begins at zero.
-    AdamW at a low rate with a warm-up of 20 steps, gates at ten times the rate, label smoothing 0.1, at least 60
-    steps whatever the size of the set. The epoch with the best held-out accuracy is kept in best.ckpt.
+    It is chosen for ``folder:PATH`` and ``shards:PATH`` with fewer than 20,000 images; ``--weights none`` trains
+    from scratch instead. The network begins with its library's ImageNet weights and gates that change nothing; the
+    new head begins at zero. AdamW at a low rate with a warm-up of 20 steps, gates at ten times the rate, label
+    smoothing 0.1, at least 60 steps whatever the size of the set. The epoch with the best held-out accuracy is kept
+    in best.ckpt.
     """
     return Recipe(
         name="finetune",
@@ -247,8 +250,8 @@ SMALL_FOLDER = 20_000
 def find(name: str, *, scratch: bool = False) -> Recipe:
     """Return the recipe ``name``, or the recipe for the data set ``name``.
 
-    For ``folder:PATH`` it is `finetune` if the folder has fewer than 20,000 files, unless ``scratch`` asks for training
-    from scratch, which is `imagenet`. That one is for ``shards:ADDRESS``, too.
+    For ``folder:PATH`` and ``shards:PATH`` it is `finetune` if there are fewer than 20,000 images, unless ``scratch``
+    asks for training from scratch, which is `imagenet`.
 
     >>> find("fashion-mnist") == find("fashion")
     True
@@ -266,7 +269,8 @@ def find(name: str, *, scratch: bool = False) -> Recipe:
     kind, colon, _ = name.partition(":")
     if colon and kind in RECIPE_FOR_KIND:
         recipe = RECIPE_FOR_KIND[kind]()
-        if kind == "folder" and not scratch and _is_small(Path(name.partition(":")[2]).expanduser()):
+        is_small = {"folder": _is_small, "shards": _is_small_set}.get(kind)
+        if is_small is not None and not scratch and is_small(Path(name.partition(":")[2]).expanduser()):
             recipe = finetune()
         return recipe.but(data=recipe.data.but(name=name))
     names = [*RECIPES, *RECIPE_FOR_DATA, "folder:PATH", "shards:PATH", "coco:PATH"]
@@ -281,3 +285,12 @@ def _is_small(folder: Path) -> bool:
         if count >= SMALL_FOLDER:
             return False
     return folder.is_dir()
+
+
+def _is_small_set(folder: Path) -> bool:
+    """Return whether ``folder`` holds a set of shards with fewer than `SMALL_FOLDER` images, by its index."""
+    try:
+        values = cast(dict[str, list[dict[str, int]]], read_json(folder / "index.json"))
+        return sum(file["images"] for part in ("train", "held_out") for file in values[part]) < SMALL_FOLDER
+    except (OSError, ValueError, KeyError, TypeError):  # it is elsewhere, large, or broken, which is said later
+        return False
