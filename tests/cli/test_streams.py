@@ -32,7 +32,7 @@ def test_other_exceptions_of_the_imports_keep_their_traceback(tmp_path):
     assert "ZeroDivisionError" in err
 
 
-@pytest.mark.parametrize("line", ["models resnet8 --json", "models resnet8"])
+@pytest.mark.parametrize("line", ["models resnet8 --json", pytest.param("models resnet8", marks=pytest.mark.slow)])
 def test_a_closed_output_is_said(line):
     reader, writer = os.pipe()
     os.close(reader)

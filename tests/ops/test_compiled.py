@@ -43,9 +43,22 @@ def step(block, call, x, dy):
     return [y.detach(), *torch.autograd.grad(y, [x, *parameters], dy), *block.buffers()]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("shortcut", ["plain", "normed", None])
+BLOCKS = [
+    # Inductor compiles C++ for seconds: one block stands for all in the default tests.
+    pytest.param(
+        shortcut,
+        last,
+        backend,
+        id=f"{shortcut}-{'channels_last' if last else 'contiguous'}-{backend}",
+        marks=[pytest.mark.slow] * (backend == "inductor" and (last or shortcut != "plain")),
+    )
+    for shortcut in ("plain", "normed", None)
+    for last in (False, True)
+    for backend in ("aot_eager", "inductor")
+]
+
+
+@pytest.mark.parametrize(("shortcut", "last", "backend"), BLOCKS)
 def test_compiled_kernels_give_eager_values_in_one_graph(shortcut, last, backend):
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("inductor needs a C++ compiler")

@@ -111,6 +111,7 @@ def test_the_rehearsal_times_every_kernel(rehearsal, record):
     assert (rehearsal.parent / "out.trace.json.gz").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_libraries_that_are_missing_are_named_and_left_out(tmp_path):
     for name in ("timm", "torchvision"):
         (tmp_path / f"{name}.py").write_text("raise ImportError")
