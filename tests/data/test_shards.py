@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ecanet import data, recipes
-from ecanet.data import Draw, read_shards
+from ecanet.data import Draw, ShardDataset, ShardSet, read_shards
 from ecanet.data.samplers import EpochSampler
 from ecanet.data.shards import mix_shards
 from ecanet.errors import DataError
@@ -103,7 +103,7 @@ def test_a_small_set_is_fine_tuned(sets, tmp_path):
 
 def test_images_have_names(sets):
     module = data.build(config(sets, "shards"))
-    first = sets / "packed" / module.train.files[0].name
+    first = sets / "packed" / module.train.shards.files[0].name
     assert module.name_images([Draw(0, 1)]) == [f"{first}, byte {int(module.train.records['offset'][0]):,}"]
 
 
@@ -126,8 +126,12 @@ def test_a_shard_that_is_damaged_later_is_named(sets, tmp_path):
     with pytest.raises(DataError, match=rf"{name}, byte [\d,]+: cannot be read as an image"):
         run(recipe(tmp_path, "shards"), folder=tmp_path / "run", quiet=True)
     (tmp_path / "packed" / name).unlink()
-    with pytest.raises(DataError, match=rf"No such file or directory: '.*{name}'"):
+    with pytest.raises(DataError, match=rf"{name}: cannot be read \(No such file or directory\)"):
         run(recipe(tmp_path, "shards"), folder=tmp_path / "run2", quiet=True)
+    assert not (tmp_path / "run2").exists(), "it was seen before the run began"
+    (tmp_path / "packed" / name).write_bytes(content + bytes(512))
+    with pytest.raises(DataError, match=rf"{name}: [\d,]+ bytes instead of [\d,]+"):
+        data.build(config(tmp_path, "shards"))
 
 
 # remote sets
@@ -154,7 +158,7 @@ def test_a_remote_set_is_copied_shard_by_shard(sets, remote, tmp_path):
     assert len(list(copies.rglob("*.tar"))) == 1
     for at in range(len(near.train)):
         assert torch.equal(near.train[Draw(at, 2)][0], far.train[Draw(at, 2)][0])
-    assert len(list(copies.rglob("*.tar"))) <= len(near.train.files)
+    assert len(list(copies.rglob("*.tar"))) <= len(near.train.shards.files)
 
 
 def test_a_copy_that_is_not_what_was_packed_is_not_kept(sets, remote, tmp_path):
@@ -172,6 +176,42 @@ def test_a_copy_that_is_not_what_was_packed_is_not_kept(sets, remote, tmp_path):
         read_shards("memory://bucket/other")
     with pytest.raises(DataError, match=r"cannot be read"):
         read_shards("nosuch://bucket/other")
+
+
+def test_a_copy_that_another_process_deletes_is_made_again(remote, monkeypatch):
+    shards = read_shards(remote)
+    path = shards.get_path(shards.files[0])
+    found, get_path = [], ShardSet.get_path
+
+    def delete_after(self, file):
+        found.append(get_path(self, file))
+        if len(found) == 1:
+            path.unlink()
+        return found[-1]
+
+    monkeypatch.setattr(ShardSet, "get_path", delete_after)
+    dataset = ShardDataset(shards, "train", 3, lambda image: image)
+    image, _, _ = dataset[Draw(0, 0)]
+    assert image.shape[0] == 3
+    assert len(found) == 2
+
+
+def test_a_connection_that_breaks_is_one_line(remote, monkeypatch, tmp_path):
+    class Broken:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def read(self, _):
+            raise RuntimeError("lost")
+
+    shards = read_shards(remote)
+    monkeypatch.setattr("ecanet.data.shard_files.open_remote", lambda address: Broken())
+    with pytest.raises(DataError, match=r"train-000000.tar: cannot be copied to .* \(lost\)$"):
+        shards.get_path(shards.files[0])
+    assert not list((tmp_path / "cache").rglob("*.part"))
 
 
 def test_the_oldest_copies_make_room(remote, tmp_path, monkeypatch):

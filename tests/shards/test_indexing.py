@@ -63,6 +63,13 @@ def test_tar_files_of_others_are_indexed(foreign):
     check(str(foreign), images=True, quiet=True)
 
 
+def test_an_index_is_not_replaced(foreign):
+    index(foreign, class_names=["owl", "cat"], quiet=True)
+    with pytest.raises(ConfigError, match=r"index.json: there is an index already; to make another one, delete it"):
+        index(foreign, quiet=True)
+    assert read_shards(str(foreign)).class_names == ("owl", "cat")
+
+
 def test_labels_are_their_own_names_where_there_are_none(foreign):
     index(foreign, quiet=True)
     assert read_shards(str(foreign)).class_names == ("0", "1")
@@ -76,6 +83,10 @@ def test_labels_are_their_own_names_where_there_are_none(foreign):
         ([("x.jpg", b"1"), ("x.cls", b"-1")], r"cannot be read as a shard"),
         ([("x.jpg", b"1"), ("x.cls", b"1" * 4000)], r"the label x\.cls has 4,000 bytes"),
         ([("x.jpg", b""), ("x.cls", b"1")], r"x\.jpg is empty"),
+        ([("x.jpg", b"1"), ("x.png", b"1"), ("x.cls", b"1")], r"x has two images"),
+        ([("x.jpg", b"1"), ("x.cls", b"1"), ("x.png", b"1")], r"x has two images"),
+        ([("x.jpg", b"1"), ("x.cls", b"1"), ("x.cls", b"0")], r"x has two labels"),
+        ([("x.jxl", b"1"), ("x.cls", b"1")], r"x has a label and no image that can be read"),
     ],
 )
 def test_a_shard_that_does_not_fit_is_named(foreign, members, message):
@@ -92,7 +103,11 @@ def test_other_files_and_names_are_refused(foreign):
     (foreign / NAMES[1]).rename(foreign / "part-1.tar")
     with pytest.raises(DataError, match=r"part-1.tar: its name says 0 of train, val and test; rename it"):
         index(foreign, quiet=True)
-    (foreign / "part-1.tar").unlink()
+    (foreign / "part-1.tar").rename(foreign / "train 1.tar")
+    write_tar(foreign / "train 1.tar", [("x.jpg", b"1"), ("x.cls", b"0")])
+    with pytest.raises(DataError, match=r"train 1.tar: a shard's name has letters, digits, .* alone; rename it"):
+        index(foreign, quiet=True)
+    (foreign / "train 1.tar").unlink()
     with pytest.raises(ConfigError, match=r"1 class names for labels up to 1; give one for each label"):
         index(foreign, class_names=["one"], quiet=True)
     (foreign / NAMES[2]).unlink()

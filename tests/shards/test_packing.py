@@ -162,12 +162,39 @@ def test_a_whole_set_is_left_alone_and_another_one_refused(photos, tmp_path):
 
 def test_an_unreadable_image_stops_the_packing_or_is_left_out_and_named(photos, tmp_path):
     (photos / "dog" / "1.jpg").write_bytes((photos / "dog" / "1.jpg").read_bytes()[:200])
-    with pytest.raises(DataError, match=r"dog/1.jpg: cannot be read as an image"):
+    with pytest.raises(DataError, match=r"dog/1.jpg: cannot be read as an image .*--on-corrupt skip"):
         pack_quietly(photos, tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".*.part"))
     said = pack_quietly(photos, tmp_path / "out", on_corrupt="skip")
     assert sum(line.startswith("skipped: ") and "dog/1.jpg" in line for line in said) == 1
     assert sum(file.images for file in read_shards(str(tmp_path / "out")).files) == 35
     check(str(tmp_path / "out"), images=True, quiet=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"digest": 1, "made": 3}'])
+def test_a_damaged_plan_is_one_line(photos, tmp_path, content):
+    (tmp_path / "out" / ".packing").mkdir(parents=True)
+    (tmp_path / "out" / ".packing" / "plan.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"plan.json: damaged; delete .*out and pack again$"):
+        pack_quietly(photos, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"file": {}}', b'{"file": 1, "records": [[1]]}'])
+def test_a_damaged_note_of_a_shard_packs_it_again(photos, tmp_path, monkeypatch, content):
+    pack_quietly(photos, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(packing_module, "_finish", lambda plan, out, written: [])
+        pack_quietly(photos, tmp_path / "out")
+    (tmp_path / "out" / ".packing" / "train-000001.tar.json").write_bytes(content)
+    pack_quietly(photos, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(photos, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=rf"^{out}: shards cannot be written there \(.*\)$"):
+            pack_quietly(photos, out)
 
 
 def damage(path: Path, kind: str) -> None:

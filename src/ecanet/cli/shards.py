@@ -14,8 +14,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Address = Annotated[str, typer.Argument(help="Folder, or an address such as s3://bucket/set.", show_default=False)]
-
 
 @app.command()
 def pack(
@@ -64,7 +62,7 @@ def index(
 
 @app.command()
 def check(
-    address: Address,
+    address: Annotated[str, typer.Argument(help="Folder, or an address such as s3://bucket/set.", show_default=False)],
     images: Annotated[bool, typer.Option("--images", help="Decode every image, too.")] = False,
 ) -> None:
     """Read a set from end to end: checksums, images and labels."""

@@ -21,6 +21,7 @@ from ecanet.data.randomness import Draw, derive_seed, use_sample_stream
 from ecanet.data.shard_files import (
     FORMAT,
     INDEX,
+    LARGEST_INDEX,
     PARTS,
     RECORD,
     RECORDS,
@@ -38,6 +39,7 @@ __all__ = [
     "FORMAT",
     "IMAGE_SUFFIXES",
     "INDEX",
+    "LARGEST_INDEX",
     "PARTS",
     "RECORD",
     "RECORDS",

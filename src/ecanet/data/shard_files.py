@@ -7,12 +7,13 @@ A set is a folder, here or at an address that fsspec can read (``s3://…``):
 - ``index.json``: class names, and the length and SHA-256 of each file
 """
 
+import functools
 import hashlib
 import importlib
-import json
+import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -22,10 +23,12 @@ from numpy.typing import NDArray
 
 from ecanet.errors import DataError, summarize
 from ecanet.models import get_cache_folder
+from ecanet.recipes import parse_json
 
 __all__ = [
     "FORMAT",
     "INDEX",
+    "LARGEST_INDEX",
     "PARTS",
     "RECORD",
     "RECORDS",
@@ -71,7 +74,7 @@ class ShardFile:
             raise ValueError(f"{self.name}: images and bytes are not counts")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardSet:
     """A set of shards at ``address``; ``records`` are those of `files`, of the training images first."""
 
@@ -80,7 +83,7 @@ class ShardSet:
     parts: Mapping[str, tuple[ShardFile, ...]]
     records: NDArray[np.void]
 
-    @property
+    @functools.cached_property
     def files(self) -> tuple[ShardFile, ...]:
         """Return the shards of both parts, in the order in which records number them."""
         return tuple(file for part in PARTS for file in self.parts[part])
@@ -89,6 +92,33 @@ class ShardSet:
         """Return the records of the images of ``part``, "train" or "held_out"."""
         first = sum(file.images for file in self.parts["train"])
         return self.records[:first] if part == "train" else self.records[first:]
+
+    def read(self, record: np.void) -> bytes:
+        """Return the content of the image with this ``record``.
+
+        Raises:
+            DataError: as for `get_path`.
+            OSError: the shard cannot be read.
+        """
+        file = self.files[int(record["shard"])]
+        try:
+            return read_part(self.get_path(file), record)
+        except FileNotFoundError:  # another process has just made room by deleting this copy
+            return read_part(self.get_path(file), record)
+
+    def check_lengths(self, part: str) -> None:
+        """Check that the shards of ``part`` on this machine have the lengths of the index, before any is read.
+
+        Raises:
+            DataError: a shard is missing, was cut, or is another one.
+        """
+        for file in () if is_remote(self.address) else self.parts[part]:
+            path = self.get_path(file)
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror}); copy or pack the set again") from None
+            check_length(str(path), file, size)
 
     def get_path(self, file: ShardFile) -> Path:
         """Return where ``file`` lies on this machine; one that lies elsewhere is copied into the cache first.
@@ -99,6 +129,13 @@ class ShardSet:
             DataError: it cannot be read there, or its content is not that of the index.
         """
         return get_local_path(self.address, file)
+
+
+def read_part(path: Path, record: np.void) -> bytes:
+    """Return the bytes of the shard at ``path`` that ``record`` names."""
+    with path.open("rb") as shard:
+        shard.seek(int(record["offset"]))
+        return shard.read(int(record["bytes"]))
 
 
 def is_remote(address: str) -> bool:
@@ -119,7 +156,8 @@ def get_local_path(address: str, file: ShardFile) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f".{file.name}.lock"):  # the workers of all processes ask for the same shards
         if not path.exists():
-            make_room(folder.parent, file.bytes)
+            with FileLock(folder.parent / ".room.lock"):
+                make_room(folder.parent, file.bytes)
             copy_here(f"{address}/{file.name}", path, file)
     return path
 
@@ -146,9 +184,13 @@ def copy_here(address: str, path: Path, file: ShardFile) -> None:
                 size += len(chunk)
                 if size > file.bytes:
                     break
+            target.flush()
+            os.fsync(target.fileno())  # later runs take what has the name for whole
         check_content(address, file, size, digest.hexdigest())
         part.replace(path)
-    except OSError as error:
+    except DataError:
+        raise
+    except Exception as error:  # as in `open_remote`
         raise DataError(f"{address}: cannot be copied to {path.parent} ({summarize(error)})") from None
     finally:
         part.unlink(missing_ok=True)
@@ -170,10 +212,15 @@ def open_remote(address: str) -> BinaryIO:
 
 def check_content(where: str, file: ShardFile, size: int, sha256: str) -> None:
     """Raise DataError if a file's length or digest is not the index's."""
-    if size != file.bytes:
-        raise DataError(f"{where}: {size:,} bytes instead of {file.bytes:,}; copy or pack the set again")
+    check_length(where, file, size)
     if sha256 != file.sha256:
         raise DataError(f"{where}: its content is not what was packed (another SHA-256); copy or pack the set again")
+
+
+def check_length(where: str, file: ShardFile, size: int) -> None:
+    """Raise DataError if a file's length is not the index's."""
+    if size != file.bytes:
+        raise DataError(f"{where}: {size:,} bytes instead of {file.bytes:,}; copy or pack the set again")
 
 
 def hash_file(path: Path) -> tuple[int, str]:
@@ -193,7 +240,7 @@ def read_shards(address: str) -> ShardSet:
     where = f"{address}/{INDEX}"
     content = read_start(address, INDEX, LARGEST_INDEX)
     try:
-        values = cast(dict[str, Any], json.loads(content))
+        values = cast(dict[str, Any], parse_json(content))
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']!r}, expected {FORMAT!r}")
         names = cast("list[str]", values["classes"])
@@ -201,7 +248,7 @@ def read_shards(address: str) -> ShardSet:
             raise ValueError("the class names are not two strings or more")
         parts = {part: tuple(ShardFile(**file) for file in values[part]) for part in PARTS}
         records = ShardFile(**values["records"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{where}: not an index of shards ({summarize(error)}); pack the set again") from None
     files = [file for part in PARTS for file in parts[part]]
     images = sum(file.images for file in files)
@@ -223,6 +270,8 @@ def read_start(address: str, name: str, limit: int) -> bytes:
     try:
         with open_remote(f"{address}/{name}") if is_remote(address) else (Path(address) / name).open("rb") as file:
             content = file.read(limit + 1)
+    except DataError:
+        raise
     except OSError as error:
         how = "ecanet shards pack makes one of a folder, ecanet shards index of tar files that are there"
         raise DataError(f"{address}: no set of shards ({name}: {error.strerror}); {how}") from None
@@ -233,20 +282,13 @@ def read_start(address: str, name: str, limit: int) -> bytes:
 
 def check_records(where: str, records: NDArray[np.void], files: Sequence[ShardFile], classes: int) -> None:
     """Raise DataError if an image lies outside its shard, in another one than counted, or has an unknown class."""
-    counts = [file.images for file in files]
-    sizes = np.array([file.bytes for file in files], dtype=np.uint64)
-    for start, part in split_evenly(records):
-        expected = np.repeat(np.arange(len(files)), counts)[start : start + len(part)]
-        right = part["shard"] == expected
-        right &= (part["label"] < classes) & (part["bytes"] > 0)
+    start = 0
+    for number, file in enumerate(files):
+        part = records[start : start + file.images]
         ends = part["offset"] + part["bytes"]
-        right &= (ends <= sizes[expected]) & (ends > part["offset"])
+        right = (part["shard"] == number) & (part["label"] < classes)
+        right &= (ends <= file.bytes) & (ends > part["offset"])  # a sum beyond 2^64 would begin at 0 again
         if not right.all():
             at = start + int(np.argmin(right))
             raise DataError(f"{where}: the record of image {at:,} does not fit its shard; pack the set again")
-
-
-def split_evenly(records: NDArray[np.void]) -> Iterator[tuple[int, NDArray[np.void]]]:
-    """Yield ``records`` in pieces, each with the number of its first one: a set may have a billion of them."""
-    for start in range(0, len(records), CHUNK):
-        yield start, records[start : start + CHUNK]
+        start += file.images

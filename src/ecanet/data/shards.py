@@ -30,11 +30,15 @@ class ShardDataset(Dataset[tuple[Tensor, int, Draw] | Unreadable]):
     """The images of one part of a set, "train" or "held_out", each with its label and the sampler's draw.
 
     Images are uint8 tensors (C, H, W) after ``transform``, whose random numbers depend on ``seed`` and the draw alone.
+
+    Raises:
+        DataError: a shard on this machine does not have the length that the index says.
     """
 
     def __init__(self, shards: ShardSet, part: str, channels: int, transform: Transform, *, seed: int = 0):
         self.shards, self.channels, self.transform, self.seed = shards, channels, transform, seed
-        self.files, self.records = shards.files, shards.get_records(part)
+        shards.check_lengths(part)
+        self.records = shards.get_records(part)
         self.sizes = [file.images for file in shards.parts[part]]
 
     def __len__(self) -> int:
@@ -51,17 +55,13 @@ class ShardDataset(Dataset[tuple[Tensor, int, Draw] | Unreadable]):
     def name_image(self, index: int) -> str:
         """Return the shard of an image, and where it begins there."""
         record = self.records[index]
-        file = self.files[int(record["shard"])]
+        file = self.shards.files[int(record["shard"])]
         return f"{self.shards.address}/{file.name}, byte {int(record['offset']):,}"
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, Draw] | Unreadable:
         record = self.records[draw.image]
         try:
-            path = self.shards.get_path(self.files[int(record["shard"])])
-            with path.open("rb") as shard:
-                shard.seek(int(record["offset"]))
-                content = shard.read(int(record["bytes"]))
-            image = decode_image(content, self.name_image(draw.image), self.channels)
+            image = decode_image(self.shards.read(record), self.name_image(draw.image), self.channels)
         except (DataError, OSError) as error:
             return Unreadable(str(error))
         with use_sample_stream(self.seed, draw.epoch, draw.image, draw.repeat):

@@ -8,7 +8,7 @@ from rich.progress import track
 
 from ecanet.data import Draw, ShardDataset, ShardFile, ShardSet, Unreadable, check_content, hash_file, read_shards
 from ecanet.errors import DataError
-from ecanet.shards.indexing import scan
+from ecanet.shards.indexing import read_records
 
 __all__ = ["check"]
 
@@ -46,7 +46,7 @@ def find_problems(shards: ShardSet, file: ShardFile, start: int) -> Iterator[str
     try:
         path = shards.get_path(file)
         check_content(str(path), file, *hash_file(path))
-        _, found = scan(path)
+        found = read_records(path)
     except OSError as error:
         yield f"{file.name}: {error.strerror}"
         return

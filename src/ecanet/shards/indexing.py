@@ -3,7 +3,6 @@
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,7 @@ from ecanet.data import IMAGE_SUFFIXES, INDEX, PARTS, RECORD, ShardFile, hash_fi
 from ecanet.errors import ConfigError, DataError, summarize
 from ecanet.shards.writing import write_index
 
-__all__ = ["index", "scan"]
+__all__ = ["index", "read_records"]
 
 PART_NAMES = {"train": ("train",), "held_out": ("val", "test")}
 """A shard belongs to the part whose word its name holds: ``imagenet1k-validation-03.tar`` is held out."""
@@ -36,10 +35,12 @@ def index(folder: str | Path, *, class_names: Sequence[str] | None = None, quiet
         quiet: show no progress.
 
     Raises:
-        ConfigError: there are fewer names than labels.
-        DataError: a part has no shards, or a tar file is broken or has an image without a label.
+        ConfigError: there are fewer names than labels, or there is an index already.
+        DataError: a part has no shards, a tar file is broken, or an image and a label there do not belong together.
     """
     folder = Path(folder)
+    if (folder / INDEX).exists():
+        raise ConfigError(f"{folder / INDEX}: there is an index already; to make another one, delete it first")
     names = sorted(path.name for path in folder.glob("*.tar")) if folder.is_dir() else []
     parts: dict[str, list[tuple[ShardFile, NDArray[np.void]]]] = {part: [] for part in PARTS}
     for name in track(names, "indexing", console=Console(stderr=True), transient=True, disable=quiet):
@@ -73,51 +74,68 @@ def find_part(folder: Path, name: str) -> str:
 
 
 def scan(path: Path) -> tuple[ShardFile, NDArray[np.void]]:
-    """Return the entry and the records of the shard at ``path``, by reading its headers and labels.
+    """Return the entry and the records of the shard at ``path``.
 
     Raises:
-        DataError: it is no tar file, or an image there has no label.
+        DataError: as for `read_records`, or the file's name has signs that an index cannot have.
+    """
+    records = read_records(path)
+    size, sha256 = hash_file(path)
+    try:
+        return ShardFile(name=path.name, images=len(records), bytes=size, sha256=sha256), records
+    except ValueError:
+        raise DataError(f"{path}: a shard's name has letters, digits, '.', '-' and '_' alone; rename it") from None
+
+
+def read_records(path: Path) -> NDArray[np.void]:
+    """Return the records of the shard at ``path``, by reading its headers and labels.
+
+    Raises:
+        DataError: it is no tar file, or an image and a label there do not belong together.
     """
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            rows = read_samples(path, archive, file)
-        size, sha256 = hash_file(path)
-        return (
-            ShardFile(name=path.name, images=len(rows), bytes=size, sha256=sha256),
-            np.array(rows, dtype=RECORD),
-        )
+        with tarfile.open(path, "r:") as archive:
+            return np.array(list_samples(archive), dtype=RECORD)
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a shard ({summarize(error)})") from None
 
 
-def read_samples(path: Path, archive: tarfile.TarFile, file: BinaryIO) -> list[tuple[int, int, int, int]]:
-    """Return (0, label, offset, bytes) of each sample in ``archive``; ``file`` is the same file, to read labels from.
+def list_samples(archive: tarfile.TarFile) -> list[tuple[int, int, int, int]]:
+    """Return (0, label, offset, bytes) of each sample in ``archive``.
 
     Raises:
-        DataError: an image has no label.
+        ValueError: an image has no label, a label no image, or a key two of them.
     """
     rows: list[tuple[int, int, int, int]] = []
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
+    done: set[str] = set()
     for member in archive:
         folder, slash, name = member.name.rpartition("/")
         key, _, suffix = name.partition(".")
         key = f"{folder}{slash}{key}"
-        if not member.isfile():
+        if not member.isfile() or member.sparse is not None:  # a sparse file does not lie in one piece
             continue
         if f".{suffix.lower()}" in IMAGE_SUFFIXES:
             if not member.size:
                 raise ValueError(f"{member.name} is empty")
+            if key in images or key in done:
+                raise ValueError(f"{key} has two images")
             images[key] = (member.offset_data, member.size)
         elif suffix == "cls":
             if member.size > LONGEST_LABEL:
                 raise ValueError(f"the label {member.name} has {member.size:,} bytes")
+            if key in labels or key in done:
+                raise ValueError(f"{key} has two labels")
             content = archive.extractfile(member)
             labels[key] = int(content.read()) if content is not None else -1
             if not 0 <= labels[key] < MOST_CLASSES:
                 raise ValueError(f"the label {member.name} is {labels[key]}")
         if key in images and key in labels:
             rows.append((0, labels.pop(key), *images.pop(key)))
-    if images:
-        raise DataError(f"{path}: {next(iter(images))} has no label ({next(iter(images))}.cls)")
+            done.add(key)
+    for key in images:
+        raise ValueError(f"{key} has no label ({key}.cls)")
+    for key in labels:
+        raise ValueError(f"{key} has a label and no image that can be read ({', '.join(IMAGE_SUFFIXES)})")
     return rows

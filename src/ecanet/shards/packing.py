@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -10,14 +11,15 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from ecanet.data import INDEX, PARTS, RECORD, ShardFile
+from ecanet.data import INDEX, LARGEST_INDEX, PARTS, RECORD, ShardFile
 from ecanet.errors import ConfigError, DataError
+from ecanet.recipes import read_json
 from ecanet.report import describe_disk, write_file
 from ecanet.shards.plan import Plan, Settings, Source, make_plan
 from ecanet.shards.writing import Written, write_index, write_shard
@@ -64,8 +66,8 @@ def pack(
         quiet: show no progress.
 
     Raises:
-        ConfigError: a value does not fit, or ``out`` holds something else.
-        DataError: the folder is not one of photographs, an image cannot be read, or the disk is full.
+        ConfigError: a value does not fit, or ``out`` holds something else or cannot be written.
+        DataError: the folder is not one of photographs, or an image cannot be read.
     """
     if any(number is not None and number < 1 for number in (size, workers, shard_bytes)):
         raise ConfigError(f"size, workers and shard_bytes are positive, got {size}, {workers} and {shard_bytes}")
@@ -76,16 +78,17 @@ def pack(
     with _lock(out):
         if not _claim(out, plan):
             return [f"{out} is whole: {plan.count():,} images are packed already"]
-        try:
-            written = _write_shards(plan, out, workers or os.cpu_count() or 1, skip=on_corrupt == "skip", quiet=quiet)
-            return [*plan.notices, *_finish(plan, out, written)]
-        except OSError as error:
-            raise DataError(f"{out}: cannot be written ({error.strerror}); {describe_disk(out)}") from None
+        written = _write_shards(plan, out, workers or os.cpu_count() or 1, skip=on_corrupt == "skip", quiet=quiet)
+        return [*plan.notices, *_finish(plan, out, written)]
 
 
 @contextmanager
 def _lock(out: Path) -> Generator[None]:
-    """Keep other calls out of ``out``: two at once would write the same files."""
+    """Keep other calls out of ``out``: two at once would write the same files.
+
+    Raises:
+        ConfigError: another call has it, or it cannot be written.
+    """
     from filelock import FileLock, Timeout
 
     try:
@@ -94,8 +97,9 @@ def _lock(out: Path) -> Generator[None]:
             yield
     except Timeout:
         raise ConfigError(f"{out}: another process packs there; wait for it, or stop it first") from None
-    except FileExistsError:
-        raise ConfigError(f"{out} is a file; name a folder for the shards") from None
+    except OSError as error:
+        room = f"; {describe_disk(out)}" if out.is_dir() else ""
+        raise ConfigError(f"{out}: shards cannot be written there ({error.strerror}){room}") from None
 
 
 def _claim(out: Path, plan: Plan) -> bool:
@@ -107,12 +111,16 @@ def _claim(out: Path, plan: Plan) -> bool:
     done = out / INDEX
     owner = done if done.exists() else out / STATE / PLAN
     if owner.exists():
-        values = cast(dict[str, object], json.loads(owner.read_text()))
-        made = cast(dict[str, object], values.get("made", values))
-        if made.get("digest") != plan.digest:
+        try:
+            values = cast(dict[str, dict[str, object]], read_json(owner, largest=LARGEST_INDEX))
+            made = values.get("made", values)
+            same, settings = made.get("digest") == plan.digest, json.dumps(made.get("settings"))
+        except (ValueError, AttributeError):
+            raise ConfigError(f"{owner}: damaged; delete {out} and pack again") from None
+        if not same:
             raise ConfigError(
-                f"{out} holds another set: other photographs, or other settings ({json.dumps(made.get('settings'))}); "
-                "choose another folder, or delete it"
+                f"{out} holds another set: other photographs, or other settings ({settings}); choose another folder, "
+                "or delete it"
             )
         return not done.exists()
     if foreign := sorted(path.name for path in out.iterdir() if path.name not in (".lock", STATE)):
@@ -146,7 +154,10 @@ def _run(
         for name, sources in missing.items():
             yield name, write_shard(out / name, sources, size, skip=skip)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    # Ctrl-C reaches all processes; this one alone answers it, and the others finish their shard.
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    ) as pool:
         running = {pool.submit(write_shard, out / name, s, size, skip=skip): name for name, s in missing.items()}
         try:
             for future in as_completed(running):
@@ -168,14 +179,13 @@ def _write_state(out: Path, done: Written) -> None:
 def _read_state(out: Path, name: str) -> Written | None:
     """Return what is known of the shard ``name``, or None if it is not there as it was written."""
     try:
-        values = json.loads((out / STATE / f"{name}.json").read_text())
+        values = cast(dict[str, Any], read_json(out / STATE / f"{name}.json", largest=LARGEST_INDEX))
+        records = np.array([tuple(record) for record in values["records"]], dtype=RECORD)
         file = ShardFile(**values["file"])
-        if (out / name).stat().st_size != file.bytes:
-            return None
-    except (OSError, ValueError):
+        done = Written(file=file, records=records, lines=values["lines"], skipped=values["skipped"])
+        return done if (out / name).stat().st_size == done.file.bytes else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    records = np.array([tuple(record) for record in values["records"]], dtype=RECORD)
-    return Written(file=file, records=records, lines=values["lines"], skipped=values["skipped"])
 
 
 def _finish(plan: Plan, out: Path, written: Mapping[str, Written]) -> list[str]:

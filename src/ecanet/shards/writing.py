@@ -45,24 +45,27 @@ def write_shard(path: Path, sources: Sequence[Source], size: int | None, *, skip
     lines: list[str] = []
     skipped: list[str] = []
     part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as target, tarfile.open(fileobj=target, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for source in sources:
-            try:
-                content, suffix = read_source(source, size)
-            except DataError as error:
-                if not skip:
-                    raise
-                skipped.append(str(error))
-                continue
-            key = f"{source.number:09d}"
-            add(archive, f"{key}{suffix}", content)
-            # A member ends with zeros up to a multiple of 512 bytes.
-            offset = archive.offset - -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            records.append((0, source.label, offset, len(content)))
-            add(archive, f"{key}.cls", str(source.label).encode())
-            lines.append(f"{path.name}\t{key}\t{ascii(source.name)[1:-1]}\n")
-    size_in_bytes, sha256 = hash_file(part)
-    replace_file(part, path)
+    try:
+        with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as archive:
+            for source in sources:
+                try:
+                    content, suffix = read_source(source, size)
+                except DataError as error:
+                    if not skip:
+                        raise DataError(f"{error}; --on-corrupt skip leaves such images out") from None
+                    skipped.append(str(error))
+                    continue
+                key = f"{source.number:09d}"
+                add(archive, f"{key}{suffix}", content)
+                # A member ends with zeros up to a multiple of 512 bytes.
+                offset = archive.offset - -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                records.append((0, source.label, offset, len(content)))
+                add(archive, f"{key}.cls", str(source.label).encode())
+                lines.append(f"{path.name}\t{key}\t{ascii(source.name)[1:-1]}\n")
+        size_in_bytes, sha256 = hash_file(part)
+        replace_file(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     file = ShardFile(name=path.name, images=len(records), bytes=size_in_bytes, sha256=sha256)
     return Written(file=file, records=np.array(records, dtype=RECORD), lines=lines, skipped=skipped)
 
