@@ -117,7 +117,7 @@ def test_what_is_for_classifiers_is_refused_before_the_data_are_read(monkeypatch
     spec = DataSpec(class_names=("a", "b"), channels=3, size=64, mean=(0.5,) * 3, std=(0.2,) * 3)
     detector = type("Task", (inspection.Detection,), {"__init__": lambda self: nn.Module.__init__(self)})()
     detector.recipe, detector.spec, detector.model = find("scenes"), spec, nn.Sequential(ECA(4))
-    monkeypatch.setattr(inspection, "restore", lambda *args, **options: detector)
+    monkeypatch.setattr(pages, "restore", lambda *args, **options: detector)
     value = {"--classes": {"classes": ["a"]}, "--image": {"image": "a.png"}, "--cam": {"cam": True}}[option]
     with pytest.raises(ConfigError, match=f"^{option} is for classifiers, and mask_rcnn is a detector: leave it out"):
         pages.run("run", "page", **value)

@@ -18,7 +18,7 @@ from ecanet.data import (
     read_image,
 )
 from ecanet.errors import ConfigError
-from ecanet.recipes import ModelConfig, suggestion
+from ecanet.recipes import suggestion
 from ecanet.studies.gates.cams import Pair, compare, prepare_maps
 from ecanet.studies.gates.drawings import Effect
 from ecanet.studies.gates.records import (
@@ -28,7 +28,7 @@ from ecanet.studies.gates.records import (
     record,
     run_with_held_gates,
 )
-from ecanet.training import Detection, Task, build_data, restore
+from ecanet.training import Detection, Task, build_data
 
 POSTER = ("hammerhead shark", "ambulance", "medicine chest", "butternut squash")
 """The ImageNet classes on the authors' poster."""
@@ -53,18 +53,8 @@ class Inspection:
     """The class-activation maps of a few images."""
 
 
-def inspect(
-    checkpoint: str | Path,
-    *,
-    model: ModelConfig | None = None,
-    data_name: str | None = None,
-    data_dir: str | None = None,
-    classes: Sequence[str] = (),
-    image: str | Path | None = None,
-    cam: bool = False,
-) -> Inspection:
-    """Record the gates of a trained network on held-out data; arguments and errors are those of `run`."""
-    task = restore(checkpoint, model=model, data_name=data_name, data_dir=data_dir)
+def inspect(task: Task, classes: Sequence[str], image: str | Path | None, *, cam: bool) -> Inspection:
+    """Record the gates of a trained network on held-out data; arguments and errors are those of `pages.run`."""
     find_gates(task.model)  # raises if there is none, before the data are read
     if isinstance(task, Detection):
         return _inspect_detector(task, {"--classes": classes, "--image": image, "--cam": cam})

@@ -19,6 +19,7 @@ from ecanet.studies.gates.drawings import (
 )
 from ecanet.studies.gates.inspection import Inspection, inspect
 from ecanet.studies.gates.records import to_list, to_number
+from ecanet.training import restore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,15 +62,8 @@ def run(
     taken = [(Path(folder) / name).resolve() for name in PICTURES]
     if image is not None and Path(image).resolve() in taken:
         raise ConfigError(f"{image} would be overwritten; choose another --out")
-    found = inspect(
-        checkpoint,
-        model=model,
-        data_name=data_name,
-        data_dir=data_dir,
-        classes=classes,
-        image=image,
-        cam=cam,
-    )
+    task = restore(checkpoint, model=model, data_name=data_name, data_dir=data_dir)
+    found = inspect(task, classes, image, cam=cam)
     write(found, Path(folder))
     return found
 
