@@ -35,7 +35,7 @@ def from_dict(cls: type[ConfigT], values: object, at: str = "") -> ConfigT:
     settings: dict[str, object] = {}
     for key, value in _check_group(values, at).items():
         if key not in names:
-            wrong = key if isinstance(key, str) and key.isprintable() and len(key) <= 60 else show_value(key)
+            wrong = _quote(key)
             raise ConfigError(f"{at}.{wrong} is not a setting; {suggestion(wrong, names)}".removeprefix("."))
         path = f"{at}.{key}" if at else key
         kind: object = hints[key]
@@ -116,9 +116,9 @@ def _check_group(values: object, at: str) -> Mapping[str, object]:
     return cast(Mapping[str, object], values)
 
 
-def _quote(name: str) -> str:
-    """Return ``name`` as an error message shows it; line breaks and other control characters are escaped."""
-    return name if name.isprintable() and len(name) <= 60 else show_value(name)
+def _quote(name: object) -> str:
+    """Return ``name`` as an error message shows it: escaped if it has control characters, shortened if it is long."""
+    return name if isinstance(name, str) and name.isprintable() and len(name) <= 60 else show_value(name)
 
 
 def _to_plain(value: object) -> object:
