@@ -4,6 +4,7 @@ Exit codes: 0 for success, 2 for a user's mistake, 130 for Ctrl-C. `ecanet.train
 """
 
 import os
+import select
 import sys
 from typing import NoReturn, cast
 
@@ -35,6 +36,7 @@ The commands need more packages: {INSTALL}
 
 def main() -> NoReturn:
     """Run the command line and exit with one of the codes above."""
+    output = None if sys.stdout is None else os.dup(1)  # rich puts the null device in the place of a closed pipe
     try:
         code = _run()
         if sys.stdout is not None:
@@ -52,14 +54,29 @@ def main() -> NoReturn:
         _fail("torch and torchvision do not fit together; install both from one place (pip install torch torchvision)")
     except (BrokenPipeError, SystemExit) as error:
         # click and rich end with 1 and no word where nobody reads the output.
-        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+        broken = error if isinstance(error, BrokenPipeError) else error.__context__
+        if not isinstance(broken, BrokenPipeError):
             raise
+        if output is None or _has_reader(output):  # the pipe to another process has broken, which is a failure
+            raise broken from None
         # Python itself writes what is left when it ends, which must not fail either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         print("ecanet: standard output is closed; the rest of the output is lost", file=sys.stderr)
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        if output is not None:
+            os.close(output)
+
+
+def _has_reader(output: int) -> bool:
+    """Return whether somebody reads the pipe ``output``. A file has always a reader."""
+    if not hasattr(select, "poll"):  # on Windows
+        return False
+    poll = select.poll()
+    poll.register(output, 0)  # a closed pipe is reported in any case
+    return not poll.poll(0)
 
 
 def _run() -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ecanet import __main__ as entry
+
 
 def start(*arguments: str, path: Path | None = None, **options) -> subprocess.Popen[str]:
     paths = [str(path)] * (path is not None) + [os.environ.get("PYTHONPATH", "")]
@@ -41,3 +43,27 @@ def test_a_closed_output_is_said(line):
     _, err = process.communicate(timeout=120)
     assert err == "ecanet: standard output is closed; the rest of the output is lost\n"
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["raised", "turned into an exit by click"])
+def test_another_broken_pipe_is_a_failure(monkeypatch, tmp_path, ends):
+    """The output is a file, which cannot break; a worker's pipe has."""
+
+    def run():
+        try:
+            raise BrokenPipeError("a worker has ended")
+        except BrokenPipeError:
+            if ends:
+                sys.exit(1)
+            raise
+
+    monkeypatch.setattr(entry, "_run", run)
+    before = os.dup(1)
+    with (tmp_path / "output").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        try:
+            with pytest.raises(BrokenPipeError, match="a worker has ended"):
+                entry.main()
+        finally:
+            os.dup2(before, 1)
+            os.close(before)
