@@ -79,6 +79,27 @@ def test_without_a_connection_the_cache_serves(asked, tmp_path, file):
     assert all(torch.equal(value, kept.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("named", "kept"),
+    [
+        ("special.bin", "special.safetensors"),
+        ("open_clip_pytorch_model.bin", "open_clip_model.safetensors"),
+        ("one.safetensors", "one.safetensors"),
+    ],
+)
+def test_other_weights_of_the_same_repository_are_left_alone(asked, tmp_path, named, kept):
+    """A repository may hold several networks' files; only the one that timm names, or its safetensors form, serves."""
+    asked(OSError("no route to host"))
+    model = networks.find(NAME)
+    model.pretrained_cfg = {**model.pretrained_cfg, "hf_hub_filename": named}
+    keep(tmp_path, networks.find(NAME))
+    with pytest.raises(CheckpointError, match=f"download {named} of timm/"):
+        networks.load_weights(model, NAME, "default")
+    folder = tmp_path / "hub" / "models--timm--resnet10t.c3_in1k" / "snapshots" / "abc"
+    (folder / "model.safetensors").rename(folder / kept)
+    assert not networks.load_weights(model, NAME, "default").missing
+
+
 def test_with_a_connection_timm_downloads_as_ever(asked, monkeypatch, tmp_path):
     """The cache's file is not taken then: it may be old."""
     questions, given, model = asked(), [], networks.find(NAME)

@@ -115,11 +115,15 @@ def _find_hub_problem() -> str | None:
 
 
 def _find_cached(repository: str, filename: str) -> str | None:
-    """Return the path of the weights of ``repository`` (``OWNER/NAME``, or with ``@REVISION``) in the hub's cache."""
+    """Return the path of the weights of ``repository`` (``OWNER/NAME``, or with ``@REVISION``) in the hub's cache.
+
+    It is that of ``filename`` or, as timm prefers, of the same weights as safetensors. The repository may hold more.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     name, _, revision = repository.partition("@")
-    for candidate in ("model.safetensors", f"{filename.removesuffix('.bin')}.safetensors", filename):
+    safe = filename.replace("pytorch_model.bin", "model.bin").removesuffix(".bin") + ".safetensors"
+    for candidate in (safe, filename):
         found = try_to_load_from_cache(name, candidate, revision=revision or None)
         if isinstance(found, str):  # else it is not there, or known not to exist
             return found
