@@ -189,6 +189,17 @@ def test_a_wrong_optimized_copy_is_refused(monkeypatch):
         run("resnet8", "eca", image_size=16)
 
 
+@pytest.mark.parametrize("where", ["check_arms", "move_to_device", "timing.time_networks"])
+def test_too_little_memory_is_one_line_wherever_it_is_met(monkeypatch, where):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(f"ecanet.studies.bench.attached.{where}", fail)
+    line = r"resnet8 does not run on 2 images of 16 pixels \(out of memory.*; choose another .* or --image-size"
+    with pytest.raises(ConfigError, match=line):
+        run("resnet8", "eca", image_size=16)
+
+
 def test_arms_have_the_same_weights():
     """A gate that begins as the identity computes the plain network, whose random weights it shares."""
     plain = bench_arms.create("resnet8", "none")

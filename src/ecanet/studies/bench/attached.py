@@ -67,14 +67,14 @@ def run_model(
     plain = create(model, "none", image_size)
     compiled = choose_compiling(compiled, quick=quick, detects=networks.is_detector(plain))
     channels, side = find_image(model, image_size)
-    images = make_images(2, side, "cpu", channels)
     with explain_failures(model, 2, side):
+        images = make_images(2, side, "cpu", channels)
         make_eval_step(plain.eval(), images)()
     build_ours = partial(create, model, side=image_size) if networks.is_ours(model) else None
     arms = build_arms(plain, attentions, images, build_ours, say)
-    arms.trained = {name: move_to_device(network, device) for name, network in arms.trained.items()}
-    images = images.to(device)
     with explain_failures(model, 2, side):
+        arms.trained = {name: move_to_device(network, device) for name, network in arms.trained.items()}
+        images = images.to(device)
         checks = check_arms(arms, images, say)
         variants = make_variants(arms, compiled=compiled)
         counts = timing.count_traffic(variants, images)
@@ -84,8 +84,8 @@ def run_model(
     environment = {**describe_environment(device, model, side), "attention": list(arms.trained)[1:]}
     result = timing.make_result(environment, checks)
     for size in sizes:
-        images = make_images(size, side, device, channels)
-        with timing.explain_memory(size), explain_failures(model, size, side):
+        with explain_failures(model, size, side):
+            images = make_images(size, side, device, channels)
             timing.add_compiled_checks(variants, images, result, say)
             timing.time_networks(variants, images, budgets, counts, result)
     result["seconds"] = time.perf_counter() - started
@@ -147,7 +147,7 @@ def make_variants(arms: Arms, *, compiled: bool) -> timing.Variants:
 
 @contextmanager
 def explain_failures(model: str, batch_size: int, side: int) -> Generator[None]:
-    """Turn errors of the network's own code into one line.
+    """Turn errors of the network's own code, and of too little memory, into one line.
 
     Raises:
         ConfigError: the network does not run.
@@ -156,11 +156,7 @@ def explain_failures(model: str, batch_size: int, side: int) -> Generator[None]:
         yield
     except EcanetError:
         raise
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a network may raise anything
-        if "allocate memory" in str(error):
-            raise
         raise ConfigError(
             f"{model} does not run on {batch_size} images of {side} pixels ({summarize(error)}); choose another "
             f"--batch-size or --image-size"
