@@ -1,7 +1,9 @@
 """Signals and schedulers: nothing is read from the current folder, and signals stop a run in order."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ import tiny_runs
 from ecanet.recipes import CheckpointConfig, DataConfig, ModelConfig, Recipe
 from ecanet.training import run, steps
 from ecanet.training.stopping import StopRequest, find_scheduler, stop_on_signals
+from photographs import make_flat
 from tiny_runs import add_tiny
 
 TINY = Recipe(data=DataConfig(name="digits", batch_size=600), model=ModelConfig(name="resnet8"), epochs=1)
@@ -132,6 +135,46 @@ def test_a_signal_lets_the_step_end_and_loses_nothing(
     assert all(torch.equal(saved["state_dict"][name], value) for name, value in expected["state_dict"].items())
     assert [row["val_loss"] for row in resumed.history] == [row["val_loss"] for row in whole.history]
     assert [row["train_loss"] for row in resumed.history] == [row["train_loss"] for row in whole.history]
+
+
+class SendToAll(Send):
+    """Sends a signal to the run and to the processes that read its images, as a scheduler does."""
+
+    def send(self, trainer, stage, batch):
+        if (stage, trainer.current_epoch, batch) == self.place:
+            self.workers = multiprocessing.active_children()
+            for worker in self.workers:
+                # With a process between them: from its own parent, PyTorch obeys the signal.
+                subprocess.run(["kill", f"-{int(self.sent)}", str(worker.pid)], check=True)
+            time.sleep(0.2)
+            os.kill(os.getpid(), self.sent)
+
+
+@pytest.mark.parametrize("stage", ["training", pytest.param("validation", marks=pytest.mark.slow)])
+def test_sigterm_to_all_processes_lets_the_step_end(tmp_path, capsys, stage):
+    make_flat(tmp_path / "photos", {"a": 20, "b": 20})
+    images = DataConfig(name=f"folder:{tmp_path / 'photos'}", image_size=8, batch_size=4, workers=1)
+    recipe, send = tiny_runs.TINY.but(data=images, epochs=2), SendToAll(signal.SIGTERM, stage, 1)
+    with pytest.raises(SystemExit) as stop:
+        run(recipe, folder=tmp_path / "run", device="cpu", quiet=True, callbacks=[send])
+    assert stop.value.code == 143
+    place = "epoch 2 after batch 2" if stage == "training" else "epoch 2 after batch 8"
+    assert f"stopped by SIGTERM in {place}; " in capsys.readouterr().err
+    assert send.workers
+
+
+def test_an_evaluation_that_is_stopped_twice_is_repeated(tmp_path, capsys, monkeypatch):
+    add_tiny(monkeypatch)
+    recipe, folder = tiny_runs.TINY.but(model=TINY.model, epochs=2), tmp_path / "run"
+    whole = run(recipe, folder=tmp_path / "whole", device="cpu", quiet=True)
+    for batch in (1, 0):
+        send = Send(signal.SIGTERM, "validation", batch)
+        with pytest.raises(SystemExit):
+            run(recipe, folder=folder, resume="auto", device="cpu", quiet=True, callbacks=[send])
+        assert "stopped by SIGTERM in epoch 2 after batch 3" in capsys.readouterr().err
+    resumed = run(recipe, folder=folder, resume=True, device="cpu", quiet=True)
+    for name in ("epoch", "val_loss", "train_loss", "top1"):
+        assert [row[name] for row in resumed.history] == [row[name] for row in whole.history]
 
 
 def test_checkpoints_are_written_after_steps_and_minutes(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ecanet.data.annotations import Annotations, Picture, clip_box, read_annotations
 from ecanet.data.coco import decode_mask
-from ecanet.data.module import IMAGENET_MEAN, IMAGENET_STD, DataModule
+from ecanet.data.module import IMAGENET_MEAN, IMAGENET_STD, DataModule, outlive_sigterm
 from ecanet.data.pictures import Unreadable, read_image
 from ecanet.data.samplers import GroupedBatchSampler
 from ecanet.data.scenes import SPRITES, SceneConfig, make_scenes
@@ -228,6 +228,7 @@ class DetectionData(DataModule):
             sampler=items,
             batch_sampler=batches,
             num_workers=workers,
+            worker_init_fn=outlive_sigterm,
             collate_fn=_collate,
             persistent_workers=workers > 0,
             # Without its own generator, the loader would draw a seed for its workers from the run's random state.

@@ -14,7 +14,7 @@ from torchvision.transforms import v2  # pyright: ignore[reportMissingTypeStubs]
 
 from ecanet.data.augmentation import Augmentation, build_eval_transform, build_train_transform, choose_augmentation
 from ecanet.data.folders import FolderDataset, find_images
-from ecanet.data.module import IMAGENET_MEAN, IMAGENET_STD, DataModule
+from ecanet.data.module import IMAGENET_MEAN, IMAGENET_STD, DataModule, outlive_sigterm
 from ecanet.data.pictures import Unreadable
 from ecanet.data.randomness import Draw
 from ecanet.data.samplers import BalancedSampler, EpochSampler
@@ -142,6 +142,7 @@ class ClassificationData(DataModule):
             batch_size=self.config.batch_size,
             sampler=sampler,
             num_workers=workers,
+            worker_init_fn=outlive_sigterm,
             collate_fn=cast("Callable[..., LoadedBatch]", _pass_on if in_memory else _collate),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,

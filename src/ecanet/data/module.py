@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NotRequired, TypedDict
 
@@ -15,7 +18,7 @@ from ecanet.data.split import Split
 from ecanet.errors import DataError
 from ecanet.recipes import DataConfig
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "DataModule"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "DataModule", "outlive_sigterm"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -26,6 +29,25 @@ class Progress(TypedDict):
     first_epoch: int
     first_batch: NotRequired[int]
     images: NotRequired[int]
+
+
+def outlive_sigterm(_: int) -> None:
+    """Let SIGTERM end this process, which reads images, only if the run's main process has sent it.
+
+    A scheduler sends the signal to all processes, and the run still needs images for its last step; PyTorch's handler
+    would end this one at once. macOS and Windows do not say who has sent a signal: there PyTorch's handler stays.
+    """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_main_process, daemon=True).start()
+
+
+def _obey_main_process() -> None:
+    main = multiprocessing.parent_process()
+    assert main is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main.pid:
+        pass
+    os._exit(0)
 
 
 class DataModule(L.LightningDataModule):

@@ -49,6 +49,8 @@ class StepWatch(Checkpoint):
         """From here on a signal lets the present step end."""
         self.votes = Votes(trainer.strategy.root_device, trainer.world_size, questions=3)
         self.last_saved, self.last_step = time.monotonic(), trainer.global_step
+        # A run that was stopped in an evaluation goes on with it, and has no batch before.
+        self.batches = get_data(trainer).first_batch
         self.request.training = True
         if self.request.name is not None:
             raise SIGTERMException

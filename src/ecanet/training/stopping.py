@@ -38,7 +38,7 @@ class StopRequest:
         self.name = self.name or signal.Signals(number).name
         if os.getpid() != self.process:
             # A worker that reads images: a scheduler sends the signal to all processes, and the run needs this one for
-            # its last step. PyTorch and Python end a worker that does not answer by a signal of their own.
+            # its last step. For SIGTERM, with which PyTorch and Python end a worker, see ecanet.data.module.
             if not first:
                 os._exit(128 + number)
         elif not self.training:
