@@ -134,14 +134,13 @@ def read_file(path: str | Path) -> object:
             check_archive(path)
             with allow_harmless_names():
                 content: object = torch.load(path, map_location="cpu", weights_only=True)
-            check_tensors(path, content)
-            return content
-        if start[:1] != b"\x80":  # a pickle, as PyTorch before 1.6 wrote them
+        elif start[:1] == b"\x80":  # a pickle, as PyTorch before 1.6 wrote them
+            with path.open("rb") as file:
+                check_pickles(path, file.read(LARGEST_PICKLE))
+            with allow_harmless_names(), LimitedReader(io.FileIO(path)) as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        else:
             raise CheckpointError(f"{path} is not a checkpoint")
-        with path.open("rb") as file:
-            check_pickles(path, file.read(LARGEST_PICKLE))
-        with allow_harmless_names(), LimitedReader(io.FileIO(path)) as file:
-            content = torch.load(file, map_location="cpu", weights_only=True)
         check_tensors(path, content)
         return content
     except CheckpointError:
