@@ -16,7 +16,7 @@ from ecanet.data.boxes import DetectionDataset, flip_sample, load_boxes
 from ecanet.data.coco import decode_mask, decode_run_lengths
 from ecanet.data.samplers import GroupedBatchSampler
 from ecanet.errors import ConfigError, DataError
-from ecanet.recipes.config import DataConfig
+from ecanet.recipes.groups import DataConfig
 from ecanet.training.progress import quiet_lightning
 
 SQUARE = [[2.0, 3.0, 7.0, 3.0, 7.0, 9.0, 2.0, 9.0]]

@@ -20,7 +20,7 @@ from ecanet.data.pictures import read_image
 from ecanet.data.randomness import Draw, draw_uniform
 from ecanet.data.sources import DEBIAN_FASHION_MNIST, SMALL_SETS, DataSpec, load_fashion_mnist, read_idx
 from ecanet.errors import ConfigError, DataError
-from ecanet.recipes.config import DataConfig
+from ecanet.recipes.groups import DataConfig
 from ecanet.report.figures import to_png
 
 
@@ -385,7 +385,7 @@ def test_a_batch_with_nothing_readable_is_empty(photos):
 
 
 def test_training_skips_an_unreadable_batch_and_stops_if_no_image_is_left(photos, tmp_path):
-    from ecanet.recipes.config import ModelConfig, Recipe
+    from ecanet.recipes import ModelConfig, Recipe
     from ecanet.training.trainer import run
 
     data = folder_config(photos, on_corrupt="skip", batch_size=3)
@@ -401,7 +401,7 @@ def test_training_skips_an_unreadable_batch_and_stops_if_no_image_is_left(photos
 
 
 def test_a_run_without_a_readable_training_image_is_refused(photos, tmp_path):
-    from ecanet.recipes.config import ModelConfig, Recipe
+    from ecanet.recipes import ModelConfig, Recipe
     from ecanet.training.trainer import run
 
     for path in (photos / "train").rglob("*.png"):

@@ -5,7 +5,7 @@ import torch
 
 from ecanet.errors import ConfigError
 from ecanet.recipes import RECIPES, find
-from ecanet.recipes.config import ScheduleConfig
+from ecanet.recipes.groups import ScheduleConfig
 from ecanet.recipes.named import RECIPE_FOR_DATA
 from ecanet.training.tasks import learning_rate_factor
 

@@ -1,17 +1,18 @@
 """Recipes: all settings that decide the result of a run, as frozen values.
 
 Read downward: `named` (`find`, and the recipes themselves), `settings` (a recipe as a dictionary, changes by dotted
-names), `config` (the settings of a recipe), `checks` (the base class of all settings), `json_files` (reads JSON).
+names), `config` (a recipe), `groups` (the groups of its settings), `checks` (the base class of all settings),
+`json_files` (reads JSON).
 """
 
 from ecanet.recipes.checks import Config, suggestion
-from ecanet.recipes.config import (
+from ecanet.recipes.config import Recipe
+from ecanet.recipes.groups import (
     CheckpointConfig,
     DataConfig,
     DetectorConfig,
     ModelConfig,
     OptimizerConfig,
-    Recipe,
     ScheduleConfig,
     has_photographs,
 )

@@ -10,14 +10,8 @@ from typing import cast
 
 from ecanet.errors import ConfigError
 from ecanet.recipes.checks import suggestion
-from ecanet.recipes.config import (
-    DataConfig,
-    DetectorConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Recipe,
-    ScheduleConfig,
-)
+from ecanet.recipes.config import Recipe
+from ecanet.recipes.groups import DataConfig, DetectorConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from ecanet.recipes.json_files import read_json
 
 __all__ = ["RECIPES", "find"]
