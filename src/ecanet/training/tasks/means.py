@@ -16,7 +16,7 @@ class RunningMeans:
     """
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor | float] = {}
         self.images = 0
 
     def reset(self) -> None:
@@ -28,7 +28,7 @@ class RunningMeans:
         for name, value in values.items():
             # Apple's GPUs have no float64.
             exact = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64) * images
-            self.sums[name] = self.sums[name] + exact if name in self.sums else exact
+            self.sums[name] = exact + self.sums.get(name, 0.0)
         self.images += images
 
     def compute(self) -> dict[str, float]:
@@ -43,8 +43,7 @@ class RunningMeans:
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore the sums. Of several processes one alone may do it, because they count together."""
-        sums = cast(dict[str, float], state["sums"])
-        self.sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
+        self.sums = dict(cast(dict[str, float], state["sums"]))
         self.images = cast(int, state["images"])
 
     def _gather(self) -> tuple[dict[str, float], int]:
