@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,7 @@ from ecanet.data.samplers import EpochSampler
 from ecanet.errors import ConfigError
 from ecanet.recipes import CheckpointConfig, DataConfig
 from ecanet.training import steps
+from ecanet.training.stopping import StopRequest
 from photographs import make_flat
 from tiny_runs import TINY, add_tiny, content, run
 
@@ -66,6 +68,22 @@ def test_the_batch_is_named_and_no_checkpoint_is_written_after_it(tmp_path, monk
     saved = content(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert saved["global_step"] == (3 if late else 4)
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+def test_of_several_processes_the_first_broken_batch_is_named(tmp_path, monkeypatch):
+    """On GPUs the next batch is done when the answer comes: its loss is not finite in this process either."""
+    watch = steps.StepWatch(tmp_path / "run" / "checkpoints" / "last.ckpt", CheckpointConfig(), StopRequest())
+    watch.batches = 8
+    watch.seen = [(7, [1, 2], False), (8, [3, 4], True)]
+
+    def gather(parts, mine):
+        parts[:] = [mine, [(7, ["image 5", "image 6"]), (8, ["image 9"])]]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    images = SimpleNamespace(name_images=lambda drawn: [f"image {at}" for at in drawn])
+    trainer: Any = SimpleNamespace(datamodule=images, world_size=2, current_epoch=0)
+    with pytest.raises(ConfigError, match=r"in epoch 1, batch 7: image 5, image 6; go on"):
+        watch._check_loss(trainer, broken=True)
 
 
 def test_the_last_batch_is_looked_at_before_its_checkpoint(tmp_path, monkeypatch):

@@ -76,12 +76,12 @@ class StepWatch(Checkpoint):
         bad = ~torch.isfinite(loss) if isinstance(loss, Tensor) else False
         self.seen = [*self.seen[-1:], (self.batches, get_data(trainer).drawn, bad)]
         stop, due, broken = self.votes.put([self.request.name is not None, self._is_due(trainer), bad])
-        self._check_loss(trainer, task, broken)
+        self._check_loss(trainer, broken)
         self.wanted |= stop or due
         complete = trainer.is_last_batch or self.batches % trainer.accumulate_grad_batches == 0
         if trainer.is_last_batch or (self.wanted and complete):
             late_stop, _, broken = self.votes.flush()
-            self._check_loss(trainer, task, broken)
+            self._check_loss(trainer, broken)
             self._check_weights(trainer, task)
             stop |= late_stop
         if self.wanted and complete:
@@ -147,19 +147,21 @@ class StepWatch(Checkpoint):
             self.stopped = trainer.current_epoch + 1, self.batches
             raise SIGTERMException
 
-    def _check_loss(self, trainer: L.Trainer, task: Task, broken: bool) -> None:
+    def _check_loss(self, trainer: L.Trainer, broken: bool) -> None:
         """Raise ConfigError if the loss of the step, on a GPU of the step before, is not finite in some process."""
         if not broken:
             return
-        found = [(batch, get_data(trainer).name_images(drawn)) for batch, drawn, bad in self.seen if bool(bad)]
-        batch, mine = found[0] if found else (self.batches, [])  # in another process
+        mine = [(batch, get_data(trainer).name_images(drawn)) for batch, drawn, bad in self.seen if bool(bad)]
         parts = [mine] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(parts, mine)
-        names = [name for part in parts for name in part]
+        found = [one for part in parts for one in part]
+        # After a broken batch the weights are broken too, and so are the losses of the next one in all processes.
+        first = min(batch for batch, _ in found)
+        names = [name for batch, part in found if batch == first for name in part]
         rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         raise ConfigError(
-            f"the loss is not finite in epoch {trainer.current_epoch + 1}, batch {batch}: "
+            f"the loss is not finite in epoch {trainer.current_epoch + 1}, batch {first}: "
             f"{', '.join(names[:NAMED])}{rest}; go on from the last checkpoint with a lower rate ({self._lower()}), or "
             f"begin a run that passes such batches over (--set on_nan=skip)"
         )
