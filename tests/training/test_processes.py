@@ -14,6 +14,7 @@ from ecanet.errors import CheckpointError, ConfigError
 from ecanet.recipes import DataConfig, ModelConfig, Recipe, ScheduleConfig
 from ecanet.training import run, tasks
 from ecanet.training.checkpoints import share_batch
+from ecanet.training.processes import join_restarted
 
 RECIPE = Recipe(
     data=DataConfig(name="digits", batch_size=64),
@@ -108,3 +109,20 @@ def test_one_two_and_one_process_follow_one_schedule(tmp_path):
         if launcher:
             assert "batch 64 = 32 images × 2 devices" in done.stdout
     assert read_rates(shared) == read_rates(whole)
+
+
+def test_each_attempt_of_a_launcher_has_its_own_names(monkeypatch):
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    launcher = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "RANK": "1"}
+    made = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, store, **__: made.append(store))
+    trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    for attempt, kept, count in (("0", "True", 0), ("2", "False", 0), ("2", "True", 1), ("3", "True", 2)):
+        settings = {"TORCHELASTIC_RESTART_COUNT": attempt, "TORCHELASTIC_USE_AGENT_STORE": kept}
+        for name, value in {**launcher, **settings}.items():
+            monkeypatch.setenv(name, value)
+        join_restarted(trainer)
+        assert len(made) == count
+    for attempt, names in zip((2, 3), made, strict=True):
+        names.set("address", str(attempt))
+        assert store.get(f"attempt-{attempt}/address") == str(attempt).encode()

@@ -16,7 +16,9 @@ def join_restarted(trainer: L.Trainer) -> None:
     a process may find the address of one that was lost, and wait for it for ever. So each attempt gets its own names.
     """
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if attempt == 0 or trainer.world_size == 1 or torch.distributed.is_initialized():
+    # Where the launcher keeps no store, PyTorch's first process makes a new one at each attempt.
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if attempt == 0 or not kept or trainer.world_size == 1 or torch.distributed.is_initialized():
         return
     device = trainer.strategy.root_device
     if device.type == "cuda":
