@@ -40,7 +40,7 @@ def compare_part(rank, store, impls):
     torch.manual_seed(0)
     tensors = [2 * torch.randn(4, 37, 3, 2).double() + 5 for _ in range(3)]
     modules = make_modules()
-    for impl in impls:
+    for impl in (pair[rank] for pair in impls):
         for gated in (True, False):
             whole = copy.deepcopy(modules)
             mine = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(modules))
@@ -52,7 +52,7 @@ def compare_part(rank, store, impls):
                 dist.all_reduce(term)
                 torch.testing.assert_close(term, sums[name], rtol=1e-11, atol=1e-11)
             torch.testing.assert_close(dict(mine.named_buffers()), dict(whole.named_buffers()))
-    check_second_order(rank, modules, tensors, impls[-1])
+    check_second_order(rank, modules, tensors, impls[-1][0])
     dist.destroy_process_group()
 
 
@@ -75,5 +75,7 @@ def check_second_order(rank, modules, tensors, impl):
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
     import torch.multiprocessing as mp
 
-    impls = ["lean" if implementation is ops.lean else "fused" for implementation in ops.list_implementations()]
+    impls = [("lean", "lean")]
+    if len(ops.list_implementations()) > 1:  # a process with an empty batch runs lean's algebra
+        impls += [("lean", "fused"), ("fused", "fused")]
     mp.spawn(compare_part, (str(tmp_path / "store"), impls), nprocs=2)  # type: ignore[attr-defined]

@@ -146,13 +146,11 @@ class _Tail(torch.autograd.Function):
         grid = find_grid(z)
         run = prepare_tail(grid, plan.kind)
         side, side_channels, kept = None, None, None
+        # synchronised norms sum in the order of `ops.tail`, which runs in a process whose batch is empty
+        own = compute_coefficients(z, grid, run.norm, plan.norm, side_bias, taps, gate_bias)
         if run.side is not None and plan.side is not None and shortcut is not None:
             side = compute_coefficients(shortcut, grid, run.side, plan.side, None, None, None)
-            side_channels, kept = (
-                side.channels,
-                shortcut,
-            )  # a shortcut without a norm is not needed again: its gradient is t
-        own = compute_coefficients(z, grid, run.norm, plan.norm, side_bias, taps, gate_bias)
+            side_channels, kept = side.channels, shortcut  # without a norm it is not needed again: its gradient is t
         y = torch.empty_like(z)
         bits = z.new_empty(grid.bits, dtype=torch.uint8) if run.keeps_bits else None
         source = own.channels if own.planes is None else own.planes
@@ -190,15 +188,16 @@ def _run_backward(
     source = known.channels if known.planes is None else known.planes
     written, side_channels = None if t is dy else t, None if side_known is None else side_known.channels
     run.reduce[two](dy, second_dy, bits, z, shortcut, written, source, source, known.channels, side_channels, sums)
-    own = compute_coefficient_grads(sums, run.norm, plan.norm, known, parameters[4], parameters[5])
     dz, dshortcut, dside_weight, dside_bias = None, t if plan.kind.has_shortcut else None, None, None
-    if ctx.needs_input_grad[0]:
-        dz = _write_gradient(t, z, run.norm, source, known.channels, own)
+    # synchronised norms sum in the order in which autograd runs `ops.tail`: the last norm first
     if side_known is not None and plan.side is not None and run.side is not None and shortcut is not None:
         side = compute_coefficient_grads(sums, run.side, plan.side, side_known, None, None)
         dside_weight, dside_bias = side.dweight, side.dbias
         if ctx.needs_input_grad[1]:
             dshortcut = _write_gradient(t, shortcut, run.side, side_known.channels, side_known.channels, side)
+    own = compute_coefficient_grads(sums, run.norm, plan.norm, known, parameters[4], parameters[5])
+    if ctx.needs_input_grad[0]:
+        dz = _write_gradient(t, z, run.norm, source, known.channels, own)
     return dz, dshortcut, own.dweight, own.dbias, dside_weight, dside_bias, own.dtaps, own.dgate_bias, None
 
 
