@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import ecanet
 from ecanet import ECA, ops
 
 PARTS = (slice(0, 1), slice(1, 4))
@@ -79,3 +80,17 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
     if len(ops.list_implementations()) > 1:  # a process with an empty batch runs lean's algebra
         impls += [("lean", "fused"), ("fused", "fused")]
     mp.spawn(compare_part, (str(tmp_path / "store"), impls), nprocs=2)  # type: ignore[attr-defined]
+
+
+def test_the_norms_of_shortcuts_stay_in_the_tail():
+    """On a CPU PyTorch's own synchronised norm raises an error: here each one runs in the kernels."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    plain = ecanet.create_model("resnet8").layer2.double()
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    x = torch.randn(2, 16, 4, 3).double()
+    with ops.prefer_impl("fused"):
+        for stage in (plain, synchronised):
+            stage(x).square().sum().backward()
+    for a, b in zip(synchronised.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)

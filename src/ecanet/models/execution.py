@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from ecanet import ops
 from ecanet.models.block import ENDS, DescribesItself, Layer, Parts, describe, gate_of, runnable_parts
 
+NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
+"""Norms at the end of a shortcut that the tail can apply."""
+
 
 def call(parts: Parts, x: Tensor) -> Tensor:
     """Call every module of the block once, in order, as plain PyTorch would: (N, C, H, W) -> (N, C', H', W')."""
@@ -67,7 +70,7 @@ def _split_shortcut(shortcut: nn.Module | None, x: Tensor) -> tuple[Tensor | Non
     """Return the shortcut of ``x`` without its last norm, and that norm, which the tail applies."""
     if shortcut is None:
         return None, None
-    if type(shortcut) is nn.Sequential and len(shortcut) > 1 and isinstance(shortcut[-1], nn.BatchNorm2d):
+    if type(shortcut) is nn.Sequential and len(shortcut) > 1 and isinstance(shortcut[-1], NORMS):
         for module in shortcut[:-1]:
             x = module(x)
         return x, shortcut[-1]
