@@ -83,6 +83,28 @@ def test_compiled_kernels_give_eager_values_in_one_graph(shortcut, last, backend
         assert "grads.default" in backward
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch's compiler looks at it where a graph breaks
+@pytest.mark.parametrize("shortcut", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_gate_that_breaks_the_graph_leaves_the_gradients_right(shortcut):
+    """The two nodes of a tail are then in two graphs."""
+
+    def weigh(p):
+        torch._dynamo.graph_break()
+        return p.sigmoid()
+
+    def call(z):
+        return ops.residual_tail(z, norm, weigh, z.flip(0) if shortcut else None, impl="fused")
+
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    norm = nn.BatchNorm2d(9).double()
+    z, dy = (to_layout(torch.randn(2, 9, 5, 3, dtype=torch.float64), True) for _ in range(2))
+    z.requires_grad_()
+    compiled = torch.compile(call, backend="aot_eager")
+    actual, expected = (torch.autograd.grad(f(z), (z, norm.weight), dy) for f in (compiled, call))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_auto_compiles_to_the_reference():
     """`torch.compile` fuses PyTorch's own operations, so it must see them and not the kernels."""
     recorder = AotEagerAndRecordGraphs()
@@ -128,6 +150,14 @@ def test_each_tail_of_a_compiled_network_is_kept_for_training(attention):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
     for a, b in zip(copied.buffers(), network.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_compiler_sees_the_synchronised_norm_of_pytorch():
+    norm, x = nn.SyncBatchNorm(9), torch.randn(2, 9, 5, 3, requires_grad=True)
+    with ops.prefer_impl("fused"):
+        compiled, recorder = compile_network(lambda x: ops.residual_tail(x, norm))
+        compiled(x).sum().backward()
+    assert not list_operators(recorder.fw_graphs)
 
 
 @pytest.mark.slow

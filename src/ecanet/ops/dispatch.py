@@ -5,7 +5,7 @@
 - ``impl="fused"`` takes the fewest, in Triton kernels on a CUDA device.
 - ``impl="auto"`` is fused on a GPU where the kernels have passed their proof (`proof`; a failed proof warns), and lean
   elsewhere. It is the reference where neither applies: with a mask, under export, forward-mode differentiation and
-  `torch.func`, and under `torch.compile`, which fuses the reference itself.
+  `torch.func`, and under `torch.compile`, which fuses the reference itself (see `compiles_to_kernels` for an exception).
 
 Networks use "auto"; `prefer_impl` changes its meaning for whole networks. An explicit choice is never replaced by
 another: it raises where it does not apply.
@@ -180,7 +180,8 @@ def residual_tail_pair(
     if shortcut is not None and shortcut.dtype != z.dtype:
         obstacle = f"a {z.dtype} branch with a {shortcut.dtype} shortcut needs the reference"
     if impl == "auto" and not obstacle and compiles_to_kernels(z) and tail.uses_batch_statistics(norm):
-        impl = "fused"
+        # PyTorch's own all-reduce for autograd cannot be compiled, its synchronised norm can
+        impl = "reference" if isinstance(norm, nn.SyncBatchNorm) else "fused"
     passes = choose(impl, z, obstacle)
     if passes is not None:
         z = make_dense(z)

@@ -100,7 +100,10 @@ class _Moments(torch.autograd.Function):
         ctx.save_for_backward(z, m)
         ctx.set_materialize_grads(False)  # an empty link must arrive as None, not as zeros
         # the link: gradients must have their output's shape, so one number is expanded to it and takes no memory
-        return m, v, z.new_empty(()).expand(z.shape), m.new_empty(()).expand(3, *m.shape)
+        link = z.new_empty(()).expand(z.shape), m.new_empty(()).expand(3, *m.shape)
+        if torch.compiler.is_compiling():  # where the graph breaks, PyTorch sums gradients to that one number
+            link = torch.empty_like(z), m.new_empty(3, *m.shape)
+        return m, v, *link
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
