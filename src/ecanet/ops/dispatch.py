@@ -5,7 +5,7 @@
 - ``impl="fused"`` takes the fewest, in Triton kernels on a CUDA device.
 - ``impl="auto"`` is fused on a GPU where the kernels have passed their proof (`proof`; a failed proof warns), and lean
   elsewhere. It is the reference where neither applies: with a mask, under export, forward-mode differentiation and
-  `torch.func`, and under `torch.compile`, which fuses the reference itself (see `compiles_to_kernels` for an exception).
+  `torch.func`, and under `torch.compile`, which fuses the reference itself (but see `compiles_to_kernels`).
 
 Networks use "auto"; `prefer_impl` changes its meaning for whole networks. An explicit choice is never replaced by
 another: it raises where it does not apply.
