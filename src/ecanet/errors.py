@@ -98,8 +98,9 @@ def show_value(value: object) -> str:
 
 def shorten_interrupts() -> None:
     """If this process is the command line, let Ctrl-C end it with one line, while it imports packages too."""
-    by_module = any(pair == ("-m", "ecanet") for pair in zip(sys.orig_argv, sys.orig_argv[1:], strict=False))
-    if by_module or Path(sys.argv[0]).stem == "ecanet":
+    program = sys.argv[0] if sys.argv else ""  # "-m" while Python looks for the module that it will run
+    pairs = zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+    if Path(program).stem == "ecanet" or (program == "-m" and ("-m", "ecanet") in pairs):
         sys.excepthook = _say_interrupted
 
 

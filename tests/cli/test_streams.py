@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ecanet import __main__ as entry
+from ecanet import errors
 
 
 def start(*arguments: str, path: Path | None = None, **options) -> subprocess.Popen[str]:
@@ -25,6 +26,26 @@ def test_control_c_during_the_imports_is_one_line(tmp_path):
     _, err = process.communicate(timeout=60)
     assert err == "ecanet: stopped by Ctrl-C\n"
     assert process.returncode in (130, -signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "original", "changed"),
+    [
+        (["/usr/bin/ecanet", "eval"], ["python", "/usr/bin/ecanet", "eval"], True),
+        (["-m", "eval"], ["python", "-m", "ecanet", "eval"], True),
+        (["-m", "ecanet"], ["python", "-m", "pytest", "ecanet"], False),
+        (["mine.py", "-m", "ecanet"], ["python", "mine.py", "-m", "ecanet"], False),
+        ([""], ["python"], False),
+        ([], ["python"], False),
+    ],
+)
+def test_only_the_command_line_changes_what_control_c_prints(monkeypatch, arguments, original, changed):
+    before = sys.excepthook
+    monkeypatch.setattr(sys, "excepthook", before)
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "orig_argv", original)
+    errors.shorten_interrupts()
+    assert (sys.excepthook is not before) is changed
 
 
 def test_other_exceptions_of_the_imports_keep_their_traceback(tmp_path):
