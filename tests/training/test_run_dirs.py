@@ -12,7 +12,7 @@ import pytest
 from ecanet.errors import ConfigError
 from ecanet.recipes import DataConfig, ModelConfig, Recipe, to_dict
 from ecanet.training import run
-from ecanet.training.run_dirs import HOLDER, lock_run_dir
+from ecanet.training.run_dirs import HOLDER, choose_run_dir, lock_run_dir
 
 TINY = Recipe(data=DataConfig(name="digits", batch_size=600), model=ModelConfig(name="resnet8"), epochs=1)
 
@@ -95,3 +95,18 @@ def test_one_command_starts_and_goes_on(ecanet, tmp_path):
     assert (code, err) == (2, "ecanet: run holds another recipe: seed is 0 there and 1 here\n")
     code, _, err = ecanet("train", "--resume", "run", "--auto-resume")
     assert (code, err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(("done", "epochs", "fits"), [(0, 2, True), (1, 2, True), (2, 2, False), (2, 3, True)])
+def test_a_finished_run_takes_no_other_learning_rate(tmp_path, done, epochs, fits):
+    """Nothing would be trained with it, and the recipe beside the results would name it."""
+    recipe = TINY.but(epochs=2)
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(recipe)))
+    (tmp_path / "metrics.csv").write_text("epoch\n" + "1\n" * done)
+    other = recipe.but(epochs=epochs, optimizer=recipe.optimizer.but(learning_rate=0.5))
+    assert choose_run_dir(recipe, tmp_path, resume=True) == tmp_path
+    if fits:
+        assert choose_run_dir(other, tmp_path, resume=True) == tmp_path
+    else:
+        with pytest.raises(ConfigError, match="is finished, and another learning rate would change nothing"):
+            choose_run_dir(other, tmp_path, resume=True)

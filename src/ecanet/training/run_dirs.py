@@ -16,7 +16,7 @@ from ecanet.errors import ConfigError, summarize
 from ecanet.recipes import Recipe, from_dict, read_json, to_dict
 from ecanet.report import write_file
 
-__all__ = ["choose_run_dir", "has_run", "lock_run_dir", "read_recipe"]
+__all__ = ["choose_run_dir", "count_epochs", "has_run", "lock_run_dir", "read_recipe"]
 
 LARGEST_RECIPE = 2**20
 """Bytes of a recipe; with a weight for each of 20,000 classes it has half as many."""
@@ -42,6 +42,12 @@ def read_recipe(folder: str | Path) -> Recipe:
         raise ConfigError(f"{path}: not JSON ({summarize(error)})") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def count_epochs(folder: str | Path) -> int:
+    """Return how many epochs the run in ``folder`` has finished."""
+    table = Path(folder) / "metrics.csv"
+    return len(table.read_text().splitlines()) - 1 if table.exists() else 0
 
 
 def has_run(folder: str | Path | None) -> bool:
@@ -81,6 +87,10 @@ def choose_run_dir(recipe: Recipe, folder: str | Path | None, resume: bool) -> P
         same = changed.but(epochs=recipe.epochs, min_steps=recipe.min_steps) == recipe
         if changed != recipe and not (longer and same):
             raise ConfigError(f"{folder} holds another recipe: {_describe_difference(to_dict(old), to_dict(recipe))}")
+        if rate != old.optimizer and count_epochs(folder) >= max(old.epochs, recipe.epochs):
+            raise ConfigError(
+                f"{folder} is finished, and another learning rate would change nothing; lengthen it too (--epochs)"
+            )
     elif _is_first_process() and (folder / "recipe.json").exists():
         raise _make_taken_error(folder)
     return folder

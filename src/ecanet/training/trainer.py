@@ -33,7 +33,7 @@ from ecanet.training.loggers import choose_loggers, open_loggers
 from ecanet.training.preparation import build_data, complete, find_seen, lengthen
 from ecanet.training.processes import join_restarted
 from ecanet.training.progress import Display, History, quiet_lightning
-from ecanet.training.run_dirs import choose_run_dir, has_run, lock_run_dir, read_recipe
+from ecanet.training.run_dirs import choose_run_dir, count_epochs, has_run, lock_run_dir, read_recipe
 from ecanet.training.steps import StepWatch
 from ecanet.training.stopping import StopRequest, find_scheduler, stop_on_signals, take_over_signals
 
@@ -126,8 +126,7 @@ def remake_report(folder: str | Path, *, device: str | torch.device = "auto", qu
         ConfigError: there is no run, or it is not finished.
     """
     recipe = read_recipe(folder)
-    table = Path(folder) / "metrics.csv"
-    done = len(table.read_text().splitlines()) - 1 if table.exists() else 0
+    done = count_epochs(folder)
     if done < recipe.epochs:
         raise ConfigError(
             f"{folder} has finished {done} of {recipe.epochs} epochs, and a report is for a finished run; first finish "
