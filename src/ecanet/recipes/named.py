@@ -260,11 +260,11 @@ def find(name: str, *, scratch: bool = False) -> Recipe:
     if name in RECIPE_FOR_DATA:
         recipe = RECIPE_FOR_DATA[name]()
         return recipe.but(data=recipe.data.but(name=name))
-    kind, colon, _ = name.partition(":")
+    kind, colon, place = name.partition(":")
     if colon and kind in RECIPE_FOR_KIND:
         recipe = RECIPE_FOR_KIND[kind]()
         is_small = {"folder": _is_small, "shards": _is_small_set}.get(kind)
-        if is_small is not None and not scratch and is_small(Path(name.partition(":")[2]).expanduser()):
+        if is_small is not None and not scratch and is_small(Path(place).expanduser()):
             recipe = finetune()
         return recipe.but(data=recipe.data.but(name=name))
     names = [*RECIPES, *RECIPE_FOR_DATA, "folder:PATH", "shards:PATH", "coco:PATH"]
