@@ -1,6 +1,7 @@
 """A proof that has passed on a machine is not repeated by the next process; nothing but a right record counts."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +113,17 @@ def test_a_folder_that_cannot_be_written_is_no_error(machine, tried, monkeypatch
     (tmp_path / "ecanet").write_text("a file is in the way")
     assert ask(monkeypatch, GPU, torch.float32)
     assert ask(monkeypatch, GPU, torch.float32)
+    assert len(tried) == 2
+
+
+def test_a_user_without_a_home_repeats_the_proof(machine, tried, monkeypatch):
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", fail)
+    for _ in range(2):
+        assert ask(monkeypatch, GPU, torch.float32)
     assert len(tried) == 2
 
 

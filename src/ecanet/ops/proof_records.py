@@ -25,12 +25,12 @@ def has_passed(device: torch.device, dtype: torch.dtype, kernels: str) -> bool:
     content = describe_proof(device, dtype, kernels)
     if content is None:
         return False
-    path = find_record(content)
     try:
+        path = find_record(content)
         if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
             return False
         return path.read_bytes() == content
-    except OSError:
+    except (OSError, RuntimeError):  # a user may have no home: that is a RuntimeError
         return False
 
 
@@ -39,13 +39,13 @@ def record_success(device: torch.device, dtype: torch.dtype, kernels: str) -> No
     content = describe_proof(device, dtype, kernels)
     if content is None:
         return
-    path = find_record(content)
     try:
+        path = find_record(content)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(content)
         Path(file.name).replace(path)  # complete or not at all, whichever processes write at once
-    except OSError:
+    except (OSError, RuntimeError):
         return
 
 
