@@ -16,6 +16,7 @@ from ecanet.ops.calls import (
     has_global_hooks,
     has_original_forward,
     hook_dictionaries,
+    is_frozen_norm,
     must_be_called,
     overrides_forward,
 )
@@ -27,7 +28,6 @@ from ecanet.ops.dispatch import (
     expand,
     find_mode_obstacle,
     get_requested_impl,
-    is_frozen_norm,
     list_implementations,
     prefer_impl,
     residual_tail,

@@ -11,14 +11,19 @@ from torch.nn.modules import module as torch_module
 
 __all__ = [
     "call_state",
+    "find_norm_obstacle",
     "has_global_hooks",
     "has_original_forward",
     "hook_dictionaries",
+    "is_frozen_norm",
     "must_be_called",
     "overrides_forward",
 ]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+KNOWN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Batch norms of exactly these classes are supported: a subclass may do more in its forward."""
 
 
 def must_be_called(module: nn.Module) -> bool:
@@ -75,3 +80,21 @@ def has_original_forward(module: nn.Module, *, or_from: str = "") -> bool:
     """
     forward = type(module).forward
     return forward.__module__ in (type(module).__module__, or_from) and not hasattr(forward, "__wrapped__")
+
+
+def find_norm_obstacle(norm: nn.Module) -> str | None:
+    """Return why ``norm`` must be called as a module: it is not a batch norm, has hooks or another forward."""
+    if type(norm) not in KNOWN_NORMS and not is_frozen_norm(norm):
+        return f"{type(norm).__name__} is not a supported batch norm"
+    if must_be_called(norm) or not has_original_forward(norm):
+        return "the norm has hooks or another forward"
+    return None
+
+
+def is_frozen_norm(norm: nn.Module) -> bool:
+    """Return whether ``norm`` is torchvision's frozen batch norm.
+
+    The class is recognised by its name and module, because torchvision's detection code need not be imported, and
+    other libraries have a class of the same name.
+    """
+    return type(norm).__name__ == "FrozenBatchNorm2d" and type(norm).__module__ == "torchvision.ops.misc"

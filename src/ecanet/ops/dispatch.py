@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ecanet.errors import ConfigError
 from ecanet.ops import lean, proof, reference, tail
-from ecanet.ops.calls import has_original_forward, must_be_called
+from ecanet.ops.calls import find_norm_obstacle
 from ecanet.ops.passes import Passes
 from ecanet.ops.reference import Activation, Gate
 from ecanet.ops.tracing import is_exporting, is_jit_tracing, is_traced
@@ -30,9 +30,6 @@ from ecanet.ops.tracing import is_exporting, is_jit_tracing, is_traced
 __all__ = ["Activation", "Gate", "Impl", "prefer_impl", "residual_tail", "residual_tail_pair", "squeeze_scale"]
 
 Impl = Literal["auto", "reference", "lean", "fused"]
-
-KNOWN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-"""Batch norms of exactly these classes are supported: a subclass may do more in its forward."""
 
 _requests: list[tuple[object, Literal["lean", "fused"]]] = []
 """The requests of the open `prefer_impl` blocks; the last one counts.
@@ -176,7 +173,7 @@ def residual_tail_pair(
         raise ConfigError(f"shortcut must have the branch's shape {tuple(z.shape)}, got {tuple(shortcut.shape)}")
     if activation not in ("relu", "relu6", None):
         raise ConfigError(f"unknown activation {activation!r}; choose 'relu', 'relu6' or None")
-    obstacle = _find_norm_obstacle(norm) or (None if shortcut_norm is None else _find_norm_obstacle(shortcut_norm))
+    obstacle = find_norm_obstacle(norm) or (None if shortcut_norm is None else find_norm_obstacle(shortcut_norm))
     if shortcut is not None and shortcut.dtype != z.dtype:
         obstacle = f"a {z.dtype} branch with a {shortcut.dtype} shortcut needs the reference"
     if impl == "auto" and not obstacle and compiles_to_kernels(z) and tail.uses_batch_statistics(norm):
@@ -264,24 +261,6 @@ def find_mode_obstacle() -> str | None:
     if forward_ad._current_level >= 0:  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
         return "forward-mode differentiation supports PyTorch's operations only"
     return None
-
-
-def _find_norm_obstacle(norm: nn.Module) -> str | None:
-    """Return why ``norm`` must be called as a module: it is not a batch norm, has hooks or another forward."""
-    if type(norm) not in KNOWN_NORMS and not is_frozen_norm(norm):
-        return f"{type(norm).__name__} is not a supported batch norm"
-    if must_be_called(norm) or not has_original_forward(norm):
-        return "the norm has hooks or another forward"
-    return None
-
-
-def is_frozen_norm(norm: nn.Module) -> bool:
-    """Return whether ``norm`` is torchvision's frozen batch norm.
-
-    The class is recognised by its name and module, because torchvision's detection code need not be imported, and
-    other libraries have a class of the same name.
-    """
-    return type(norm).__name__ == "FrozenBatchNorm2d" and type(norm).__module__ == "torchvision.ops.misc"
 
 
 def make_dense(x: Tensor, like: Tensor | None = None) -> Tensor:
