@@ -15,7 +15,7 @@ PACKAGE = Path(ecanet.__file__).parent
 
 # Top to bottom. A room imports only what stands below it. "" is ecanet/__init__.py, the front door of the house.
 ROOMS = """
-    __main__ cli studies training shards report data recipes "" inference networks surgery models attention ops testing
+    __main__ cli studies training shards report data "" inference networks surgery models attention ops recipes testing
     errors
 """.replace('""', "(house)").split()
 ROOMS = ["" if room == "(house)" else room for room in ROOMS]
@@ -152,7 +152,7 @@ def test_floors():
     floor: dict[str, int] = {}
     for room in reversed(ROOMS):
         floor[room] = 1 + max((floor[other] for other in below[room]), default=0)
-    assert max(floor.values()) <= 9, floor
+    assert max(floor.values()) <= 10, floor
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:

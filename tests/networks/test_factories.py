@@ -5,8 +5,8 @@ import torch
 
 from ecanet import networks
 from ecanet.errors import ConfigError
+from ecanet.networks import build
 from ecanet.recipes import ModelConfig
-from ecanet.training import build
 
 SOURCE = """
 from torch import nn

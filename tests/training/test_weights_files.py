@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from ecanet.data import Split, read_split
 from ecanet.errors import CheckpointError, ConfigError, DataError, EcanetError
+from ecanet.networks import build
 from ecanet.recipes import DataConfig, ModelConfig, Recipe
-from ecanet.training import build, evaluate, restore, run, write_weights
+from ecanet.training import evaluate, restore, run, write_weights
 from ecanet.training.preparation import build_data, find_seen
 from ecanet.training.tasks import Classification
 from photographs import make_flat, paint

@@ -1,11 +1,12 @@
 """One name for any network, and one name for any device.
 
-Read downward: `loading` (weights into a network), `examples` (images to attach gates on), `heads` (the layer that gives
-the logits), `preprocessing` (the images that a network is made for), `names` (``resnet50`` is this library's,
-``timm:NAME`` and ``torchvision:NAME`` are theirs), `factories` (``FILE.py:FACTORY`` is yours), `devices` (``auto``,
-``cpu``, ``cuda``, ``cuda:N`` and ``mps``).
+Read downward: `building` (any classifier, with weights, attention and a head), `loading` (weights into a network),
+`examples` (images to attach gates on), `heads` (the layer that gives the logits), `preprocessing` (the images that a
+network is made for), `names` (``resnet50`` is this library's, ``timm:NAME`` and ``torchvision:NAME`` are theirs),
+`factories` (``FILE.py:FACTORY`` is yours), `devices` (``auto``, ``cpu``, ``cuda``, ``cuda:N`` and ``mps``).
 """
 
+from ecanet.networks.building import Built, build, list_gates, load_and_attach
 from ecanet.networks.devices import find_device
 from ecanet.networks.examples import is_detector, small_example
 from ecanet.networks.factories import check_class, find_factory, trust, trust_class
@@ -21,7 +22,9 @@ from ecanet.networks.preprocessing import (
 )
 
 __all__ = [
+    "Built",
     "Preprocessing",
+    "build",
     "check_class",
     "check_fit",
     "detector_classes",
@@ -37,7 +40,9 @@ __all__ = [
     "imagenet_classes",
     "is_detector",
     "is_ours",
+    "list_gates",
     "list_names",
+    "load_and_attach",
     "load_weights",
     "small_example",
     "trust",

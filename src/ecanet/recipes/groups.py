@@ -84,7 +84,7 @@ class DataConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig(Config):
-    """The network of a run, with its attention and its first weights: see ``ecanet.training.build``.
+    """The network of a run, with its attention and its first weights: see ``ecanet.networks.build``.
 
     Attributes:
         name: ``resnet50``, ``timm:NAME``, ``torchvision:NAME`` or ``FILE.py:FACTORY``.

@@ -5,10 +5,9 @@ Read downward: `trainer` (`run`, `remake_report`), `weights` (takes them out of 
 started again), `stopping` (signals), `failures` (of the machine), `checkpoints` (how a run writes and finds them),
 `loggers` (TensorBoard and others, by name), `detections` (`detect`), `trained` (`evaluate`, `predict`), `restoring`
 (`restore`), `preparation` (completes a recipe), `progress` (the output of a run while it trains), `tasks` (what a
-network learns and how it is scored), `detectors` and `building` (any network, with weights and attention).
+network learns and how it is scored), `detectors` (this library's and torchvision's).
 """
 
-from ecanet.training.building import Built, build
 from ecanet.training.detections import FoundObject, ImageDetections, detect
 from ecanet.training.detectors import build_detector
 from ecanet.training.preparation import build_data, complete
@@ -21,14 +20,12 @@ from ecanet.training.weights import write_weights
 
 __all__ = [
     "TASKS",
-    "Built",
     "Classification",
     "Detection",
     "FoundObject",
     "ImageDetections",
     "Prediction",
     "Task",
-    "build",
     "build_data",
     "build_detector",
     "complete",

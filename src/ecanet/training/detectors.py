@@ -12,9 +12,9 @@ from ecanet.attention import Attention
 from ecanet.data import DataSpec, has_boxes
 from ecanet.errors import ConfigError
 from ecanet.models import DETECTORS, LoadReport, create_detector, get_torchvision_weights, load_state_dict
+from ecanet.networks import Built, list_gates, load_and_attach
 from ecanet.recipes import DetectorConfig, Recipe
 from ecanet.surgery import attached
-from ecanet.training.building import Built, list_gates, load_and_attach
 
 __all__ = ["StoredBatchNorm2d", "build_detector", "select_classes"]
 

@@ -12,7 +12,7 @@ from ecanet.attention import ECA, ECANS, SEGC, Attention, SEVar2, SEVar3
 from ecanet.data import DataSpec
 from ecanet.errors import ConfigError
 from ecanet.models import DETECTORS, LAYERS
-from ecanet.networks import find, is_ours
+from ecanet.networks import build, find, is_ours
 from ecanet.recipes import ModelConfig, Recipe, suggestion
 from ecanet.studies.ablate.controls import choose_larger
 from ecanet.studies.cost import Cost, count
@@ -186,7 +186,7 @@ def _build(recipe: Recipe, spec: DataSpec) -> nn.Module:
             return find(model.name, num_classes=classes, in_channels=spec.channels, **gates)
     if recipe.task == "detection":
         return training.build_detector(recipe.but(model=model), spec).model
-    return training.build(model, num_classes=classes, image=(spec.channels, spec.size, spec.size)).model
+    return build(model, num_classes=classes, image=(spec.channels, spec.size, spec.size)).model
 
 
 def _configure(recipe: Recipe, name: str) -> Recipe:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ecanet.data import ClassificationData, DataSpec, DetectionData, Split, check_classes, derive_seed
 from ecanet.errors import ConfigError, DataError
+from ecanet.networks import Built
 from ecanet.recipes import Recipe, to_dict
 from ecanet.report import Artifacts
 from ecanet.surgery import parameter_groups
-from ecanet.training.building import Built
 from ecanet.training.tasks.means import RunningMeans
 from ecanet.training.tasks.schedule import change_rate, learning_rate_factor
 

@@ -14,7 +14,6 @@ from ecanet.data import ClassificationData, DataSpec, has_boxes
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import Recipe
 from ecanet.report import Artifacts, Example
-from ecanet.training.building import build
 from ecanet.training.tasks.base import NO_READABLE_IMAGE, Task, get_data
 from ecanet.training.tasks.losses import balance_classes, compute_loss
 
@@ -47,7 +46,7 @@ class Classification(Task):
                 f"class_weights has {len(recipe.class_weights)} numbers and {recipe.data.name} {classes} classes; "
                 "give one number for each, in the order of the class names"
             )
-        built = build(config, num_classes=classes, image=(spec.channels, spec.size, spec.size))
+        built = networks.build(config, num_classes=classes, image=(spec.channels, spec.size, spec.size))
         super().__init__(recipe, spec, built.model)
         self.keep_story(built)
         self.channels = spec.channels if networks.is_ours(config.name) else 3

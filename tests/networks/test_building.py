@@ -5,9 +5,8 @@ import torch
 
 from ecanet import attached, detach
 from ecanet.errors import CheckpointError, ConfigError
-from ecanet.networks import find
+from ecanet.networks import build, find
 from ecanet.recipes import ModelConfig
-from ecanet.training import build
 
 IMAGE = (3, 64, 64)
 LARGE = pytest.param("timm:resnet26d", marks=pytest.mark.slow)

@@ -11,10 +11,12 @@ from typing import cast
 import torch
 from torch import nn
 
-from ecanet import networks
 from ecanet.attention import Attention
 from ecanet.errors import ConfigError
 from ecanet.models import LoadReport
+from ecanet.networks.heads import exchange_head, find_head
+from ecanet.networks.loading import check_fit, load_weights
+from ecanet.networks.names import find, find_kind, is_ours
 from ecanet.recipes import ModelConfig
 from ecanet.surgery import attach, attached
 
@@ -81,8 +83,8 @@ def build(config: ModelConfig, *, num_classes: int | None = None, image: Image =
         AttachError: there is no place for gates.
         CheckpointError: the weights cannot be had, or are not this network's.
     """
-    name, ours, wanted = config.name, networks.is_ours(config.name), list_gates(config)
-    if task := networks.find_kind(name):
+    name, ours, wanted = config.name, is_ours(config.name), list_gates(config)
+    if task := find_kind(name):
         remedy = (
             "; train it on images with boxes, coco:PATH or scenes"
             if task == "detection"
@@ -97,11 +99,11 @@ def build(config: ModelConfig, *, num_classes: int | None = None, image: Image =
         settings["num_classes"] = num_classes
     gates = {"attention": config.attention, "kernel_sizes": config.kernel_sizes, **config.options}
     if ours and config.where is None and wanted:
-        return _build_in(config, networks.find(name, **settings, **gates), settings, image)
-    model = networks.find(name, **settings, **({"attention": "none"} if ours else {}))
+        return _build_in(config, find(name, **settings, **gates), settings, image)
+    model = find(name, **settings, **({"attention": "none"} if ours else {}))
     built = _prepare(name, model, num_classes, image)
     weights, example = config.weights, torch.rand(2, *image, generator=torch.Generator().manual_seed(0))
-    load = None if weights is None else partial(networks.load_weights, model, name, weights)
+    load = None if weights is None else partial(load_weights, model, name, weights)
     load_and_attach(built, load, wanted, example)
     if load is not None:
         _finish(built)
@@ -124,9 +126,9 @@ def list_gates(config: ModelConfig) -> dict[str, object]:
 
 def _prepare(name: str, model: nn.Module, num_classes: int | None, image: Image) -> Built:
     """Find the head of ``model``, and exchange it if the network could not be built for ``num_classes``."""
-    head, classes = networks.find_head(model, name, image)
+    head, classes = find_head(model, name, image)
     if num_classes is not None and num_classes != classes:
-        networks.exchange_head(model, head, num_classes)
+        exchange_head(model, head, num_classes)
     return Built(model=model, name=name, head=head)
 
 
@@ -138,13 +140,13 @@ def _build_in(config: ModelConfig, model: nn.Module, settings: Mapping[str, obje
             if config.preserve and isinstance(module, Attention):
                 module.neutralize()
     elif config.preserve is False:
-        plain = _prepare(config.name, networks.find(config.name, attention="none", **settings), None, image)
-        plain.loaded = networks.load_weights(plain.model, config.name, config.weights)
+        plain = _prepare(config.name, find(config.name, attention="none", **settings), None, image)
+        plain.loaded = load_weights(plain.model, config.name, config.weights)
         _finish(plain)
         model.load_state_dict(plain.model.state_dict(), strict=False)  # everything beside the gates
         built.loaded, built.exchanged = plain.loaded, plain.exchanged
     else:
-        built.loaded = networks.load_weights(model, config.name, config.weights)
+        built.loaded = load_weights(model, config.name, config.weights)
         _finish(built)
     return built
 
@@ -168,7 +170,7 @@ def load_and_attach(
 def _finish(built: Built) -> None:
     """Check that the weights fit, and set the tensors of a head for other classes to zero."""
     assert built.loaded is not None
-    built.exchanged = networks.check_fit(built.model, built.loaded, built.head)
+    built.exchanged = check_fit(built.model, built.loaded, built.head)
     with torch.no_grad():
         for name in built.exchanged:
             built.model.get_parameter(name).zero_()
