@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from drawn_modules import draw
-from ecanet.attention import ATTENTIONS, ELA, EMA, ESE, GCT, SRM, CoordinateAttention, Fca, SimAM
+from ecanet.attention import ASR, ATTENTIONS, ELA, EMA, ESE, GCT, SRM, CoordinateAttention, Fca, SimAM
 
 BUILD = {
+    "asr": lambda: ASR(5, reduction=1),
     "ese": lambda: ESE(5),
     "gct": lambda: GCT(5),
     "srm": lambda: SRM(5),
@@ -67,6 +68,13 @@ def scaled(x: Tensor, weight) -> Tensor:
     n, c, h, w = x.shape
     each = [x[a, b, i, j] * weight(a, b, i, j) for a in range(n) for b in range(c) for i in range(h) for j in range(w)]
     return torch.stack(each).reshape(x.shape)
+
+
+def asr_of(m: ASR, x: Tensor) -> Tensor:
+    hidden = [sum(m.fc1.weight[h, k] * m.vector[k] for k in range(5)) + m.fc1.bias[h] for h in range(5)]
+    hidden = [h if h > 0 else 0 * h for h in hidden]
+    g = [sigmoid(sum(m.fc2.weight[c, h] * hidden[h] for h in range(5)) + m.fc2.bias[c]) for c in range(5)]
+    return scaled(x, lambda n, c, i, j: g[c])
 
 
 def ese_of(m: ESE, x: Tensor) -> Tensor:
@@ -197,6 +205,7 @@ def window_sum(kernel: Tensor, x: Tensor, i: int, j: int) -> Tensor:
 
 
 LOOPS = {
+    "asr": asr_of,
     "ese": ese_of,
     "gct": gct_of,
     "srm": srm_of,

@@ -45,7 +45,7 @@ def test_one_graph_takes_every_rank(shape):
 
 
 @pytest.mark.parametrize(
-    "name", ["eca", "cbam", "gc", "gsop", "ese", "gct", "srm", "fca", "simam", "coord", "ela", "ema"]
+    "name", ["eca", "cbam", "gc", "gsop", "asr", "ese", "gct", "srm", "fca", "simam", "coord", "ela", "ema"]
 )
 def test_a_traced_gate_takes_a_mask(name):
     gate = randomize(make_attention(name, 32))

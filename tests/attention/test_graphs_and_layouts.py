@@ -13,7 +13,7 @@ from ecanet.errors import ConfigError
 
 GATES = ["eca", "eca-ns", "se", "se-var1", "se-var2", "se-var3", "se-gc"]
 OTHERS = ["cbam", "gc", "gsop", "a2", "non-local", "aa"]
-LATER = ["ese", "gct", "srm", "fca", "simam", "coord", "ela", "ema"]
+LATER = ["asr", "ese", "gct", "srm", "fca", "simam", "coord", "ela", "ema"]
 FIT_ANY_WIDTH = ["eca", "se-var1", "simam"]
 CHANNELS = 32
 

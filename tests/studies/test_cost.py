@@ -163,6 +163,7 @@ def test_the_cost_of_one_gate(attention, parameters):
     ("attention", "parameters", "macs", "layers"),
     [
         ("ese", 32 * 33, 32 * 32, (2 * 32 - 1) * 32),
+        ("asr", 4 * 32 + 32 + 2 + 32, 128, (2 * 32 - 1) * 2 + (2 * 2 - 1) * 32),
         ("gct", 96, 64, None),
         ("srm", 128, 64, 4 * 32),  # a norm of one number for each channel
         ("fca", 128, 128 + 32 * (16 + 4), (2 * 32 - 1) * 2 + (2 * 2 - 1) * 32),
@@ -184,8 +185,8 @@ def test_the_cost_of_a_later_module(attention, parameters, macs, layers):
     cost = count(make_attention(attention, 32), (32, 4, 4))
     assert cost.attention_parameters == cost.parameters == parameters
     assert cost.macs == macs
-    pool = 32 * (16 + 1) if attention in ("ese", "srm", "simam") else {"ema": 2 * 32 * (16 + 1)}.get(attention, 0)
-    assert cost.operations == pool + (layers or 0)
+    pool = {"ema": 2 * 32 * (16 + 1)} | dict.fromkeys(("asr", "ese", "srm", "simam"), 32 * (16 + 1))
+    assert cost.operations == pool.get(attention, 0) + (layers or 0)
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 Read downward: `names` (the table that ``attention=`` looks names up in), `long_range` (non-local, A2,
 attention-augmented convolution), `positions` (SimAM, coordinate attention, ELA, EMA), `frequencies` (FcaNet's gate),
-`statistics` (eSE, GCT, SRM), `others` (CBAM, GC, GSoP), `gates` (squeeze, gate, scale: ECA, SE and their variants),
-`base` (what every attention module is). To understand ECA, begin with `gates`.
+`statistics` (eSE, ASR, GCT, SRM), `others` (CBAM, GC, GSoP), `gates` (squeeze, gate, scale: ECA, SE and their
+variants), `base` (what every attention module is). To understand ECA, begin with `gates`.
 """
 
 from ecanet.attention.base import Attention
@@ -31,9 +31,10 @@ from ecanet.attention.names import (
 )
 from ecanet.attention.others import CBAM, GlobalContext, GSoP, compute_maxima
 from ecanet.attention.positions import ELA, EMA, CoordinateAttention, SimAM
-from ecanet.attention.statistics import ESE, GCT, SRM, StatisticsAttention
+from ecanet.attention.statistics import ASR, ESE, GCT, SRM, StatisticsAttention
 
 __all__ = [
+    "ASR",
     "ATTENTIONS",
     "CBAM",
     "ECA",

@@ -7,7 +7,7 @@ y = x * g                                # N C ...
 
 import math
 from collections.abc import Iterable
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,9 @@ class ChannelAttention(GatedAttention):
     A subclass defines only ``gate(p)``, from means (N, C) to weights (N, C); the factor is ``gain * gate(p)``. With
     `last_parameters` it can also be attached losslessly.
     """
+
+    reads_means: ClassVar[bool] = True
+    """False if the weights are the same for all inputs."""
 
     def gate(self, p: Tensor) -> Tensor:
         """Return channel weights (N, C) for channel means ``p`` (N, C), both float32 or wider."""

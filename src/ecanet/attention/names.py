@@ -16,7 +16,7 @@ from ecanet.attention.gates import ECA, ECANS, SE, SEGC, SEVar1, SEVar2, SEVar3
 from ecanet.attention.long_range import AugmentedConv2d, DoubleAttention, NonLocal
 from ecanet.attention.others import CBAM, GlobalContext, GSoP
 from ecanet.attention.positions import ELA, EMA, CoordinateAttention, SimAM
-from ecanet.attention.statistics import ESE, GCT, SRM
+from ecanet.attention.statistics import ASR, ESE, GCT, SRM
 from ecanet.errors import ConfigError, summarize
 
 AttentionLike = str | Callable[..., nn.Module]
@@ -45,6 +45,7 @@ ATTENTIONS: dict[str, Callable[..., nn.Module]] = {
     "a2": DoubleAttention,
     "non-local": NonLocal,
     "aa": _build_augmented,
+    "asr": ASR,
     "ese": ESE,
     "gct": GCT,
     "srm": SRM,

@@ -1,4 +1,4 @@
-"""Channel gates of later papers: eSE, and two on other statistics of a channel than its mean (GCT, SRM).
+"""Channel gates of later papers: eSE, ASR, and two on other statistics of a channel than its mean (GCT, SRM).
 
 All take ``mask`` (N, ...), True where a position counts, so that padding does not influence the result. Sums run in
 float32 or wider.
@@ -14,7 +14,7 @@ from ecanet import ops
 from ecanet.attention.base import GatedAttention, zero
 from ecanet.attention.gates import ChannelAttention, apply_linear
 from ecanet.attention.others import check_input, clear_padding
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, check_positive_int
 
 
 class ESE(ChannelAttention):
@@ -42,6 +42,45 @@ class ESE(ChannelAttention):
     def last_parameters(self) -> Iterable[Tensor]:
         """Return the matrix and the bias: h(0) is 1/2."""
         return self.fc.parameters()
+
+
+class ASR(ChannelAttention):
+    """Attention-alike structural re-parameterization (Huang et al., ECCV 2024, arXiv 2304.06345), with SE's two layers.
+
+    The factors are ``sigmoid(W2 relu(W1 v + b1) + b2)`` of a learned vector v, and do not depend on the input. So a
+    trained ASR is one number for each channel, which `ecanet.slim` moves into the layer before it: nothing is left at
+    inference. As in the authors' code the layers have biases, and v begins at 0.1.
+
+    >>> sum(p.numel() for p in ASR(64).parameters())
+    644
+
+    Raises:
+        ConfigError: ``channels`` or ``reduction`` is not positive.
+    """
+
+    reads_means = False
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__(channels)
+        hidden = max(1, channels // check_positive_int("reduction", reduction))
+        self.vector = nn.Parameter(torch.empty(channels))
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the vector to 0.1, as the authors' code does."""
+        self.vector.fill_(0.1)
+
+    def gate(self, p: Tensor) -> Tensor:
+        """Return the same weights for each image: ``sigmoid(W2 relu(W1 v + b1) + b2)``."""
+        hidden = apply_linear(self.fc1, self.vector.to(p.dtype)[None]).relu()
+        return apply_linear(self.fc2, hidden).sigmoid().expand_as(p)
+
+    def last_parameters(self) -> Iterable[Tensor]:
+        """Return the parameters of the second layer."""
+        return self.fc2.parameters()
 
 
 class StatisticsAttention(GatedAttention):

@@ -1,6 +1,6 @@
 """The places of attention in a ResNet: the end of each residual branch, or those in the attention's own paper.
 
-eca, se, …, cbam, gc    the end of every branch; also eSE, GCT, SRM, FcaNet, SimAM, coordinate attention, ELA and EMA
+eca, se, …, cbam, gc    the end of every branch; also ASR, eSE, GCT, SRM, FcaNet, SimAM, coordinate attention, ELA, EMA
 gsop                    the end of the last branch of each stage; the last stage keeps its resolution
 a2                      after every second block of the second and third stage (5 in a ResNet-50)
 non-local               before the last block of the third stage (res4)

@@ -26,8 +26,8 @@ def fold(model: Model) -> Model:
     """Double the layer before each lossless gate and give the gate the paper's form, in place; outputs stay the same.
 
     ``2 sigmoid(f(mean(b))) b`` becomes ``sigmoid(f(mean(2b) / 2)) 2b``: weight and bias of the norm (or convolution)
-    that makes ``b`` are doubled, the gate's first weights halved, ``gain`` is 1 and leaves the state dict. Doubling and
-    halving are exact in floating point. All gates are folded, or none.
+    that makes ``b`` are doubled, the gate's first weights halved (unless it does not read ``b``, as ASR), ``gain`` is 1
+    and leaves the state dict. Doubling and halving are exact in floating point. All gates are folded, or none.
 
     Raises:
         AttachError: nothing is attached, or a gate cannot be folded because no norm or convolution of its own precedes
@@ -44,7 +44,8 @@ def fold(model: Model) -> Model:
         assert isinstance(gate, ChannelAttention)
         if gate.gain == 2:
             multiply(list_affine_tensors(model.get_submodule(name.rpartition(".")[0]), record), 2)
-            multiply([next(iter(gate.parameters()))], 0.5)
+            if gate.reads_means:
+                multiply([next(iter(gate.parameters()))], 0.5)
             gate.gain = 1.0
             record.doubled = True
     return model

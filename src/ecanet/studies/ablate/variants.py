@@ -51,6 +51,7 @@ VARIANTS: dict[str, tuple[str, dict[str, int | str]]] = {
     "se-gc": ("se-gc", {"groups": 16}),
     "cbam": ("cbam", {"reduction": 16}),
     "gc": ("gc", {"reduction": 16}),
+    "asr": ("asr", {"reduction": 16}),
     "ese": ("ese", {}),
     "gct": ("gct", {}),
     "srm": ("srm", {}),
