@@ -9,7 +9,7 @@ import torch
 
 from ecanet.errors import DataError
 from ecanet.recipes.config import Recipe
-from ecanet.report import Report, environment, figures, write_file
+from ecanet.report import Report, environment, figures, pictures, write_file
 
 MATRIX = [[7, 2, 1], [0, 10, 0], [3, 3, 4]]
 NAMES = ["cat", "<dog> & co", "horse"]
@@ -37,6 +37,15 @@ def report(tmp_path):
             "examples": [
                 {"image": image, "label": 0, "prediction": 0, "probability": 0.9},
                 {"image": image, "label": 1, "prediction": 2, "probability": 0.6},
+            ],
+            "gates": [
+                {
+                    "name": "layer1.0.eca",
+                    "mean": [0.9, 1.0, 1.2],
+                    "deviation": [0.1, 0.0, 0.2],
+                    "alarms": ["it is odd"],
+                },
+                {"name": "layer2.0.eca", "mean": [1.0] * 8, "deviation": [0.0] * 8, "alarms": []},
             ],
         },
     )
@@ -89,7 +98,7 @@ def test_the_page_shows_the_numbers(report):
 
 def test_classes_are_listed_worst_first_with_their_rivals():
     rows = re.findall(
-        r"<tr><td>(.*?)</td>.*?<td>(\d+ of \d+)</td><td>(.*?)</td></tr>", figures.show_accuracy(MATRIX, NAMES)
+        r"<tr><td>(.*?)</td>.*?<td>(\d+ of \d+)</td><td>(.*?)</td></tr>", pictures.show_accuracy(MATRIX, NAMES)
     )
     assert [(name, count) for name, count, _ in rows] == [
         ("horse", "4 of 10"), ("cat", "7 of 10"), ("&lt;dog&gt; &amp; co", "10 of 10")
@@ -99,15 +108,15 @@ def test_classes_are_listed_worst_first_with_their_rivals():
 
 
 def test_a_class_without_images_does_not_divide_by_zero():
-    assert "0 of 0" in figures.show_accuracy([[0, 0], [1, 1]], ["a", "b"])
+    assert "0 of 0" in pictures.show_accuracy([[0, 0], [1, 1]], ["a", "b"])
     assert "<svg" in figures.plot_confusion([[0, 0], [1, 1]], ["a", "b"])
 
 
 def test_long_tables_list_only_the_worst_classes():
     n = 50
     matrix = [[10 - at % 10 if a == at else (at % 10 if a == (at + 1) % n else 0) for a in range(n)] for at in range(n)]
-    table = figures.show_accuracy(matrix, [f"c{at}" for at in range(n)])
-    assert table.count("<tr><td>") == figures.MAX_LISTED_CLASSES
+    table = pictures.show_accuracy(matrix, [f"c{at}" for at in range(n)])
+    assert table.count("<tr><td>") == pictures.MAX_LISTED_CLASSES
     assert "20 better classes are left out" in table
 
 
@@ -148,3 +157,71 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         write_file(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_spike_does_not_decide_the_axis(report):
+    assert figures.find_limits([0.5, 0.4, 0.35, 0.3, 0.28, 900.0]) == pytest.approx((0.269, 0.511))
+    assert figures.find_limits([0.5, 0.4, 0.35, 0.3, 0.28, -900.0, float("nan")]) == pytest.approx((0.269, 0.511))
+    # what has no spread, or few values, or only values near each other, is drawn whole
+    for values in ([1.0] * 9 + [5.0], [0.1, 0.2, 900.0], [3.0, 2.0, 1.5, 1.2, 1.1, 1.0], []):
+        assert figures.find_limits(values) is None
+    for row in report.history:
+        row["val_loss"] = row["train_loss"]
+    plain = figures.plot_curves([{**report.history[0], "epoch": epoch, "val_loss": 1 / epoch} for epoch in range(1, 8)])
+    history = [{**report.history[0], "epoch": epoch, "val_loss": 1 / epoch} for epoch in range(1, 8)]
+    history[3]["val_loss"] = 1e6
+    spiked = figures.plot_curves(history)
+    assert "<!-- 1e+06 -->" in spiked
+    assert "<!-- 1e+06 -->" not in plain
+    assert not re.search(r"<!-- [\d.]*[2-9]00000", spiked), "the axis is the others'"
+
+
+def test_drawings_take_the_colour_of_the_pages_text(report):
+    page = report.to_html()
+    assert page.count("<svg") == 5
+    assert "currentColor" in page
+    for black in ("#000000", "#010203", "fill: black", "stroke: #ffffff; stroke-linejoin: miter"):
+        assert black not in page
+    assert "prefers-color-scheme: dark" in page
+    assert 'name="viewport"' in page
+
+
+def test_the_page_shows_what_differs_from_the_named_recipe(report):
+    from ecanet import recipes
+
+    text = show_text(report)
+    assert "All settings" in text
+    assert "recipe quickstart" not in text
+    report.recipe = recipes.with_settings(recipes.find("quickstart"), {"epochs": 20, "data.batch_size": 32})
+    text = show_text(report)
+    assert "setting this run recipe quickstart" in text
+    assert "epochs 20 12" in text
+    assert "data.batch_size 32 64" in text
+    assert "frozen_stages" not in text, "a classifier has no detector's settings"
+    report.recipe = recipes.find("quickstart")
+    assert "As in the recipe quickstart." in show_text(report)
+    report.recipe = recipes.find("scenes")
+    assert "frozen_stages" in show_text(report)
+
+
+def test_the_page_says_how_the_network_is_used(report, tmp_path):
+    from ecanet import recipes
+
+    report.folder = tmp_path / "it's <here>"
+    text = show_text(report)
+    assert f"training.restore(&quot;{tmp_path}/it&#x27;s &lt;here&gt;&quot;)" in text
+    assert "ecanet predict" in text
+    report.recipe = recipes.find("scenes")
+    assert "ecanet detect" in show_text(report)
+
+
+def test_the_page_shows_the_gates(report):
+    page = report.to_html()
+    assert "layer1.0.eca: it is odd" in page
+    assert "<!-- layer2.0.eca -->" in page
+    report.artifacts["gates"] = []
+    assert "<h2>Gates</h2>" not in report.to_html()
+
+
+def show_text(report) -> str:
+    return " ".join(re.sub(r"<[^>]+>", " ", report.to_html()).split())

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 import ecanet
 from ecanet import recipes
 from ecanet.attention import CBAM, ECA, ESE, GCT, SRM, Fca, GlobalContext, SEVar2, SimAM
+from ecanet.attention import recording as records
 from ecanet.errors import ConfigError
 from ecanet.report import figures
-from ecanet.studies.gates import drawings, pages, records
+from ecanet.studies.gates import drawings, pages
 
 
 def images(n: int, channels: int = 4) -> Tensor:
@@ -25,7 +26,7 @@ def test_sums_by_class_are_the_plain_averages():
     model, x = nn.Sequential(SEVar2(4)), images(10)
     labels = torch.tensor([0, 2, 2, 0, 0, 2, 2, 2, 0, 0])
     batches = [(x[:3], labels[:3]), (x[3:4], labels[3:4]), (x[4:], labels[4:])]
-    (found,) = records.record(model, batches, classes=3)
+    (found,) = records.record_gates(model, batches, classes=3)
     weights = torch.sigmoid(model[0].weight.detach() * x.mean((2, 3)))
     close = torch.testing.assert_close
     close(found.mean, weights.mean(0))
@@ -49,16 +50,16 @@ def gate_with(logits: list[float]) -> nn.Sequential:
 
 def test_alarms_name_dead_saturated_and_constant_gates():
     ones, labels = torch.ones(6, 4, 2, 2), torch.zeros(6, dtype=torch.long)
-    (healthy,) = records.record(gate_with([0.5, -1, 1, 2]), [(images(6), labels)], 1)
+    (healthy,) = records.record_gates(gate_with([0.5, -1, 1, 2]), [(images(6), labels)], 1)
     assert healthy.find_alarms() == []
-    (dead,) = records.record(gate_with([-9, 1, -9, 1]), [(ones * torch.rand(6, 1, 1, 1).add(0.9), labels)], 1)
+    (dead,) = records.record_gates(gate_with([-9, 1, -9, 1]), [(ones * torch.rand(6, 1, 1, 1).add(0.9), labels)], 1)
     assert dead.dead.tolist() == [True, False, True, False]
     assert dead.saturated == 0.5
     assert "2 of 4 channels are shut on every image" in dead.find_alarms()
     assert any(alarm.startswith("50% of the weights") for alarm in dead.find_alarms())
-    (constant,) = records.record(gate_with([1, 2, -1, -2]), [(ones, labels)], 1)
+    (constant,) = records.record_gates(gate_with([1, 2, -1, -2]), [(ones, labels)], 1)
     assert constant.find_alarms() == ["the weights are the same for every image: a constant could replace this gate"]
-    (wide_open,) = records.record(gate_with([9, 9, 9, 0]), [(ones, labels)], 1)
+    (wide_open,) = records.record_gates(gate_with([9, 9, 9, 0]), [(ones, labels)], 1)
     assert wide_open.saturated == 0.75
     assert not wide_open.dead.any()
 
@@ -94,7 +95,7 @@ def test_planted_faults_in_an_attached_network_are_named(attention, options):
     for kind, site in placed.items():
         plant(model.get_submodule(site.name), kind)
     x = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    found = {one.name: one for one in records.record(model, [(x, torch.zeros(6, dtype=torch.long))], 1)}
+    found = {one.name: one for one in records.record_gates(model, [(x, torch.zeros(6, dtype=torch.long))], 1)}
     for kind, site in placed.items():
         alarms = found[site.name].find_alarms()
         assert len(alarms) == len(planted[kind]), (kind, alarms)
@@ -105,7 +106,7 @@ def test_planted_faults_in_an_attached_network_are_named(attention, options):
 def test_one_image_does_not_make_a_constant():
     for n, expected in ((1, 0), (2, 1)):
         x, labels = torch.ones(n, 4, 2, 2), torch.zeros(n, dtype=torch.long)
-        (found,) = records.record(gate_with([1, 2, -1, -2]), [(x, labels)], 1)
+        (found,) = records.record_gates(gate_with([1, 2, -1, -2]), [(x, labels)], 1)
         assert len(found.find_alarms()) == expected
 
 
@@ -113,7 +114,7 @@ def test_a_gct_has_twice_the_range():
     """Its weights are 1 + tanh: 1 is the middle of its range, and 1.99 an end."""
     model = nn.Sequential(GCT(4))
     model[0].beta.data = torch.tensor([0.0, 0.0, 9.0, -9.0])
-    (found,) = records.record(model, [(images(5), torch.zeros(5, dtype=torch.long))], 1)
+    (found,) = records.record_gates(model, [(images(5), torch.zeros(5, dtype=torch.long))], 1)
     assert (found.gain, found.ceiling) == (1, 2)
     torch.testing.assert_close(found.mean, torch.tensor([1.0, 1.0, 2.0, 0.0]))
     assert found.saturated == 0.5
@@ -128,15 +129,15 @@ def test_lossless_gates_that_have_not_moved_are_named(attention, options):
     gate = ecanet.make_attention(attention, 32, **options)
     gate.neutralize()
     x, labels = images(6, 32), torch.zeros(6, dtype=torch.long)
-    (found,) = records.record(nn.Sequential(gate), [(x, labels)], 1)
+    (found,) = records.record_gates(nn.Sequential(gate), [(x, labels)], 1)
     (alarm,) = found.find_alarms()
     assert alarm.startswith("every weight is still within 0.02 of 1")
     assert "ecanet.parameter_groups" in alarm
     for parameter in gate.last_parameters():
         parameter.data.fill_(1)
-    (moved,) = records.record(nn.Sequential(gate), [(x, labels)], 1)
+    (moved,) = records.record_gates(nn.Sequential(gate), [(x, labels)], 1)
     assert not any("has not moved" in alarm for alarm in moved.find_alarms())
-    (paper,) = records.record(gate_with([0, 0, 0, 0]), [(images(6), labels)], 1)
+    (paper,) = records.record_gates(gate_with([0, 0, 0, 0]), [(images(6), labels)], 1)
     assert paper.find_alarms() == ["the weights are the same for every image: a constant could replace this gate"]
 
 
@@ -144,14 +145,14 @@ def test_lossless_gates_that_have_not_moved_are_named(attention, options):
 def test_one_weight_away_from_one_is_a_move(logits, unmoved):
     model = gate_with([0, *logits, 0])
     model[0].gain = 2.0
-    (found,) = records.record(model, [(torch.ones(3, 4, 2, 2), torch.zeros(3, dtype=torch.long))], 1)
+    (found,) = records.record_gates(model, [(torch.ones(3, 4, 2, 2), torch.zeros(3, dtype=torch.long))], 1)
     assert found.is_unmoved == unmoved
 
 
 def test_a_gain_of_two_doubles_the_range():
     model = gate_with([0, 0, 0, 0])
     model[0].gain = 2.0
-    (found,) = records.record(model, [(torch.ones(2, 4, 2, 2), torch.zeros(2, dtype=torch.long))], 1)
+    (found,) = records.record_gates(model, [(torch.ones(2, 4, 2, 2), torch.zeros(2, dtype=torch.long))], 1)
     assert found.mean.tolist() == [1, 1, 1, 1]
     assert found.saturated == 0  # 1 is the middle of the range, not an end
 
@@ -186,7 +187,7 @@ def test_a_gate_can_be_held_at_its_mean(make, gain):
     model[0].gain = gain
     labels = torch.zeros(6, dtype=torch.long)
     before = model(x)
-    found = records.record(model, [(x, labels)], 1)
+    found = records.record_gates(model, [(x, labels)], 1)
     held = records.run_with_held_gates(model, x[:2], found)["0"]
     torch.testing.assert_close(held, x[:2] * found[0].mean[:, None, None])
     assert torch.equal(model(x), before)
@@ -195,13 +196,13 @@ def test_a_gate_can_be_held_at_its_mean(make, gain):
 
 def test_a_network_without_gates_is_refused():
     with pytest.raises(ConfigError, match="no channel gates"):
-        records.record(ecanet.create_model("resnet8", attention="none"), [], 10)
+        records.record_gates(ecanet.create_model("resnet8", attention="none"), [], 10)
     with pytest.raises(ConfigError, match="no channel gates to inspect: CoordinateAttention does not give"):
-        records.record(ecanet.create_model("resnet8", attention="coord"), [], 10)
+        records.record_gates(ecanet.create_model("resnet8", attention="coord"), [], 10)
     with pytest.raises(ConfigError, match="no channel gates to inspect: GlobalContext, SimAM does not"):
-        records.record(nn.Sequential(SimAM(4), GlobalContext(8, 2)), [], 10)
+        records.record_gates(nn.Sequential(SimAM(4), GlobalContext(8, 2)), [], 10)
     with pytest.raises(ConfigError, match="no images"):
-        records.record(nn.Sequential(ECA(4)), [], 10)
+        records.record_gates(nn.Sequential(ECA(4)), [], 10)
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +256,7 @@ NAMES = [r"a$\frac$", "$5_to_10_$", "_hidden", "long " * 50, "日本"]
 def test_class_names_are_drawn_as_they_are(name):
     """A name is no formula, and one with an underscore in front is in the legend like any other."""
     model = nn.Sequential(SEVar2(4))
-    found = records.record(model, [(images(4), torch.tensor([0, 1, 0, 1]))], 2)
+    found = records.record_gates(model, [(images(4), torch.tensor([0, 1, 0, 1]))], 2)
     figure = drawings.draw_classes(found, {0: name, 1: "other"})
     assert figures.to_png(figure).startswith(b"\x89PNG")
     figure.draw_without_rendering()

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from ecanet import attached
-from ecanet.attention import ECA, SEVar2
+from ecanet.attention import ECA, SEVar2, record_gates
 from ecanet.data import DataSpec
 from ecanet.data.boxes import load_boxes
 from ecanet.data.scenes import SceneConfig
 from ecanet.errors import ConfigError
 from ecanet.recipes import ModelConfig, find, with_settings
-from ecanet.studies.gates import inspection, pages, records
+from ecanet.studies.gates import inspection, pages
 from ecanet.training import build_detector
 
 
@@ -136,7 +136,7 @@ def test_a_gate_that_runs_for_each_region_counts_each_run():
         def forward(self, images):
             return self.inner(torch.cat([*images, *images]).view(-1, 4, 2, 2))
 
-    (found,) = records.record(Regions(), [(list(x), None), (list(x[:1]), None)], 1)
+    (found,) = record_gates(Regions(), [(list(x), None), (list(x[:1]), None)], 1)
     assert found.counts.tolist() == [8]
     weights = model[1].weigh(torch.cat([x, x, x[:1], x[:1]]).mean((2, 3)))
     torch.testing.assert_close(found.mean, weights.mean(0))

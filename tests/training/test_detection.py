@@ -370,7 +370,7 @@ def test_detect_never_overwrites_its_images(monkeypatch, tmp_path, some):
 
 
 def test_a_picture_is_enlarged_within_bounds():
-    from ecanet.report.figures import draw_detections
+    from ecanet.report.pictures import draw_detections
 
     nothing = {"boxes": torch.empty(0, 4)}
     assert draw_detections(torch.zeros(3, 100, 200, dtype=torch.uint8), nothing, []).shape == (3, 400, 800)

@@ -1,9 +1,9 @@
 """Attention modules, and the one table of their names.
 
-Read downward: `names` (the table that ``attention=`` looks names up in), `long_range` (non-local, A2,
-attention-augmented convolution), `positions` (SimAM, coordinate attention, ELA, EMA), `frequencies` (FcaNet's gate),
-`statistics` (eSE, ASR, GCT, SRM), `others` (CBAM, GC, GSoP), `gates` (squeeze, gate, scale: ECA, SE and their
-variants), `base` (what every attention module is). To understand ECA, begin with `gates`.
+Read downward: `recording` (what the gates of a network do on images), `names` (the table that ``attention=`` looks
+names up in), `long_range` (non-local, A2, attention-augmented convolution), `positions` (SimAM, coordinate attention,
+ELA, EMA), `frequencies` (FcaNet's gate), `statistics` (eSE, ASR, GCT, SRM), `others` (CBAM, GC, GSoP), `gates`
+(squeeze, gate, scale: ECA, SE and their variants), `base` (what every attention module is). To understand ECA, begin with `gates`.
 """
 
 from ecanet.attention.base import Attention
@@ -31,6 +31,14 @@ from ecanet.attention.names import (
 )
 from ecanet.attention.others import CBAM, GlobalContext, GSoP, compute_maxima
 from ecanet.attention.positions import ELA, EMA, CoordinateAttention, SimAM
+from ecanet.attention.recording import (
+    Gate,
+    GateRecord,
+    compute_image_weights,
+    find_gates,
+    record_gates,
+    run_with_held_gates,
+)
 from ecanet.attention.statistics import ASR, ESE, GCT, SRM, StatisticsAttention
 
 __all__ = [
@@ -55,6 +63,8 @@ __all__ = [
     "DoubleAttention",
     "Fca",
     "GSoP",
+    "Gate",
+    "GateRecord",
     "GlobalContext",
     "NonLocal",
     "SEVar1",
@@ -63,9 +73,13 @@ __all__ = [
     "SimAM",
     "StatisticsAttention",
     "adaptive_kernel_size",
+    "compute_image_weights",
     "compute_maxima",
     "find_attention",
+    "find_gates",
     "list_attentions",
     "make_attention",
     "options_of",
+    "record_gates",
+    "run_with_held_gates",
 ]

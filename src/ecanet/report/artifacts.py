@@ -4,7 +4,7 @@ from typing import TypedDict
 
 from torch import Tensor
 
-__all__ = ["Artifacts", "DetectionExample", "Example"]
+__all__ = ["Artifacts", "DetectionExample", "Example", "GateSummary"]
 
 
 class Example(TypedDict):
@@ -29,6 +29,18 @@ class DetectionExample(TypedDict):
     truth: dict[str, Tensor]
 
 
+class GateSummary(TypedDict):
+    """What a gate did on held-out images: the mean weight of each channel and its standard deviation between images.
+
+    ``alarms`` are sentences about what looks wrong.
+    """
+
+    name: str
+    mean: list[float]
+    deviation: list[float]
+    alarms: list[str]
+
+
 class Artifacts(TypedDict, total=False):
     """The results of a run that the report draws; each is drawn if it is there.
 
@@ -41,3 +53,4 @@ class Artifacts(TypedDict, total=False):
     examples: list[Example]
     precision_recall: dict[str, list[float]]
     detections: list[DetectionExample]
+    gates: list[GateSummary]

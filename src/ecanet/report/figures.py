@@ -1,74 +1,113 @@
 """Draw the report's figures, as pieces of HTML that need no file, font or script from elsewhere."""
-# The annotations of matplotlib and torchvision leave many arguments open:
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportMissingTypeStubs=false
+# The annotations of matplotlib leave many arguments open:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-import base64
-import html
 import io
 from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any
 
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor
 
-from ecanet.report.artifacts import DetectionExample, Example
+from ecanet.report.artifacts import GateSummary
 
 __all__ = [
-    "draw_detections",
+    "NOT_METRICS",
+    "PALETTE",
+    "find_limits",
     "plot_confusion",
     "plot_curves",
+    "plot_gates",
     "plot_precision_recall",
-    "show_accuracy",
-    "show_detections",
-    "show_examples",
+    "shorten",
+    "to_pil",
     "to_png",
     "to_svg",
 ]
 
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Colours that the colour-blind can tell apart (Okabe and Ito, 2008), on a light page and on a dark one."""
+
+INK = "#010203"
+"""A black that nothing else has: in SVG it becomes the colour of the page's text."""
+
 MAX_NUMBERED_CLASSES = 20
 """Confusion matrices of more classes show shades without numbers."""
-
-MAX_LISTED_CLASSES = 30
-"""Tables of classes list at most this many, the worst ones."""
-
-COLOURS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45", "#ffe119"]
-
-BRIGHT = 400
-"""Sum of red, green and blue from which black text is easier to read on a colour than white text."""
-
-MAX_SHORT_SIDE = 480
-"""Images with boxes on them are enlarged by the largest integer that keeps the short side at most this long."""
-
-MAX_LONG_SIDE = 2000
-"""No image is enlarged beyond a long side of this many pixels."""
 
 NOT_METRICS = ("epoch", "learning_rate", "images_per_second", "seconds")
 """Columns of a run's history that do not measure its quality."""
 
-
-# plots: SVG
+NARROWEST = 270
+"""Points of width that a telephone shows. A wider drawing shrinks to two thirds at most; then its place scrolls."""
 
 
 def plot_curves(history: Sequence[Mapping[str, float]]) -> str:
-    """Return the losses, the metrics and the learning rate by epoch, side by side, as SVG."""
+    """Return the losses, the metrics and the learning rate by epoch, as one SVG each in a row that wraps.
+
+    A value far outside the others does not decide the axis: a triangle at the edge and its number stand for it.
+    """
     panels = [
         ("loss", [name for name in history[0] if name.endswith("loss")]),
         ("held-out metrics", [n for n in history[0] if not n.endswith("loss") and n not in NOT_METRICS]),
         ("learning rate", ["learning_rate"]),
     ]
-    figure = Figure(figsize=(11, 3), layout="constrained")
     epochs = [row["epoch"] for row in history]
-    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for name in names:
-            axes.plot(epochs, [row[name] for row in history], marker="o", markersize=3, label=name.replace("_", " "))
-        axes.set(title=title, xlabel="epoch")
+    drawings: list[str] = []
+    for title, names in panels:
+        figure, axes = _make_axes(4, 3, title=title, xlabel="epoch")
+        curves = {name.replace("_", " "): [row[name] for row in history] for name in names}
+        for name, values in curves.items():
+            axes.plot(epochs, values, marker="o", markersize=3, label=name)
+        limits = find_limits([value for values in curves.values() for value in values])
+        if limits is not None and title != "learning rate":
+            axes.set_ylim(limits)
+            for values in curves.values():
+                _mark_outside(axes, epochs, values, limits)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend(frameon=False)
-    return to_svg(figure)
+        drawings.append(to_svg(figure))
+    return f"<div class=plots>{''.join(drawings)}</div>"
+
+
+def find_limits(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the limits of an axis that leaves out values far from the others; None if there are none such.
+
+    Far is more than three times the distance between the quartiles beyond one of them (Tukey's outer fence).
+
+    >>> find_limits([1.0, 1.1, 1.2, 1.3, 1.4, 50.0])
+    (0.98, 1.42)
+    >>> find_limits([1.0, 2.0, 3.0, 4.0])
+    """
+    finite = torch.tensor([value for value in values if isfinite(value)], dtype=torch.float64)
+    if len(finite) < 5:
+        return None
+    first, third = (float(finite.quantile(share)) for share in (0.25, 0.75))
+    reach = 3 * (third - first)
+    inside = finite[(finite >= first - reach) & (finite <= third + reach)]
+    low, high = float(inside.min()), float(inside.max())
+    if len(inside) == len(finite) or low == high:
+        return None
+    margin = 0.05 * (high - low)
+    return round(low - margin, 12), round(high + margin, 12)
+
+
+def _mark_outside(axes: Any, at: Sequence[float], values: Sequence[float], limits: tuple[float, float]) -> None:
+    """Draw a triangle at the edge of ``axes`` for each value beyond ``limits``, with its number."""
+    colour = PALETTE[1]
+    for x, value in zip(at, values, strict=True):
+        above = value > limits[1]
+        if above or value < limits[0]:
+            edge, offset = (limits[1], -12) if above else (limits[0], 6)
+            axes.plot([x], [edge], marker="^" if above else "v", color=colour, markersize=7, clip_on=False)
+            label = {"xytext": (5, offset), "textcoords": "offset points", "fontsize": 8, "color": colour}
+            axes.annotate(f"{value:.3g}", (x, edge), **label)
 
 
 def plot_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
@@ -77,11 +116,13 @@ def plot_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) 
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     classes = len(class_names)
     numbered = classes <= MAX_NUMBERED_CLASSES
-    side = 2.5 + 0.5 * classes if numbered else 8
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    axes.set(xlabel="predicted", ylabel="true")
+    side = 2 + 0.38 * classes if numbered else 8
+    figure, axes = _make_axes(side, side, xlabel="predicted", ylabel="true")
+    axes.grid(visible=False)
+    # One colour that is more or less opaque suits a light page and a dark one.
+    colour = torch.tensor([0x00, 0x72, 0xB2]) / 255
+    cells = torch.cat([colour.expand(classes, classes, 3), shares[..., None]], 2)
+    axes.imshow(cells.numpy(), interpolation="nearest")
     if numbered:
         labels = [shorten(name) for name in class_names]
         axes.set_xticks(range(classes), labels, rotation=45, ha="right", parse_math=False)
@@ -89,8 +130,8 @@ def plot_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) 
         for row in range(classes):
             for column in range(classes):
                 if count := int(counts[row, column]):
-                    colour = "white" if shares[row, column] > 0.5 else "black"
-                    axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
+                    ink = "white" if shares[row, column] > 0.5 else "black"
+                    axes.text(column, row, str(count), ha="center", va="center", color=ink, fontsize=9)
     return to_svg(figure)
 
 
@@ -105,123 +146,46 @@ def shorten(name: str) -> str:
 
 def plot_precision_recall(curves: Mapping[str, Sequence[float]]) -> str:
     """Return precision against recall as SVG, one line per name; precisions are at recall 0, 0.01, …, 1."""
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _make_axes(5, 3.5, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     for name, precisions in curves.items():
         axes.plot([at / 100 for at in range(len(precisions))], precisions, label=shorten(name))
-    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return to_svg(figure)
 
 
-# tables and pictures: HTML
+def plot_gates(gates: Sequence[GateSummary]) -> str:
+    """Return the weights of each gate as SVG, from the network's first gate to its last.
 
-
-def show_accuracy(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
-    """Return a table of the accuracy of each class, the worst first, with the class it is most often taken for."""
-    rows: list[tuple[float, str, int, int, str]] = []
-    for label, counts in enumerate(matrix):
-        total, correct = sum(counts), counts[label]
-        mistakes = [(count, other) for other, count in enumerate(counts) if other != label and count]
-        rival = f"{class_names[max(mistakes)[1]]} ({max(mistakes)[0]})" if mistakes else ""
-        rows.append((correct / total if total else 0.0, class_names[label], correct, total, rival))
-    rows.sort()
-    lines = [
-        f"<tr><td>{html.escape(name)}</td><td class=bar><i style='width:{share:.1%}'></i></td><td>{share:.1%}</td>"
-        f"<td>{correct} of {total}</td><td>{html.escape(rival)}</td></tr>"
-        for share, name, correct, total, rival in rows[:MAX_LISTED_CLASSES]
-    ]
-    left_out = len(rows) - len(lines)
-    note = f"<p>{left_out} better classes are left out.</p>" if left_out else ""
-    head = "<tr><th>class</th><th></th><th>correct</th><th></th><th>most often taken for</th></tr>"
-    return f"<table>{head}{''.join(lines)}</table>{note}"
-
-
-def show_examples(examples: Sequence[Example], class_names: Sequence[str]) -> str:
-    """Return images with their predictions as HTML, and with their true class where the prediction is wrong."""
-    cards: list[str] = []
-    for example in examples:
-        label, prediction = class_names[example["label"]], class_names[example["prediction"]]
-        correct = example["label"] == example["prediction"]
-        caption = html.escape(f"{prediction} {example['probability']:.0%}")
-        if not correct:
-            caption += f"<br>is {html.escape(label)}"
-        cards.append(_make_card(example["image"], caption, correct))
-    return f"<div class=grid>{''.join(cards)}</div>"
-
-
-def show_detections(examples: Sequence[DetectionExample], class_names: Sequence[str]) -> str:
-    """Return images with the detected objects drawn on them as HTML; true boxes are drawn where there are mistakes."""
-    cards: list[str] = []
-    for example in examples:
-        truth = example["truth"]
-        boxes = None if example["right"] else truth["boxes"]
-        picture = draw_detections(example["image"], example["found"], class_names, boxes)
-        names = ", ".join(class_names[int(label) - 1] for label in truth["labels"]) or "nothing"
-        cards.append(_make_card(picture, f"is {html.escape(names)}", example["right"]))
-    return f"<div class=grid>{''.join(cards)}</div>"
-
-
-def _make_card(image: Tensor, caption: str, correct: bool) -> str:
-    """Return a uint8 image with its caption in HTML; the image's data are part of the element."""
-    data = base64.b64encode(to_png(image)).decode()
-    return (
-        f"<figure class={'right' if correct else 'wrong'}><img src='data:image/png;base64,{data}' alt=''>"
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-
-# detections on an image
-
-
-def draw_detections(
-    image: Tensor, found: Mapping[str, Tensor], class_names: Sequence[str], truth: Tensor | None = None
-) -> Tensor:
-    """Return ``image``, uint8 (3, H, W), with the ``found`` boxes and masks, each object in its own colour.
-
-    ``found`` is one image's output of torchvision's detectors: ``boxes``, ``labels`` counted from 1, ``scores``, and
-    perhaps ``masks``. ``truth`` (N, 4) are boxes to draw in white. A small image is enlarged by an integer factor, so
-    that the names can be read.
+    Bars hold the middle half of the channels' mean weights, thin lines all of them. A second panel has the standard
+    deviation between images, averaged over the channels: a gate at 0 is a constant.
     """
-    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+    width = max(4, 1.2 + 0.32 * len(gates))
+    figure = Figure(figsize=(width, 4.6), layout="constrained")
+    weights, deviations = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for at, gate in enumerate(gates):
+        low, first, middle, third, high = torch.tensor(gate["mean"]).quantile(torch.linspace(0, 1, 5)).tolist()
+        weights.plot([at, at], [low, high], color=PALETTE[0], linewidth=1)
+        weights.bar(at, third - first, 0.6, first, color=PALETTE[0])
+        weights.plot([at - 0.3, at + 0.3], [middle, middle], color="white", linewidth=1.5)
+        deviations.bar(at, float(torch.tensor(gate["deviation"]).mean()), 0.6, color=PALETTE[1])
+    if max(max(gate["mean"]) for gate in gates) > 0.8:  # lossless gates begin at 1
+        weights.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    weights.set(ylabel="mean weight of a channel")
+    deviations.set(ylabel="between images")
+    deviations.set_xticks(range(len(gates)), [gate["name"] for gate in gates], rotation=60, ha="right", fontsize=7)
+    for axes in (weights, deviations):
+        axes.grid(alpha=0.3, axis="y")
+    return to_svg(figure)
 
-    colours = [COLOURS[at % len(COLOURS)] for at in range(len(found["boxes"]))]
-    if colours and "masks" in found:
-        image = draw_segmentation_masks(image, found["masks"][:, 0] > 0.5, alpha=0.5, colors=[*colours])
-    factor = max(1, min(MAX_SHORT_SIDE // min(image.shape[1:]), MAX_LONG_SIDE // max(image.shape[1:])))
-    image = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    width = max(1, min(image.shape[1:]) // 200)
-    if truth is not None and len(truth):
-        image = draw_bounding_boxes(image, factor * truth, colors="white", width=width)
-    if not colours:
-        return image
-    boxes = factor * found["boxes"]
-    image = draw_bounding_boxes(image, boxes, colors=[*colours], width=width)
-    pairs = zip(found["labels"], found["scores"], strict=True)
-    names = [f"{class_names[int(label) - 1]} {float(score):.2f}" for label, score in pairs]
-    return _write_names(image, [(float(box[0]), float(box[1])) for box in boxes], names, colours)
 
-
-def _write_names(
-    image: Tensor, corners: Sequence[tuple[float, float]], names: Sequence[str], colours: Sequence[str]
-) -> Tensor:
-    """Return ``image`` with each name above the left top corner of its box, or as close to it as the image allows."""
-    from matplotlib.font_manager import findfont
-    from PIL import ImageColor, ImageDraw, ImageFont
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    picture = _to_pil(image)
-    font = ImageFont.truetype(findfont("DejaVu Sans"), max(11, min(picture.size) // 34))
-    draw = ImageDraw.Draw(picture)
-    # Detections are sorted by score. The best are written last, on top of the others.
-    for (left, top), name, colour in reversed(list(zip(corners, names, colours, strict=True))):
-        _, _, width, height = draw.textbbox((2, 2), name, font=font)
-        x, y = max(0.0, min(left, picture.width - width - 2.0)), max(0.0, top - height - 2.0)
-        draw.rectangle((x, y, x + width + 2, y + height + 2), fill=colour)
-        bright = sum(ImageColor.getrgb(colour)[:3]) > BRIGHT
-        draw.text((x + 2, y + 2), name, fill="black" if bright else "white", font=font)
-    return pil_to_tensor(picture)
+def _make_axes(width: float, height: float, **settings: Any) -> tuple[Figure, Any]:
+    """Return a figure of ``width`` x ``height`` inches and its axes (matplotlib's Axes), in this page's style."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes: Any = figure.subplots()
+    axes.set_prop_cycle(color=PALETTE)
+    axes.grid(alpha=0.3)
+    axes.set(**settings)
+    return figure, axes
 
 
 # figures and images as files
@@ -233,21 +197,38 @@ def to_png(picture: Figure | Tensor, *, dpi: int = 120) -> bytes:
     if isinstance(picture, Figure):
         picture.savefig(buffer, format="png", dpi=dpi)
     else:
-        _to_pil(picture).save(buffer, "png")
+        to_pil(picture).save(buffer, "png")
     return buffer.getvalue()
 
 
 def to_svg(figure: Figure) -> str:
-    """Return a figure as an SVG element for an HTML page."""
+    """Return a figure as an SVG element for an HTML page, transparent, with black in the colour of the page's text."""
+    _write_in_ink(figure)
     buffer = io.StringIO()
     # No date and no random identifiers: equal numbers must give equal files.
     with rc_context({"svg.hashsalt": "ecanet"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    points = 72 * figure.get_figwidth()
+    if points <= NARROWEST:
+        return text
+    return text.replace("<svg", f'<svg style="min-width: {max(NARROWEST, 0.66 * points):.0f}pt"', 1)
 
 
-def _to_pil(image: Tensor) -> Image.Image:
-    from torchvision.transforms.v2.functional import to_pil_image
+def _write_in_ink(figure: Figure) -> None:
+    """Give `INK` to everything of ``figure`` that is black."""
+    for axes in figure.axes:
+        axes.tick_params(colors=INK, which="both")
+        for spine in axes.spines.values():
+            spine.set_edgecolor(INK)
+    for artist in figure.findobj():
+        if isinstance(artist, Text | Line2D) and artist.get_color() in ("black", "k"):
+            artist.set_color(INK)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Return a uint8 image (1 or 3, H, W) as Pillow's."""
+    from torchvision.transforms.v2.functional import to_pil_image  # pyright: ignore[reportMissingTypeStubs]
 
     return to_pil_image(image)

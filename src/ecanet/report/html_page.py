@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+from ecanet.recipes import Recipe
+from ecanet.report.settings import show_settings
+
 __all__ = ["Section", "page"]
 
 Section = tuple[str, str, str]
@@ -14,7 +17,7 @@ def page(
     subtitle: str,
     tiles: Sequence[tuple[str, str]],
     sections: Sequence[Section],
-    recipe: str,
+    recipe: Recipe,
     environment: Mapping[str, object],
 ) -> str:
     """Return one HTML page that needs no other file.
@@ -26,5 +29,9 @@ def page(
     loader = PackageLoader("ecanet.report")
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html")
     return template.render(
-        title=title, subtitle=subtitle, tiles=tiles, sections=sections, recipe=recipe, environment=environment
+        title=title,
+        subtitle=subtitle,
+        tiles=tiles,
+        sections=[*sections, ("Recipe", "", show_settings(recipe))],
+        environment=environment,
     )

@@ -1,7 +1,9 @@
 """The results of a run, as numbers in JSON and as one HTML page."""
 
+import html
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any, cast
 
 from ecanet.errors import DataError
 from ecanet.recipes import Recipe, from_dict, read_json, to_dict
-from ecanet.report import figures
+from ecanet.report import figures, pictures
 from ecanet.report.artifacts import Artifacts
 from ecanet.report.files import write_file
 from ecanet.report.html_page import Section, page
@@ -114,13 +116,17 @@ class Report:
         model, data = self.recipe.model, self.recipe.data
         return page(
             title=f"{self.recipe.name}: {model.name} with {model.attention} on {data.name}",
-            subtitle=f"{self.recipe.epochs} epochs, seed {self.recipe.seed}, {self.environment.get('date', '')}; "
+            subtitle=f"{self.recipe.epochs} epochs, seed {self.recipe.seed}, {_show_date(self)}; "
             "values are from the last epoch unless called best; the best epoch was chosen on the same held-out data",
             tiles=tiles,
             sections=[section for draw in SECTIONS if (section := draw(self))],
-            recipe=json.dumps(to_dict(self.recipe), indent=2),
+            recipe=self.recipe,
             environment=self.environment,
         )
+
+
+def _show_date(report: Report) -> str:
+    return str(report.environment.get("date", ""))[:16].replace("T", " ") + " UTC"
 
 
 def _is_loss(name: str) -> bool:
@@ -137,7 +143,7 @@ def _make_curves(report: Report) -> Section:
 def _make_accuracy(report: Report) -> Section | None:
     if not (matrix := report.artifacts.get("confusion")):
         return None
-    return "Accuracy by class", "", figures.show_accuracy(matrix, report.artifacts.get("class_names", []))
+    return "Accuracy by class", "", pictures.show_accuracy(matrix, report.artifacts.get("class_names", []))
 
 
 def _make_confusion(report: Report) -> Section | None:
@@ -147,11 +153,27 @@ def _make_confusion(report: Report) -> Section | None:
     return "Confusion matrix", note, figures.plot_confusion(matrix, report.artifacts.get("class_names", []))
 
 
+def _make_gates(report: Report) -> Section | None:
+    if not (gates := report.artifacts.get("gates")):
+        return None
+    note = "Weights on held-out images, from the network's first gate to its last. The bars hold half of the channels."
+    alarms = "".join(f"<li>{html.escape(gate['name'])}: {alarm}</li>" for gate in gates for alarm in gate["alarms"])
+    return "Gates", note, figures.plot_gates(gates) + (f"<ul>{alarms}</ul>" if alarms else "")
+
+
+def _make_usage(report: Report) -> Section:
+    run, detector = str(report.folder), report.recipe.task == "detection"
+    command = f"ecanet {'detect' if detector else 'predict'} {shlex.quote(run)} image.jpg"
+    call = "detect(task, ['image.jpg'], 'found')" if detector else "predict(task, ['image.jpg'])"
+    lines = f"from ecanet import training\ntask = training.restore({run!r})\nprint(*training.{call})"
+    return "Use it", command, f"<pre>{html.escape(lines)}</pre>"
+
+
 def _make_examples(report: Report) -> Section | None:
     if not (examples := report.artifacts.get("examples")):
         return None
     note = "The first held-out images that were classified correctly, and the first that were not."
-    return "Examples", note, figures.show_examples(examples, report.artifacts.get("class_names", []))
+    return "Examples", note, pictures.show_examples(examples, report.artifacts.get("class_names", []))
 
 
 def _make_precision_recall(report: Report) -> Section | None:
@@ -165,7 +187,7 @@ def _make_detections(report: Report) -> Section | None:
     if not (examples := report.artifacts.get("detections")):
         return None
     note = "The first held-out images with every object found, and the first with mistakes (true boxes in white)."
-    return "Detections", note, figures.show_detections(examples, report.artifacts.get("class_names", []))
+    return "Detections", note, pictures.show_detections(examples, report.artifacts.get("class_names", []))
 
 
 SECTIONS: list[Callable[[Report], Section | None]] = [
@@ -173,6 +195,8 @@ SECTIONS: list[Callable[[Report], Section | None]] = [
     _make_accuracy,
     _make_confusion,
     _make_examples,
+    _make_gates,
     _make_precision_recall,
     _make_detections,
+    _make_usage,
 ]

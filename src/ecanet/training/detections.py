@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import resize  # pyright: ignore[repor
 from ecanet.data import RunLengths, encode_mask, find_size_problem, read_image
 from ecanet.errors import ConfigError, DataError
 from ecanet.networks import find_device
-from ecanet.report import figures, write_file
+from ecanet.report import figures, pictures, write_file
 from ecanet.training.tasks import Detection, Task
 
 __all__ = ["FoundObject", "ImageDetections", "detect"]
@@ -75,7 +75,7 @@ def detect(
             detections = cast(list[dict[str, Tensor]], task([image.to(torch_device).float() / 255]))[0]
         certain = detections["scores"] >= threshold
         found = {name: value[certain].cpu() for name, value in detections.items()}
-        write_file(picture, figures.to_png(figures.draw_detections(image, found, task.spec.class_names)))
+        write_file(picture, figures.to_png(pictures.draw_detections(image, found, task.spec.class_names)))
         answer: ImageDetections = {
             "path": str(path),
             "picture": str(picture),

@@ -29,6 +29,7 @@ from ecanet.report import Report, environment, write_file
 from ecanet.training import tasks
 from ecanet.training.checkpoints import AtomicCheckpointIO, RunCheckpoint, find_last_checkpoint, share_batch
 from ecanet.training.failures import explain_failure
+from ecanet.training.gates import summarize_gates
 from ecanet.training.loggers import choose_loggers, open_loggers
 from ecanet.training.preparation import build_data, complete, find_seen, lengthen
 from ecanet.training.processes import join_restarted
@@ -114,6 +115,7 @@ def run(
                 trainer.validate(task, images, verbose=False)
         report = _make_report(recipe, task, history, run_dir)
         if trainer.is_global_zero:
+            report.artifacts["gates"] = summarize_gates(task)
             _write_results(report, task)
             display.show_report(report)
     return report

@@ -148,6 +148,6 @@ def to_html(ablation: Ablation, figure: Figure) -> str:
             ("Picture", "", figures.to_svg(figure)),
             ("Each run", metric.caption, f"<table><tr><th></th>{seeds}</tr>{by_seed}</table>"),
         ],
-        recipe=json.dumps(to_dict(recipe), indent=2),
+        recipe=recipe,
         environment=environment(),
     )

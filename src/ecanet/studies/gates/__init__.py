@@ -1,8 +1,8 @@
 """Show how the gates of a trained network behave.
 
 Read downward: `pages` (`run`, and the files that it writes), `inspection` (what is recorded of classifiers and of
-detectors), `drawings` (figures), `cams` (class-activation maps with gates and without), `records` (records what gates
-compute, and finds what looks wrong).
+detectors), `drawings` (figures), `cams` (class-activation maps with gates and without). `ecanet.attention` records what
+gates compute, and finds what looks wrong.
 """
 
 from ecanet.studies.gates.pages import run

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ecanet.attention import GateRecord
 from ecanet.data import DataSpec
 from ecanet.studies.gates.cams import Pair
-from ecanet.studies.gates.records import GateRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ecanet.attention import GateRecord, compute_image_weights, find_gates, record_gates, run_with_held_gates
 from ecanet.data import (
     ClassificationData,
     DataSpec,
@@ -21,13 +22,6 @@ from ecanet.errors import ConfigError
 from ecanet.recipes import suggestion
 from ecanet.studies.gates.cams import Pair, compare, prepare_maps
 from ecanet.studies.gates.drawings import Effect
-from ecanet.studies.gates.records import (
-    GateRecord,
-    compute_image_weights,
-    find_gates,
-    record,
-    run_with_held_gates,
-)
 from ecanet.training import Detection, Task, build_data
 
 POSTER = ("hammerhead shark", "ambulance", "medicine chest", "butternut squash")
@@ -67,7 +61,7 @@ def _inspect_classifier(task: Task, classes: Sequence[str], image: str | Path | 
     layer = prepare_maps(task.model, (spec.channels, spec.size, spec.size)) if cam else ""
     images = _load_held_out(task)
     first: dict[int, Tensor] = {}
-    records = record(task.model, _iterate_batches(images, first), len(names))
+    records = record_gates(task.model, _iterate_batches(images, first), len(names))
     effects, answer = ([], "") if image is None else explain(task, records, image)
     chosen = [] if image is None else [(Path(image).name, _prepare(spec, image)[0])]
     chosen += [(f"is {names[label]}", first[label]) for label in drawn if label in first]
@@ -92,7 +86,7 @@ def _inspect_detector(task: Task, refused: Mapping[str, object]) -> Inspection:
             f"over all images"
         )
     images, counts = _load_held_out(task), list[int]()
-    records = record(task.model, _iterate_lists(images, counts), 1)
+    records = record_gates(task.model, _iterate_lists(images, counts), 1)
     return Inspection(task=task, records=records, images=sum(counts), classes=[], effects=[], answer="")
 
 

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor
 
 from ecanet.errors import ConfigError
-from ecanet.recipes import ModelConfig, to_dict
+from ecanet.recipes import ModelConfig
 from ecanet.report import environment, figures, page, write_file
 from ecanet.studies.gates.drawings import (
     Effect,
@@ -18,7 +21,6 @@ from ecanet.studies.gates.drawings import (
     draw_weights,
 )
 from ecanet.studies.gates.inspection import Inspection, inspect
-from ecanet.studies.gates.records import to_list, to_number
 from ecanet.training import restore
 
 if TYPE_CHECKING:
@@ -147,6 +149,16 @@ def _describe_maps(found: Inspection) -> dict[str, object] | None:
     return {"layer": found.layer, "images": rows}
 
 
+def to_list(x: Tensor) -> list[float | None]:
+    """Return the numbers of a 1-D tensor, as `to_number` does."""
+    return [to_number(number) for number in cast(list[float], x.tolist())]  # pyright: ignore[reportUnknownMemberType]
+
+
+def to_number(x: float) -> float | None:
+    """Return ``x``, or None for NaN and infinity, which JSON does not have."""
+    return x if isfinite(x) else None
+
+
 def to_html(found: Inspection, drawn: Mapping[str, "Figure"]) -> str:
     """Return one page that needs no other file."""
     recipe, spec = found.task.recipe, found.task.spec
@@ -181,6 +193,6 @@ def to_html(found: Inspection, drawn: Mapping[str, "Figure"]) -> str:
         subtitle=f"on {recipe.data.name}, {found.images:,} held-out images of {len(spec.class_names)} classes",
         tiles=[(str(len(found.records)), "gates"), (str(len(alarms)), "alarms")],
         sections=sections,
-        recipe=json.dumps(to_dict(recipe), indent=2),
+        recipe=recipe,
         environment=environment(),
     )

@@ -68,6 +68,9 @@ class Task(L.LightningModule):
     resumed: tuple[int, int, int] = (0, 0, 0)
     """The whole epochs, the batches of the next one, and all steps that were done when a resumed run was stopped."""
 
+    sample: Tensor | list[Tensor] | None = None
+    """A few images of the last evaluation, as ``forward`` takes them, on which the report shows the gates."""
+
     rate_before: float | None = None
     """The recipe's learning rate until the run was resumed with another one."""
 

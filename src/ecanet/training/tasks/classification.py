@@ -23,6 +23,8 @@ __all__ = ["Classification"]
 MOST_CLASSES_COMPARED = 1000
 EXAMPLES = 12
 """Number of correctly classified images in the report, and of wrongly classified ones."""
+SAMPLE = 64
+"""Number of images on which the report shows the gates."""
 
 Batch = tuple[Tensor, Tensor]
 """Normalized images (N, C, H, W) and labels (N,)."""
@@ -104,6 +106,8 @@ class Classification(Task):
         images, labels = batch
         if not len(images):
             return
+        if self.images_evaluated == 0:
+            self.sample = images[:SAMPLE].clone()
         self.images_evaluated += len(images)
         logits = cast(Tensor, self(images)).float()
         self.top1.update(logits, labels)

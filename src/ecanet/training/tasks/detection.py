@@ -17,6 +17,9 @@ from ecanet.training.tasks.outcome import Outcome
 
 __all__ = ["Detection"]
 
+SAMPLE = 8
+"""Number of images on which the report shows the gates."""
+
 Batch = tuple[list[Tensor], list[Target]]
 """Images (3, H, W) from 0 to 1, and a target for each."""
 
@@ -66,6 +69,7 @@ class Detection(Task):
         assert self.outcome is not None
         images, targets = batch
         if images:
+            self.sample = self.sample or images[:SAMPLE]
             self.outcome.add(images, targets, cast(list[dict[str, Tensor]], self(images)))
 
     def on_validation_epoch_end(self) -> None:

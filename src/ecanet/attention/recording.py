@@ -1,19 +1,21 @@
 """Record what the gates of a network do: their weights by class, their extremes, and what looks wrong.
 
-`record` runs images through a network and keeps sums by class for each channel gate, so memory does not grow with the
-number of images.
+`record_gates` runs images through a network and keeps sums by class for each channel gate, so memory does not grow with
+the number of images.
 """
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isfinite
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ecanet.attention import CBAM, ECA, Attention, ChannelAttention, StatisticsAttention, compute_maxima
+from ecanet.attention.base import Attention
+from ecanet.attention.gates import ECA, ChannelAttention
+from ecanet.attention.others import CBAM, compute_maxima
+from ecanet.attention.statistics import StatisticsAttention
 from ecanet.errors import ConfigError
 from ecanet.ops import reference
 
@@ -93,16 +95,6 @@ class GateRecord:
         return found
 
 
-def to_list(x: Tensor) -> list[float | None]:
-    """Return the numbers of a 1-D tensor, as `to_number` does."""
-    return [to_number(number) for number in cast(list[float], x.tolist())]  # pyright: ignore[reportUnknownMemberType]
-
-
-def to_number(x: float) -> float | None:
-    """Return ``x``, or None for NaN and infinity, which JSON does not have."""
-    return x if isfinite(x) else None
-
-
 def find_gates(model: nn.Module) -> dict[str, Gate]:
     """Return the channel gates of ``model`` by name: gates on channel statistics, and CBAM (its channel gate).
 
@@ -133,7 +125,7 @@ def compute_weights(gate: Gate, x: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def record(model: nn.Module, batches: Iterable[tuple[object, Tensor | None]], classes: int) -> list[GateRecord]:
+def record_gates(model: nn.Module, batches: Iterable[tuple[object, Tensor | None]], classes: int) -> list[GateRecord]:
     """Run ``batches`` of images and labels (below ``classes``) through ``model`` and return what each gate did.
 
     Without labels all weights are of class 0. A detector's gate may then run several times for an image, on each level
@@ -142,8 +134,9 @@ def record(model: nn.Module, batches: Iterable[tuple[object, Tensor | None]], cl
     The model's mode is not changed: put it in evaluation mode first.
 
     >>> from ecanet import create_model
+    >>> from ecanet.attention import record_gates
     >>> batches = [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 1, 0]))]
-    >>> found = record(create_model("resnet20").eval(), batches, classes=2)
+    >>> found = record_gates(create_model("resnet20").eval(), batches, classes=2)
     >>> len(found), found[0].name, found[0].class_means.shape
     (9, 'layer1.0.eca', torch.Size([2, 16]))
 
