@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 import ecanet
+from ecanet.attention import compute_image_weights
 from ecanet.data.sources import load_fashion_mnist
-from ecanet.studies.gates.records import compute_image_weights
 
 ARMS: dict[str, dict[str, Any] | None] = {
     "plain": None,

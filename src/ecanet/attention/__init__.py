@@ -3,7 +3,8 @@
 Read downward: `recording` (what the gates of a network do on images), `names` (the table that ``attention=`` looks
 names up in), `long_range` (non-local, A2, attention-augmented convolution), `positions` (SimAM, coordinate attention,
 ELA, EMA), `frequencies` (FcaNet's gate), `statistics` (eSE, ASR, GCT, SRM), `others` (CBAM, GC, GSoP), `gates`
-(squeeze, gate, scale: ECA, SE and their variants), `base` (what every attention module is). To understand ECA, begin with `gates`.
+(squeeze, gate, scale: ECA, SE and their variants), `base` (what every attention module is). To
+understand ECA, begin with `gates`.
 """
 
 from ecanet.attention.base import Attention
