@@ -21,6 +21,7 @@ from ecanet.attention import (
     list_attentions,
     make_attention,
 )
+from ecanet.deploy import export
 from ecanet.inference import fuse, optimize
 from ecanet.models import create_model, list_models, load_checkpoint
 from ecanet.surgery import attach, attached, detach, fold, parameter_groups
@@ -41,6 +42,7 @@ __all__ = [
     "attached",
     "create_model",
     "detach",
+    "export",
     "fold",
     "fuse",
     "list_attentions",

@@ -27,7 +27,7 @@ Channel attention for convolutional networks: train, evaluate, compare.
 
 Commands:
   train, eval, predict, detect, report, weights,
-  models, cost, paper, ablate, inspect, bench, shards
+  models, cost, paper, ablate, inspect, bench, export, shards
 
 The commands need more packages: {INSTALL}
 """

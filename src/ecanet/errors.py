@@ -4,7 +4,8 @@ EcanetError (a ValueError)
 ├── ConfigError        a setting, option or name does not exist or does not fit
 ├── DataError          a data set, directory, image or annotation is missing or broken
 ├── CheckpointError    a weights file is missing, broken, unsafe or made for another network
-└── AttachError        there is no place to attach, or a promise cannot be kept at a site
+├── AttachError        there is no place to attach, or a promise cannot be kept at a site
+└── ExportError        a network cannot be written for a runtime, or its file fails the check
 """
 
 import reprlib
@@ -19,6 +20,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "EcanetError",
+    "ExportError",
     "check_int",
     "check_positive_int",
     "shorten_interrupts",
@@ -45,6 +47,10 @@ class CheckpointError(EcanetError):
 
 class AttachError(EcanetError):
     """There is no place to attach, or a promise cannot be kept at a site."""
+
+
+class ExportError(EcanetError):
+    """A network cannot be written for a runtime, or its file fails the check."""
 
 
 def check_positive_int(name: str, value: object) -> int:

@@ -1,9 +1,9 @@
 """The command line: each command turns its options into one function call and prints the result.
 
 Read downward: `run` (train, eval, predict, report, weights), `detect`, `models`, `compare` (cost, paper, ablate,
-inspect), `bench`, `shards` (pack, index, check), `options` (the options that several commands share). Heavy packages
-are imported inside the commands, so ``--help`` is quick. A user's mistake raises an `EcanetError`, which
-``ecanet.__main__`` prints as one line.
+inspect), `bench`, `deploy` (export), `shards` (pack, index, check), `options` (the options that several
+commands share). Heavy packages are imported inside the commands, so ``--help`` is quick. A user's mistake raises an
+`EcanetError`, which ``ecanet.__main__`` prints as one line.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import typer
 from ecanet import __version__
 from ecanet.cli.bench import bench
 from ecanet.cli.compare import ablate, cost, inspect, paper
+from ecanet.cli.deploy import export
 from ecanet.cli.detect import detect
 from ecanet.cli.models import models
 from ecanet.cli.options import console
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "ablate": ablate,
     "inspect": inspect,
     "bench": bench,
+    "export": export,
 }
 """The commands, in the order in which ``--help`` lists them."""
 

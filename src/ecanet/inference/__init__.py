@@ -5,6 +5,6 @@ makes a copy for inference). What a block is made of, and how it is run, is desc
 """
 
 from ecanet.inference.fusion import fuse
-from ecanet.inference.optimization import optimize
+from ecanet.inference.optimization import InferenceBlock, optimize
 
-__all__ = ["fuse", "optimize"]
+__all__ = ["InferenceBlock", "fuse", "optimize"]

@@ -1,0 +1,125 @@
+"""The command `ecanet export`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from ecanet.cli.options import AsJson, Attention, KernelSizes, Weights, console, model_config, name_network, print_json
+from ecanet.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ecanet.networks import Preprocessing
+
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".pt"}
+
+
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN|NETWORK", help="Run directory, checkpoint or network's name.")],
+    to: Annotated[str, typer.Option("--to", help=", ".join(SUFFIXES) + ".")] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="next to the run")] = None,
+    attention: Attention = None,
+    kernel_sizes: KernelSizes = None,
+    weights: Weights = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in the example's batch.")] = 1,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Height and width in pixels.", show_default="the network's own")
+    ] = None,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Do not run the file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a trained network for another runtime.
+
+    Each runtime gets the form of the gates that it runs fast.
+    The file is run there: its outputs, operations and time stand in the report.
+    """
+    import torch
+
+    from ecanet import deploy, networks
+
+    if to not in SUFFIXES:
+        raise ConfigError(f"--to must be one of {', '.join(SUFFIXES)}, got {to!r}")
+    model, classes, images = load(source, attention, kernel_sizes, weights)
+    side = image_size or images.size
+    path = out or name_file(source, SUFFIXES[to])
+    generator = torch.Generator().manual_seed(0)
+    if networks.is_detector(model):
+        example: object = [torch.rand(images.channels, side, side, generator=generator)]
+    else:
+        example = torch.randn(batch_size, images.channels, side, side, generator=generator)
+    report = deploy.export(
+        model, path, target=to, example=example, check=not no_check, classes=classes, preprocessing=images
+    )
+    if as_json:
+        print_json(report.to_dict())
+        return
+    table = Table(show_header=False)
+    table.columns[0].no_wrap = True
+    for name, value in report.list_rows():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def load(
+    source: str, attention: str | None, kernel_sizes: str | None, weights: str | None
+) -> "tuple[nn.Module, tuple[str, ...], Preprocessing]":
+    """Return the network that ``source`` means, the names of its classes, and what it expects of images.
+
+    Raises:
+        ConfigError: ``source`` is no file and names no network, or an option does not fit.
+        CheckpointError: the weights cannot be read or do not fit.
+    """
+    from ecanet import networks, training
+
+    is_run = Path(source).exists() and networks.find_library(source)[0] != "file"
+    if is_run:
+        if attention or kernel_sizes or weights:
+            raise ConfigError("--attention, --kernel-sizes and --weights are for a network's name; a run holds its own")
+        task = training.restore(source)
+    elif weights not in (None, "none"):
+        task = training.restore(model=model_config(name_network(source), attention, kernel_sizes, weights))
+    else:
+        console.print(f"{source} has random weights; --weights default takes its library's own")
+        return build(source, attention, kernel_sizes), (), networks.find_preprocessing(source)
+    spec = task.spec
+    images = networks.Preprocessing(
+        channels=spec.channels,
+        size=spec.size,
+        mean=spec.mean,
+        std=spec.std,
+        crop=spec.crop,
+        interpolation=spec.interpolation,
+    )
+    return task.model.eval(), spec.class_names, images
+
+
+def build(name: str, attention: str | None, kernel_sizes: str | None) -> "nn.Module":
+    """Return the network ``name`` with random weights; other libraries' get gates where ``attention`` names one."""
+    from ecanet import networks
+    from ecanet.recipes import parse_kernel_sizes
+    from ecanet.studies import cost
+
+    options: dict[str, object] = {} if kernel_sizes is None else {"kernel_sizes": parse_kernel_sizes(kernel_sizes)}
+    name = name_network(name)
+    if networks.is_ours(name):
+        return networks.find(name, **({"attention": attention} if attention else {}), **options).eval()
+    if attention in (None, "none"):
+        return networks.find(name, **options).eval()
+    return cost.attach_by_name(name, attention, **options).eval()
+
+
+def name_file(source: str, suffix: str) -> Path:
+    """Return the place of the file: in the run's directory, else here under the network's name.
+
+    >>> name_file("timm:resnet18", ".onnx").name
+    'resnet18.onnx'
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path / f"model{suffix}"
+    return (
+        path.with_suffix(suffix) if path.is_file() and ":" not in source else Path(source.rpartition(":")[2] + suffix)
+    )

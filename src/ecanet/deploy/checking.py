@@ -1,0 +1,178 @@
+"""Run a file in its own runtime: outputs beside PyTorch's, operations, and time beside the plain network's."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ecanet.deploy.about import About
+from ecanet.deploy.preparation import count_attention, prepare, remove_attention
+from ecanet.deploy.programs import Session, run_network, widen
+from ecanet.deploy.reports import Comparison, ExportReport, Timing
+from ecanet.deploy.targets import Target
+from ecanet.errors import ExportError, summarize
+from ecanet.networks import is_detector
+from ecanet.testing import bound_relative_error, measure_relative_error
+
+__all__ = ["check_file", "time_in_turns"]
+
+ROUNDS, SECONDS = 5, 2.0
+"""The least number of rounds, and the time in which more of them are run, when a file is timed."""
+MOST = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What was exported, for the check."""
+
+    model: nn.Module
+    """The user's network, which is the reference."""
+    inputs: Sequence[Tensor]
+    target: Target
+    path: Path
+    """Where the file is now."""
+
+
+def check_file(subject: Subject, report: ExportReport) -> ExportReport:
+    """Return ``report`` with what the check found.
+
+    Raises:
+        ExportError: the runtime cannot open or run the file, or an output is further from PyTorch's than its rounding
+            explains.
+    """
+    target = subject.target
+    session = open_session(target, subject.path)
+    comparisons, notes = compare_all(subject, session)
+    failed = [c for c in comparisons if not c.passed]
+    if failed:
+        worst = failed[0]
+        raise ExportError(
+            f"{report.target}: outputs at {'x'.join(map(str, worst.shape))} are off by {worst.error:.1e}, allowed "
+            f"{worst.allowed:.1e}; the file was not kept. Another target may do: export(..., target=...)"
+        )
+    report = replace(
+        report,
+        comparisons=tuple(comparisons),
+        operations=session.operations,
+        partitions=session.partitions,
+        stray=session.stray,
+        notes=(*report.notes, *notes, *session.notes),
+    )
+    return compare_with_plain(subject, session, report)
+
+
+def open_session(target: Target, path: Path) -> Session:
+    """Return the file in its runtime.
+
+    Raises:
+        ExportError: the runtime cannot open it.
+    """
+    try:
+        return target.open(path)
+    except Exception as error:  # runtimes raise errors of many classes
+        raise ExportError(f"the runtime cannot open {path.name}: {summarize(error)}; the file was not kept") from error
+
+
+def compare_all(subject: Subject, session: Session) -> tuple[list[Comparison], list[str]]:
+    """Compare the file with PyTorch at two batch and two image sizes, as far as both take them."""
+    shape, notes = subject.inputs[0].shape, list[str]()
+    batches, sides = [len(subject.inputs[0])], [shape[2:]]
+    if not is_detector(subject.model):
+        if session.takes[0]:
+            batches = [1, max(2, shape[0])]
+        else:
+            notes.append(f"the file takes batches of {shape[0]} alone, so no other was checked")
+        if session.takes[1]:
+            # Not a multiple of the first in both axes, so that a size that was written into the file shows.
+            sides.append(torch.Size(side + 32 * (i + 1) for i, side in enumerate(shape[2:])))
+        elif len(shape) > 2:
+            notes.append(
+                f"the file takes images of {'x'.join(map(str, shape[2:]))} alone, so no other size was checked"
+            )
+    else:
+        notes.append("a detector's file takes images of the example's size, so no other was checked")
+    reference, oracle = subject.model.eval(), widen(subject.model).eval()
+    found: list[Comparison] = []
+    generator = torch.Generator().manual_seed(0)
+    for batch, side in zip(batches * len(sides), [s for s in sides for _ in batches], strict=True):
+        if is_detector(subject.model):
+            inputs = list(subject.inputs)
+        else:
+            inputs = [torch.randn(batch, shape[1], *side, generator=generator)]
+        found.append(compare(session, reference, oracle, inputs))
+    return found, notes
+
+
+def compare(session: Session, reference: nn.Module, oracle: nn.Module, inputs: Sequence[Tensor]) -> Comparison:
+    """Return the error of the file's outputs for ``inputs``, and its bound.
+
+    Raises:
+        ExportError: the runtime cannot run the file on them, or gives another number of outputs.
+    """
+    plain = run_network(reference, inputs)
+    exact = run_network(oracle, [x.double() for x in inputs])
+    try:
+        outputs = session.run(inputs)
+    except Exception as error:  # runtimes raise errors of many classes
+        shapes = [tuple(x.shape) for x in inputs]
+        raise ExportError(f"the runtime cannot run the file on {shapes}: {summarize(error)}") from error
+    if len(outputs) != len(exact):
+        raise ExportError(f"the file gives {len(outputs)} outputs, PyTorch {len(exact)}; the file was not kept")
+    values = [(x, y, z) for x, y, z in zip(outputs, plain, exact, strict=True) if z.is_floating_point() and z.numel()]
+    error = measure_relative_error([x for x, _, _ in values], [z for _, _, z in values])
+    allowed = bound_relative_error([y for _, y, _ in values], [z for _, _, z in values], torch.float32)
+    return Comparison(shape=tuple(inputs[0].shape), error=error, allowed=allowed)
+
+
+def compare_with_plain(subject: Subject, session: Session, report: ExportReport) -> ExportReport:
+    """Return ``report`` with the operations that a gate adds, and its time beside the plain network's."""
+    gates = count_attention(subject.model)
+    if not gates or is_detector(subject.model):
+        return report
+    target = subject.target
+    path = subject.path.with_name(f"plain{target.suffix}")
+    network = prepare(remove_attention(subject.model), target.form, early=target.early).network
+    target.write(network, subject.inputs, About(), path)
+    plain = open_session(target, path)
+    steps: dict[str, Callable[[], object]] = {
+        "network": lambda: session.run(subject.inputs),
+        "plain": lambda: plain.run(subject.inputs),
+    }
+    times = time_in_turns(steps, seconds=SECONDS)
+    ratios = [x / y for x, y in zip(times["network"], times["plain"], strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    timing = Timing(
+        rounds=len(ratios),
+        network=1e3 * min(times["network"]),
+        plain=1e3 * min(times["plain"]),
+        ratio=median,
+        low=low,
+        high=high,
+    )
+    extra = sum(session.operations.values()) - sum(plain.operations.values())
+    return replace(report, added=extra / gates, timing=timing)
+
+
+def time_in_turns(steps: Mapping[str, Callable[[], object]], *, seconds: float) -> dict[str, list[float]]:
+    """Return the seconds of each step in each round: all steps take turns, so that a slow phase slows all alike.
+
+    One round warms up and does not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    begun = time.perf_counter()
+    while len(rounds := next(iter(times.values()))) < MOST:
+        if len(rounds) >= ROUNDS and time.perf_counter() - begun > seconds:
+            break
+        names = list(steps)
+        shift = len(rounds) % len(names)
+        for name in names[shift:] + names[:shift]:
+            started = time.perf_counter()
+            steps[name]()
+            times[name].append(time.perf_counter() - started)
+    return times

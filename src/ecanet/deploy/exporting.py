@@ -1,0 +1,95 @@
+"""`export`: write a network for another runtime, and check the file there."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from ecanet.deploy.about import About
+from ecanet.deploy.checking import Subject, check_file
+from ecanet.deploy.preparation import prepare
+from ecanet.deploy.programs import read_example
+from ecanet.deploy.reports import ExportReport
+from ecanet.deploy.targets import Target, find_target
+from ecanet.errors import ConfigError, ExportError
+from ecanet.networks import Preprocessing, is_detector
+
+__all__ = ["export"]
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    target: str,
+    example: object,
+    check: bool = True,
+    classes: Sequence[str] = (),
+    preprocessing: Preprocessing | None = None,
+) -> ExportReport:
+    """Write ``model`` to ``path`` for another runtime, run it there, and return what was compared.
+
+    The file holds a copy for inference: norms are folded, and every gate has the form that the target runs fast.
+    Batch and image size vary where the target and the network allow it. ``model`` is not changed.
+
+    Args:
+        model: Any classifier, or one of torchvision's detectors (ONNX only), in float32, with or without attention.
+        path: Of the file. It is written completely or not at all.
+        target: ``onnx``, ``openvino``, ``executorch``, ``torch-export`` or ``torchscript``.
+        example: A batch of images (N, C, H, W), or a list with one image (3, H, W) for a detector.
+        check: Whether to run the file in its own runtime, beside PyTorch and beside the plain network.
+        classes: Names of the classes, which are written into the file's metadata.
+        preprocessing: Size, mean, std and crop of the images, likewise.
+
+    Raises:
+        ConfigError: the target does not exist or needs a package, or an argument does not fit.
+        ExportError: the network cannot be written, or its file fails the check; nothing is left at ``path``.
+    """
+    goal = find_target(target)
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"export takes a network (a torch.nn.Module), got {model!r}")
+    if is_detector(model) and not goal.takes_detectors:
+        raise ExportError(
+            f"{target} cannot hold the loops of a detector, because their lengths vary; export it to onnx"
+        )
+    inputs = read_example(model, example)
+    place = check_place(Path(path), goal)
+    about = About.of(classes, preprocessing)
+    prepared = prepare(model.cpu(), goal.form, early=goal.early)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".export-") as folder:
+        file = Path(folder) / place.name
+        facts = goal.write(prepared.network, inputs, about, file)
+        written = sorted(Path(folder).iterdir())
+        report = ExportReport(
+            path=str(place),
+            target=target,
+            bytes=sum(part.stat().st_size for part in written),
+            gates=prepared.gates,
+            facts=facts,
+        )
+        if check:
+            report = check_file(Subject(model=model, inputs=inputs, target=goal, path=file), report)
+        else:
+            report = replace(report, notes=("not checked",))
+        for part in sorted(written, key=lambda part: part == file):  # the file itself comes last
+            part.replace(place.with_name(part.name))
+    return report
+
+
+def check_place(path: Path, target: Target) -> Path:
+    """Return ``path`` after making its folder.
+
+    Raises:
+        ConfigError: it has another suffix than the target's files, or is a directory.
+    """
+    if path.suffix != target.suffix:
+        raise ConfigError(f"{path} must end in {target.suffix}; write {path.with_suffix(target.suffix)}")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory; give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: its folder cannot be made ({error.strerror}); give another path") from error
+    return path

@@ -1,0 +1,87 @@
+"""ONNX: written by PyTorch's exporter, checked in ONNX Runtime."""
+
+import importlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ecanet.deploy.about import KEY, About
+from ecanet.deploy.programs import Session, list_varying_axes, quiet, trace
+from ecanet.errors import ExportError, summarize
+from ecanet.networks import is_detector
+
+__all__ = ["open_file", "write_file"]
+
+INPUT = "images"
+
+
+def write_file(network: nn.Module, inputs: Sequence[Tensor], about: About, path: Path) -> dict[str, object]:
+    """Write ``network`` to ``path`` and return what is worth knowing of the file: opset, and which axes vary.
+
+    Raises:
+        ExportError: the exporter cannot write it.
+    """
+    onnx: Any = importlib.import_module("onnx")
+    export = cast(Any, torch.onnx).export
+    varies = (False, False)
+    try:
+        with quiet():
+            if is_detector(network):
+                # The newer exporter cannot record how torchvision's detectors select regions.
+                export(network, (list(inputs),), str(path), dynamo=False, opset_version=18)
+            else:
+                program = trace(network, inputs[0])
+                varies = list_varying_axes(program)
+                written: Any = export(program, dynamo=True, input_names=[INPUT], verbose=False)
+                written.save(str(path), external_data=False)
+    except ExportError:
+        raise
+    except Exception as error:  # the exporter raises errors of many classes
+        raise ExportError(f"PyTorch cannot write {type(network).__name__} as ONNX: {summarize(error)}") from error
+    model: Any = onnx.load(str(path))
+    use_global_pools(onnx, model.graph)
+    onnx.helper.set_model_props(model, {KEY: about.to_json()})
+    onnx.save(model, str(path))
+    return {"opset": int(model.opset_import[0].version), "batch varies": varies[0], "size varies": varies[1]}
+
+
+def use_global_pools(onnx: Any, graph: Any) -> None:
+    """Make each mean over the two spatial axes a GlobalAveragePool, which ONNX Runtime has in its own layout."""
+    constants = {x.name: x for x in graph.initializer}
+    for node in graph.node:
+        axes = constants.get(node.input[1]) if node.op_type == "ReduceMean" and len(node.input) == 2 else None
+        # Without the attribute the axes are kept.
+        keeps = all(x.i == 1 for x in node.attribute if x.name == "keepdims")
+        if axes is None or not keeps or sorted(onnx.numpy_helper.to_array(axes).tolist()) not in ([2, 3], [-2, -1]):
+            continue
+        node.op_type = "GlobalAveragePool"
+        del node.input[1:], node.attribute[:]
+    used = {name for node in graph.node for name in node.input}
+    for constant in [x for x in graph.initializer if x.name not in used]:
+        graph.initializer.remove(constant)
+
+
+def open_file(path: Path) -> Session:
+    """Return the file in ONNX Runtime, with as many threads as PyTorch uses."""
+    onnx: Any = importlib.import_module("onnx")
+    onnxruntime: Any = importlib.import_module("onnxruntime")
+
+    options: Any = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = torch.get_num_threads()
+    session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    declared = [(x.name, x.shape) for x in session.get_inputs()]
+
+    def run(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        feed = {name: x.numpy() for (name, _), x in zip(declared, inputs, strict=True)}
+        return tuple(torch.as_tensor(y) for y in cast(list[Any], session.run(None, feed)))
+
+    shape = declared[0][1]
+    nodes = onnx.load(str(path)).graph.node
+    varies = [not isinstance(size, int) for size in shape]
+    takes = (varies[0], len(varies) > 2 and all(varies[2:])) if len(shape) > 3 else (False, False)
+    return Session(run=run, operations=dict(Counter(str(node.op_type) for node in nodes)), takes=takes)

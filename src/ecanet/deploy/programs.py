@@ -1,0 +1,105 @@
+"""What the targets share: a network's inputs, its trace, and a file opened in its own runtime."""
+
+import copy
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ecanet.errors import ConfigError, ExportError, show_value, summarize
+from ecanet.networks import is_detector
+
+__all__ = ["Session", "flatten", "list_varying_axes", "quiet", "read_example", "run_network", "trace", "widen"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A file, opened in its own runtime."""
+
+    run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    """Function from the inputs to all output tensors, in the order of `flatten`."""
+    operations: dict[str, int]
+    """How often each operation stands in what the runtime executes."""
+    partitions: int = 1
+    """Parts that the runtime hands to its fast backend as a whole."""
+    stray: int = 0
+    """Operations between these parts, which run outside of the backend."""
+    takes: tuple[bool, bool] = (True, True)
+    """Whether the file takes other batch sizes, and other image sizes, than the example's."""
+    notes: tuple[str, ...] = ()
+    """What the runtime does otherwise than one would think, for the report."""
+
+
+def read_example(model: nn.Module, example: object) -> list[Tensor]:
+    """Return the inputs of ``model``: one batch (N, C, ...), or the images (C, H, W) of a detector.
+
+    Raises:
+        ConfigError: ``example`` is something else, or not float32.
+    """
+    expected = "images (3, H, W) in a list" if is_detector(model) else "a batch of images (N, C, H, W)"
+    while isinstance(example, list | tuple) and len(cast(Sequence[object], example)) == 1:
+        example = cast(Sequence[object], example)[0]
+    found = list(cast(Sequence[object], example)) if isinstance(example, list | tuple) else [example]
+    for x in found:
+        if not isinstance(x, Tensor) or x.dtype != torch.float32:
+            what = f"a {x.dtype} tensor" if isinstance(x, Tensor) else show_value(x)
+            raise ConfigError(f"example must be {expected} in float32, got {what}")
+    inputs = [cast(Tensor, x).detach().cpu() for x in found]
+    axes = 3 if is_detector(model) else None
+    if not inputs or (not is_detector(model) and len(inputs) > 1) or any(axes not in (None, x.dim()) for x in inputs):
+        raise ConfigError(f"example must be {expected}, got {[tuple(x.shape) for x in inputs]}")
+    return inputs
+
+
+def trace(network: nn.Module, example: Tensor, *, fixed: bool = False) -> torch.export.ExportedProgram:
+    """Return the graph of ``network``, whose batch and image sizes vary where the network allows it.
+
+    Raises:
+        ExportError: `torch.export` cannot record it.
+    """
+    if not fixed and len(example) == 1:  # torch.export takes a size of 1 for a constant
+        example = torch.cat([example, example])
+    axes = {} if fixed else dict.fromkeys((0, *range(2, example.dim())), torch.export.Dim.AUTO)
+    try:
+        with quiet():
+            return torch.export.export(network, (example,), dynamic_shapes=None if fixed else (axes,))
+    except Exception as error:  # the recorder raises errors of many classes
+        raise ExportError(f"torch.export cannot record {type(network).__name__}: {summarize(error)}") from error
+
+
+def list_varying_axes(program: torch.export.ExportedProgram) -> tuple[bool, bool]:
+    """Return whether the batch size, and whether the image size, varies in the graph."""
+    (name,) = program.graph_signature.user_inputs
+    node = next(node for node in program.graph.nodes if node.name == name)
+    varies = [not isinstance(size, int) for size in node.meta["val"].shape]
+    return varies[0], len(varies) > 2 and all(varies[2:])
+
+
+def run_network(network: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the output tensors of ``network`` for a batch or, of a detector, for a list of images."""
+    network = network.eval()
+    with torch.no_grad():
+        return flatten(network(list(inputs)) if is_detector(network) else network(*inputs))
+
+
+def widen(network: nn.Module) -> nn.Module:
+    """Return a copy of ``network`` in float64."""
+    return copy.deepcopy(network).double()
+
+
+def flatten(outputs: object) -> tuple[Tensor, ...]:
+    """Return the tensors in ``outputs``, which may be a tensor or a nest of lists and dictionaries."""
+    return tuple(x.detach() for x in tree_leaves(outputs) if isinstance(x, Tensor))
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Hide the warnings of exporters and runtimes, which are about their own code and not about the user's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

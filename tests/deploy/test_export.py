@@ -1,0 +1,138 @@
+"""`ecanet.export`: the file gives PyTorch's numbers, a bad one is not kept, and mistakes are one line."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import ecanet
+from ecanet import deploy, networks
+from ecanet.deploy import TARGETS, checking
+from ecanet.deploy.checking import time_in_turns
+from ecanet.errors import ConfigError, ExportError
+
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    monkeypatch.setattr(checking, "SECONDS", 0)
+
+
+def small(attention="eca"):
+    torch.manual_seed(0)
+    return ecanet.create_model("resnet8", attention=attention, num_classes=5).eval()
+
+
+def test_a_trace_is_checked_beside_pytorch_and_beside_plain(tmp_path):
+    model, path = small(), tmp_path / "new" / "model.pt"
+    images = networks.Preprocessing(size=32, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 2.0))
+    report = ecanet.export(model, path, target="torchscript", example=X, classes=("a", "b"), preprocessing=images)
+    assert [c.shape for c in report.comparisons] == [(1, 3, 32, 32), (2, 3, 32, 32), (1, 3, 64, 96), (2, 3, 64, 96)]
+    assert all(c.passed and c.allowed < 1e-4 for c in report.comparisons)
+    assert (report.gates, report.partitions, report.checked) == ({"conv2d": 3}, 1, True)
+    assert report.timing is not None
+    assert report.timing.rounds == 5
+    assert 0 < report.added < 8
+    assert json.loads(json.dumps(report.to_dict()))["bytes"] == path.stat().st_size
+    extra = {"ecanet.json": ""}
+    loaded = torch.jit.load(str(path), _extra_files=extra)
+    about = json.loads(extra["ecanet.json"])
+    assert (about["classes"], about["mean"], about["colour_order"]) == (["a", "b"], [0.1, 0.2, 0.3], "RGB")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(X), model(X), rtol=1e-4, atol=1e-5)
+    assert [p.name for p in path.parent.iterdir()] == ["model.pt"], "nothing is left beside the file"
+
+
+class Stubborn(nn.Module):
+    """A trace of it is wrong at other sizes: the example's width is written into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3)) * float(x.shape[-1])
+
+
+def test_a_file_that_fails_its_check_is_not_kept(tmp_path):
+    path = tmp_path / "model.pt"
+    with pytest.raises(ExportError, match=r"outputs at 1x3x64x96 are off by 6\.\de-01, allowed .*not kept") as caught:
+        ecanet.export(Stubborn(), path, target="torchscript", example=X)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    path.write_text("an older file")
+    with pytest.raises(ExportError):
+        ecanet.export(Stubborn(), path, target="torchscript", example=X)
+    assert path.read_text() == "an older file"
+    report = ecanet.export(Stubborn(), path, target="torchscript", example=X, check=False)
+    assert (report.checked, report.notes) == (False, ("not checked",))
+
+
+def test_nan_is_never_within_its_bound():
+    assert not deploy.Comparison(shape=(1,), error=float("nan"), allowed=1.0).passed
+    assert not deploy.Comparison(shape=(1,), error=2.0, allowed=1.0).passed
+    assert deploy.Comparison(shape=(1,), error=1.0, allowed=1.0).passed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": "tflite"}, r"unknown target 'tflite'; choose onnx, "),
+        ({"path": "model.onnx"}, r"model\.onnx must end in \.pt; write .*model\.pt"),
+        ({"example": "image"}, r"example must be a batch of images \(N, C, H, W\) in float32, got 'image'"),
+        ({"example": X.double()}, r"example must be .* in float32, got a torch\.float64 tensor"),
+        ({"example": [X, X]}, r"example must be a batch of images"),
+        ({"classes": "cat"}, r"classes must be a sequence of names, got 'cat'"),
+        ({"model": 3}, r"export takes a network \(a torch\.nn\.Module\), got 3"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, changes, message):
+    arguments = {"model": nn.Conv2d(3, 3, 1), "path": "model.pt", "target": "torchscript", "example": X} | changes
+    arguments["path"] = tmp_path / arguments["path"]
+    with pytest.raises(ConfigError, match=message) as caught:
+        ecanet.export(**arguments)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.packages])
+def test_a_missing_package_is_one_line_that_names_the_extra(monkeypatch, tmp_path, name):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    target = TARGETS[name]
+    with pytest.raises(ConfigError, match=rf"{name} needs .*: pip install 'ecanet\[{target.extra}\]'"):
+        ecanet.export(nn.Conv2d(3, 3, 1), tmp_path / f"m{target.suffix}", target=name, example=X)
+
+
+def test_a_detector_goes_to_onnx_alone(tmp_path):
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+
+    detector = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    with pytest.raises(ExportError, match="torchscript cannot hold the loops of a detector.*export it to onnx"):
+        ecanet.export(detector, tmp_path / "m.pt", target="torchscript", example=[torch.rand(3, 64, 64)])
+
+
+def test_all_steps_take_turns():
+    order = []
+    times = time_in_turns({name: lambda name=name: order.append(name) for name in "ab"}, seconds=0)
+    assert order == list("ab" + "abba" * 2 + "ab")
+    assert [len(values) for values in times.values()] == [5, 5]
+
+
+@pytest.mark.slow
+def test_onnx_runtime_gives_the_same_and_the_metadata_is_there(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    report = ecanet.export(small(), path, target="onnx", example=X, classes=("a", "b", "c", "d", "e"))
+    assert len(report.comparisons) == 4
+    assert report.added == 6
+    model = onnx.load(path)
+    (about,) = [json.loads(prop.value) for prop in model.metadata_props if prop.key == "ecanet"]
+    assert about["classes"] == ["a", "b", "c", "d", "e"]
+    kinds = {node.op_type for node in model.graph.node}
+    assert not kinds & {"Shape", "Gather", "Expand", "BatchNormalization", "ReduceMean"}
+    assert report.facts["opset"] == model.opset_import[0].version
