@@ -34,8 +34,8 @@ test: $(READY)  ## the default tests
 test-slow: $(READY)  ## the tests that take minutes, and the random tests with thousands of cases each
 	$(BIN)/python -m pytest -q -m slow --hypothesis-profile=thorough
 
-fuzz: $(READY)  ## 300 random commands and 13,000 broken files (a quarter of an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m fuzz tests/test_fuzz.py
+fuzz: $(READY)  ## 300 random commands and 16,000 broken files (a quarter of an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m fuzz tests/test_fuzz.py tests/training/test_states.py
 
 soak: $(READY)  ## 3,000 steps of training: memory and open files stay as they are
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m soak tests/training/test_soak.py

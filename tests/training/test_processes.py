@@ -37,17 +37,15 @@ run(read_recipe(sys.argv[1]), folder=sys.argv[1], resume=True, device="cpu", cal
 """
 
 
-def write_checkpoint(folder, batch):
+def make_checkpoint(folder, batch):
     path = folder / "checkpoints" / "last.ckpt"
-    path.parent.mkdir()
-    torch.save({"ecanet": {"batch": batch}}, path)
-    return path
+    return path, {"ecanet": {"batch": batch}}
 
 
 @pytest.mark.parametrize(("batch", "processes", "share"), [(64, 1, 64), (64, 2, 32), (128, 1, 128), (192, 3, 64)])
 def test_processes_share_the_batch_of_before(tmp_path, batch, processes, share):
     images = data.build(RECIPE.data)
-    share_batch(write_checkpoint(tmp_path, batch), images, processes)
+    share_batch(*make_checkpoint(tmp_path, batch), images, processes)
     assert images.config == RECIPE.data.but(batch_size=share)
     assert images.train_dataloader().batch_size == share
 
@@ -55,21 +53,26 @@ def test_processes_share_the_batch_of_before(tmp_path, batch, processes, share):
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     expected = "had 64 images in a batch of 1 processes, which 3 cannot share evenly; start as many as before"
     with pytest.raises(ConfigError, match=expected):
-        share_batch(write_checkpoint(tmp_path, 64), data.build(RECIPE.data), 3)
+        share_batch(*make_checkpoint(tmp_path, 64), data.build(RECIPE.data), 3)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path):
-    path = write_checkpoint(tmp_path, 64)
-    torch.save({"ecanet": {}}, path)
+    path, _ = make_checkpoint(tmp_path, 64)
     with pytest.raises(CheckpointError, match="does not say how many images a step had") as caught:
-        share_batch(path, data.build(RECIPE.data), 1)
+        share_batch(path, {"ecanet": {}}, data.build(RECIPE.data), 1)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("batch", [0, -64, 32, 100, 64.0, True, "64", [64]])
+def test_a_batch_that_no_processes_had_is_refused(tmp_path, batch):
+    with pytest.raises(CheckpointError, match=r"last.ckpt: .* 'ecanet.batch' is .* and not 64 images for each process"):
+        share_batch(*make_checkpoint(tmp_path, batch), data.build(RECIPE.data), 1)
 
 
 def test_detectors_go_on_with_as_many_processes(tmp_path):
     images = Mock(spec=data.DetectionData, config=DataConfig(name="scenes", batch_size=8))
     with pytest.raises(ConfigError, match="which 2 cannot take over; start as many as before"):
-        share_batch(write_checkpoint(tmp_path, 8), images, 2)
+        share_batch(*make_checkpoint(tmp_path, 8), images, 2)
 
 
 @pytest.mark.parametrize("steps", [20, 25, 31])

@@ -74,22 +74,32 @@ def test_a_run_in_a_thread_keeps_its_signals():
 
 def test_a_reading_worker_outlives_the_first_signal():
     """A scheduler sends its signal to all processes, and the run still needs images for its last step."""
+    (theirs, to), (back, ours) = os.pipe(), os.pipe()
     with stop_on_signals(StopRequest()):
         worker = os.fork()
         if not worker:
             while True:
-                time.sleep(0.01)
+                os.write(ours, os.read(theirs, 1))
+    os.close(theirs)
+    os.close(ours)
+
+    def answers() -> bool:
+        """Return whether the worker lives: once it has answered twice, it has handled the signal."""
+        try:
+            return all(os.write(to, b"?") and os.read(back, 1) for _ in range(2))
+        except BrokenPipeError:
+            return False
+
     try:
         for outlives in (True, False):
-            time.sleep(0.2)
             os.kill(worker, signal.SIGTERM)
-            time.sleep(0.2)
-            ended, status = os.waitpid(worker, os.WNOHANG)
-            assert (ended == 0) == outlives
-        assert os.waitstatus_to_exitcode(status) == 143
+            assert answers() == outlives
     finally:
-        if not ended:
-            os.kill(worker, signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)  # if it has ended, this changes nothing
+        _, status = os.waitpid(worker, 0)
+        os.close(to)
+        os.close(back)
+    assert os.waitstatus_to_exitcode(status) == 143
 
 
 class Send(L.Callback):

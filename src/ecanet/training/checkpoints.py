@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from ecanet.data import ClassificationData, DetectionData
-from ecanet.errors import CheckpointError, ConfigError, summarize
+from ecanet.errors import CheckpointError, ConfigError, show_value, summarize
 from ecanet.models import read_file
 from ecanet.report import describe_disk, replace_file
 
@@ -54,28 +54,33 @@ def find_last_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
-def share_batch(checkpoint: Path, images: ClassificationData | DetectionData, processes: int) -> None:
-    """Give each of the ``processes`` its share of the images that the ``checkpoint``'s run had in a step.
+def share_batch(checkpoint: Path, content: object, images: ClassificationData | DetectionData, processes: int) -> None:
+    """Give each of the ``processes`` its share of the images that the run had in a batch, as ``content`` says.
 
     So the gradient, the learning rate and the schedule stay the same with another number of processes.
 
     Raises:
         ConfigError: the images cannot be shared evenly, or they are a detector's, which are grouped by their shapes.
-        CheckpointError: the checkpoint does not say how many images a step had.
+        CheckpointError: the checkpoint does not say how many images a batch had, or something impossible.
     """
-    content = cast(dict[str, Any], torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True))
-    batch: int | None = content.get("ecanet", {}).get("batch")
+    about = cast(dict[str, Any], content).get("ecanet") if isinstance(content, dict) else None
+    batch = cast(dict[str, Any], about).get("batch") if isinstance(about, dict) else None
     if batch is None:
         raise CheckpointError(
             f"{checkpoint}: it does not say how many images a step had, as checkpoints of earlier versions do not; "
             f"train in another folder, from its weights (--weights {checkpoint})"
         )
-    if batch == images.config.batch_size * processes:
+    mine = images.config.batch_size
+    if type(batch) is not int or batch < 1 or batch % mine:
+        raise CheckpointError(
+            f"{checkpoint}: the run cannot go on from it, since its entry 'ecanet.batch' is {show_value(batch)} and "
+            f"not {mine} images for each process; put a good copy in its place (such as {PREVIOUS})"
+        )
+    if batch == mine * processes:
         return
-    before = batch / images.config.batch_size
     if batch % processes or isinstance(images, DetectionData):
         raise ConfigError(
-            f"{checkpoint.parent.parent}: its run had {batch} images in a batch of {before:g} processes, which "
+            f"{checkpoint.parent.parent}: its run had {batch} images in a batch of {batch // mine} processes, which "
             f"{processes} cannot {'take over' if batch % processes == 0 else 'share evenly'}; start as many as before"
         )
     images.config = images.config.but(batch_size=batch // processes)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -35,6 +35,7 @@ from ecanet.training.preparation import build_data, complete, find_seen, lengthe
 from ecanet.training.processes import join_restarted
 from ecanet.training.progress import Display, History, quiet_lightning
 from ecanet.training.run_dirs import choose_run_dir, count_epochs, has_run, lock_run_dir, read_recipe
+from ecanet.training.states import check_state
 from ecanet.training.steps import StepWatch
 from ecanet.training.stopping import StopRequest, find_scheduler, stop_on_signals, take_over_signals
 
@@ -103,7 +104,7 @@ def run(
             recipe, task, run_dir, [*_check_callbacks(callbacks), history, display, watch], torch_device, devices
         )
         if checkpoint is not None:
-            share_batch(checkpoint, images, trainer.world_size)
+            _take_over(checkpoint, trainer, task, images)
         if not resume:  # now that nothing is wrong, the directory may be made
             held.enter_context(lock_run_dir(run_dir, new=True))
         with open_loggers(chosen, recipe, run_dir, resume=resume) as trainer.loggers:
@@ -119,6 +120,17 @@ def run(
             _write_results(report, task)
             display.show_report(report)
     return report
+
+
+def _take_over(
+    checkpoint: Path, trainer: L.Trainer, task: tasks.Task, images: data.ClassificationData | data.DetectionData
+) -> None:
+    """Check, before anything is written, that the run can go on from ``checkpoint`` with these processes."""
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    share_batch(checkpoint, content, images, trainer.world_size)
+    task.trainer = images.trainer = trainer  # the learning rate and the batches depend on them
+    cast(Any, trainer).datamodule = images
+    check_state(checkpoint, content, trainer, task, images)
 
 
 def remake_report(folder: str | Path, *, device: str | torch.device = "auto", quiet: bool = False) -> Report:

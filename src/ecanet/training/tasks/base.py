@@ -170,6 +170,7 @@ class Task(L.LightningModule):
             "split": data.split and data.split.to_dict(),
             "batch": data.config.batch_size * self.trainer.world_size,
             "means": self.means.state_dict(),
+            "optimized": len(cast(Any, checkpoint["optimizer_states"])[0]["state"]),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
