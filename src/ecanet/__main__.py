@@ -27,7 +27,8 @@ Channel attention for convolutional networks: train, evaluate, compare.
 
 Commands:
   train, eval, predict, detect, report, weights,
-  models, cost, paper, ablate, inspect, bench, export, shards
+  models, cost, paper, ablate, inspect, bench, export, doctor,
+  shards
 
 The commands need more packages: {INSTALL}
 """
@@ -100,12 +101,18 @@ def _run() -> int:
 
 
 def _answer_without_packages(missing: str, arguments: list[str]) -> NoReturn:
-    """Answer ``--version`` and ``--help``, and fail on all else, because the package ``missing`` is not installed."""
+    """Answer ``--version``, ``--help`` and ``doctor``, and fail on all else, without the package ``missing``."""
     from ecanet import __version__
 
     if arguments == ["--version"]:
         print(f"ecanet {__version__}")
         sys.exit(0)
+    if arguments == ["doctor"]:
+        from ecanet.doctor import examine, find_exit_code, format_findings
+
+        findings = examine()
+        print(f"ecanet {__version__}\n\n{format_findings(findings)}")
+        sys.exit(find_exit_code(findings))
     if not arguments or arguments in (["--help"], ["-h"]):
         print(SHORT_HELP, end="")
         sys.exit(0)

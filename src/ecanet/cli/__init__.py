@@ -1,7 +1,7 @@
 """The command line: each command turns its options into one function call and prints the result.
 
 Read downward: `run` (train, eval, predict, report, weights), `detect`, `models`, `compare` (cost, paper, ablate,
-inspect), `bench`, `deploy` (export), `shards` (pack, index, check), `options` (the options that several
+inspect), `bench`, `deploy` (export), `shards` (pack, index, check), `doctor`, `options` (the options that several
 commands share). Heavy packages are imported inside the commands, so ``--help`` is quick. A user's mistake raises an
 `EcanetError`, which ``ecanet.__main__`` prints as one line.
 """
@@ -16,6 +16,7 @@ from ecanet.cli.bench import bench
 from ecanet.cli.compare import ablate, cost, inspect, paper
 from ecanet.cli.deploy import export
 from ecanet.cli.detect import detect
+from ecanet.cli.doctor import doctor
 from ecanet.cli.models import models
 from ecanet.cli.options import console
 from ecanet.cli.run import evaluate, predict, report, train, weights
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "bench": bench,
     "export": export,
+    "doctor": doctor,
 }
 """The commands, in the order in which ``--help`` lists them."""
 

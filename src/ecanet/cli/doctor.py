@@ -1,0 +1,17 @@
+"""`ecanet doctor`: what works on this machine, and what to install."""
+
+import typer
+
+from ecanet import __version__
+from ecanet.cli.options import AsJson, console, print_json
+from ecanet.doctor import examine, find_exit_code, format_findings, to_json
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Say what works on this machine, and what to install."""
+    findings = examine()
+    if as_json:
+        print_json(to_json(findings))
+    else:
+        console.print(f"ecanet {__version__}\n\n{format_findings(findings)}")
+    raise typer.Exit(find_exit_code(findings))
