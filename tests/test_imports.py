@@ -15,9 +15,8 @@ PACKAGE = Path(ecanet.__file__).parent
 
 # Top to bottom. A room imports only what stands below it. "" is ecanet/__init__.py, the front door of the house.
 ROOMS = """
-    __main__ cli doctor studies training shards report data "" deploy inference networks surgery models attention ops
-    recipes
-    testing errors
+    __main__ cli studies training shards report data "" deploy inference networks surgery models attention ops
+    recipes testing errors
 """.replace('""', "(house)").split()
 ROOMS = ["" if room == "(house)" else room for room in ROOMS]
 

@@ -108,7 +108,7 @@ def _answer_without_packages(missing: str, arguments: list[str]) -> NoReturn:
         print(f"ecanet {__version__}")
         sys.exit(0)
     if arguments == ["doctor"]:
-        from ecanet.doctor import examine, find_exit_code, format_findings
+        from ecanet.studies.doctor import examine, find_exit_code, format_findings
 
         findings = examine()
         print(f"ecanet {__version__}\n\n{format_findings(findings)}")

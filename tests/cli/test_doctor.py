@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ecanet import doctor, ops
+from ecanet import ops
+from ecanet.studies import doctor
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 

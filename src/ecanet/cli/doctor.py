@@ -4,7 +4,7 @@ import typer
 
 from ecanet import __version__
 from ecanet.cli.options import AsJson, console, print_json
-from ecanet.doctor import examine, find_exit_code, format_findings, to_json
+from ecanet.studies.doctor import examine, find_exit_code, format_findings, to_json
 
 
 def doctor(as_json: AsJson = False) -> None:

@@ -48,7 +48,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Return what was found, in the order in which to read it; nothing is installed or changed.
 
-    >>> from ecanet.doctor import examine
+    >>> from ecanet.studies.doctor import examine
     >>> [found.name for found in examine()][:4]
     ['python', 'torch', 'torchvision', 'devices']
     """
