@@ -7,11 +7,11 @@ import os
 import platform
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
 
-__all__ = ["Finding", "examine", "find_exit_code", "format_findings", "to_json"]
+__all__ = ["Finding", "examine", "find_exit_code", "format_findings"]
 
 PURPOSES = {
     "train": "the commands: train, eval, predict, …",
@@ -176,13 +176,6 @@ def format_findings(findings: list[Finding]) -> str:
         if found.remedy:
             lines.append(f"{'':8} {'':{width}}  {found.remedy}")
     return "\n".join(lines)
-
-
-def to_json(findings: list[Finding]) -> dict[str, object]:
-    """Return the findings as values for JSON, with this library's version."""
-    from ecanet import __version__
-
-    return {"ecanet": __version__, "findings": [asdict(found) for found in findings]}
 
 
 def find_exit_code(findings: list[Finding]) -> int:
