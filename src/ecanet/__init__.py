@@ -21,7 +21,7 @@ from ecanet.attention import (
     list_attentions,
     make_attention,
 )
-from ecanet.deploy import export
+from ecanet.deploy import export, from_pretrained, push_to_hub, save_pretrained
 from ecanet.inference import fuse, optimize
 from ecanet.models import create_model, list_models, load_checkpoint
 from ecanet.surgery import attach, attached, detach, fold, parameter_groups
@@ -44,6 +44,7 @@ __all__ = [
     "detach",
     "export",
     "fold",
+    "from_pretrained",
     "fuse",
     "list_attentions",
     "list_models",
@@ -51,4 +52,6 @@ __all__ = [
     "make_attention",
     "optimize",
     "parameter_groups",
+    "push_to_hub",
+    "save_pretrained",
 ]

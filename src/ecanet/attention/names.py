@@ -76,6 +76,15 @@ class AttentionKind:
         return self.factory is _build_nothing or _unwrap(self.factory) in ATTENTIONS.values()
 
     @property
+    def path(self) -> str | None:
+        """The name of the table, or the dotted path of a class, by which a file can name this kind; else None."""
+        if self.factory is _build_nothing or self.factory in ATTENTIONS.values():
+            return self.name
+        if not isinstance(self.factory, type) or self.factory.__module__ == "__main__":
+            return None
+        return None if "." in self.factory.__qualname__ else f"{self.factory.__module__}.{self.factory.__qualname__}"
+
+    @property
     def options(self) -> list[str]:
         """Names of the options that the factory takes beside the channel count."""
         return [p.name for p in self._parameters()[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

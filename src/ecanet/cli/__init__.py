@@ -1,9 +1,9 @@
 """The command line: each command turns its options into one function call and prints the result.
 
 Read downward: `run` (train, eval, predict, report, weights), `detect`, `models`, `compare` (cost, paper, ablate,
-inspect), `bench`, `deploy` (export), `shards` (pack, index, check), `doctor`, `options` (the options that several
-commands share). Heavy packages are imported inside the commands, so ``--help`` is quick. A user's mistake raises an
-`EcanetError`, which ``ecanet.__main__`` prints as one line.
+inspect), `bench`, `deploy` (export), `push`, `shards` (pack, index, check), `doctor`, `options` (the
+options that several commands share). Heavy packages are imported inside the commands, so ``--help`` is quick. A user's
+mistake raises an `EcanetError`, which ``ecanet.__main__`` prints as one line.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from ecanet.cli.detect import detect
 from ecanet.cli.doctor import doctor
 from ecanet.cli.models import models
 from ecanet.cli.options import console
+from ecanet.cli.push import push
 from ecanet.cli.run import evaluate, predict, report, train, weights
 from ecanet.cli.shards import app as shards
 
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "detect": detect,
     "report": report,
     "weights": weights,
+    "push": push,
     "models": models,
     "cost": cost,
     "paper": paper,

@@ -1,6 +1,7 @@
-"""Networks in other runtimes: `ecanet.export`.
+"""Networks in other runtimes, and for other people: `ecanet.export`, `ecanet.from_pretrained`.
 
-Read downward: `exporting` (`export`), `checking` (runs a file in its own runtime), `targets` (the table of targets),
+Read downward: `hub` (networks on the Hugging Face Hub), `saving` (writes one into a folder), `model_card` (the folder's
+README), `exporting` (`export`), `checking` (runs a file in its own runtime), `targets` (the table of targets),
 `onnx_files` (ONNX), `torch_files` (torch.export and TorchScript), `programs` (what the targets share), `preparation`
 (the copy that is exported), `forms` (the operations of a gate), `about` (what a file says about its images and
 classes), `reports` (what an export did).
@@ -9,7 +10,24 @@ classes), `reports` (what an export did).
 from ecanet.deploy.checking import time_in_turns
 from ecanet.deploy.exporting import export
 from ecanet.deploy.forms import FORMS, build_gate
+from ecanet.deploy.hub import from_pretrained, push_to_hub
+from ecanet.deploy.model_card import Measured, Metric
 from ecanet.deploy.reports import Comparison, ExportReport, Timing
+from ecanet.deploy.saving import save_pretrained
 from ecanet.deploy.targets import TARGETS
 
-__all__ = ["FORMS", "TARGETS", "Comparison", "ExportReport", "Timing", "build_gate", "export", "time_in_turns"]
+__all__ = [
+    "FORMS",
+    "TARGETS",
+    "Comparison",
+    "ExportReport",
+    "Measured",
+    "Metric",
+    "Timing",
+    "build_gate",
+    "export",
+    "from_pretrained",
+    "push_to_hub",
+    "save_pretrained",
+    "time_in_turns",
+]

@@ -4,7 +4,8 @@ Read downward: `detection` (detectors over these networks), `factory` (`create_m
 people's files), `matching` (finds a network's tensors in them), `files` (reads them without running code), `pickles`
 (bounds what they may ask for), `mobilenet`, `resnet` (the networks), `network` (timm's interface), `execution` (runs a
 residual block), `block` (what it is made of), `placement` (attentions that stand elsewhere), `slots` (which attention a
-block holds), `kernel_sizes` (the one table of the released sizes), `downloads` (the folder that keeps them).
+block holds), `kernel_sizes` (the one table of the released sizes), `origin` (what a network was
+made from), `downloads` (the folder that keeps them).
 """
 
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from ecanet.models.factory import create_model, get_torchvision_weights, list_mo
 from ecanet.models.files import read_file
 from ecanet.models.kernel_sizes import KernelSizes, check_no_kernel_sizes, find_release, resolve_kernel_sizes
 from ecanet.models.network import FeatureInfo, FeatureNetwork, Network
+from ecanet.models.origin import forget_gates, get_origin, remember_gates
 from ecanet.models.resnet import LAYERS
 
 if TYPE_CHECKING:
@@ -40,8 +42,10 @@ __all__ = [
     "create_model",
     "describe",
     "find_release",
+    "forget_gates",
     "gate_of",
     "get_cache_folder",
+    "get_origin",
     "get_torchvision_weights",
     "is_eager",
     "list_models",
@@ -49,6 +53,7 @@ __all__ = [
     "load_state_dict",
     "quiet_loggers",
     "read_file",
+    "remember_gates",
     "rename",
     "resolve_kernel_sizes",
     "run",

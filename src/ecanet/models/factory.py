@@ -15,6 +15,7 @@ from ecanet.models import mobilenet, placement, resnet
 from ecanet.models.checkpoints import LoadReport, load_checkpoint, load_state_dict
 from ecanet.models.kernel_sizes import RELEASED, KernelSizes
 from ecanet.models.network import FeatureNetwork, Network
+from ecanet.models.origin import remember_network
 from ecanet.models.slots import make_slot
 
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ def create_model(
         model = build(gates, **shape)
     else:
         raise ConfigError(f"unknown model {name!r}; choose one of {', '.join(list_models())}")
+    gate_settings = {"attention": attention_kind.path or False, "kernel_sizes": kernel_sizes, "options": dict(options)}
+    remember_network(model, name=name, **gate_settings)
     # A plain attribute: copied with the model, and no part of its state dict.
     vars(model)["load_report"] = None if weights is None else load_weights(model, name, weights)
     if isinstance(model, FeatureNetwork):

@@ -1,16 +1,24 @@
 """Weights for any network: its library's own, or a checkpoint's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ecanet.errors import CheckpointError, summarize
 from ecanet.models import LoadReport, get_torchvision_weights, load_checkpoint, load_state_dict, quiet_loggers
 from ecanet.networks.names import find_library
 
-__all__ = ["check_fit", "load_weights"]
+__all__ = ["CONFIG", "WEIGHTS", "check_fit", "find_weights", "limit_numbers", "load_weights"]
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+"""The files of a folder that `ecanet.save_pretrained` writes."""
+
+MOST_NUMBERS = 2**24
+"""Numbers of a network that may be built for the smallest file."""
 
 PATIENCE = 5.0
 """Seconds in which the Hugging Face Hub must begin to answer before a download."""
@@ -33,9 +41,15 @@ def load_weights(model: nn.Module, name: str, weights: str | Path) -> LoadReport
     return report
 
 
+def find_weights(path: str | Path) -> Path:
+    """Return the file that holds the weights at ``path``: it itself, or the one in a folder of a trained network."""
+    path = Path(path)
+    return path / WEIGHTS if (path / CONFIG).exists() else path
+
+
 def _load(model: nn.Module, name: str, weights: str | Path) -> LoadReport:
     if str(weights) != "default":
-        return load_checkpoint(model, weights)
+        return load_checkpoint(model, find_weights(weights))
     library, inner = find_library(name)
     if library == "file":
         raise CheckpointError(
@@ -63,6 +77,34 @@ def check_fit(model: nn.Module, report: LoadReport, *heads: str) -> list[str]:
             f"head are missing or of another shape, first {first!r}; check the network's name and the image's channels"
         )
     return exchanged
+
+
+@contextmanager
+def limit_numbers(path: Path) -> Generator[None]:
+    """Stop the building of a network, in this context, that cannot be the one whose weights the file ``path`` has.
+
+    A file of a kilobyte may name a network of seven billion numbers, or a million classes. PyTorch reports each
+    parameter before it is filled, so the memory is not yet taken.
+
+    Raises:
+        CheckpointError: the network has more numbers than the file has bytes.
+    """
+    most, count = path.stat().st_size + MOST_NUMBERS, 0
+
+    def add(_: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += 0 if parameter is None else parameter.numel()
+        if count > most:
+            raise CheckpointError(
+                f"{path}: the network that it names has more than {most:,} numbers, and the file cannot hold them; "
+                "take another checkpoint"
+            )
+
+    handle = register_module_parameter_registration_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _describe_timm(model: nn.Module) -> str:

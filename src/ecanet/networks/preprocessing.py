@@ -3,20 +3,22 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from ecanet.models import LAYERS
 from ecanet.networks.names import find_kind, find_library
+from ecanet.recipes import Config, Limits
 
 __all__ = ["Preprocessing", "detector_classes", "find_preprocessing", "image_size", "imagenet_classes"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Preprocessing:
+class Preprocessing(Config):
     """How an image becomes a network's input: resized so that its central crop is ``size`` pixels, then normalized.
 
     ``crop`` is the side of the crop as a share of the resized image's short side; ``mean`` and ``std`` are for pixel
-    values from 0 to 1. ``interpolation`` is "bilinear", "bicubic" or "nearest".
+    values from 0 to 1. ``interpolation`` is "bilinear", "bicubic" or "nearest". Three channels are
+    red, green and blue, in this order; one channel is grey.
     """
 
     channels: int = 3
@@ -25,6 +27,15 @@ class Preprocessing:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     crop: float = 0.875
     interpolation: str = "bilinear"
+
+    LIMITS: ClassVar[Limits] = {
+        "channels": (1, 64),
+        "size": (1, 4096),
+        "mean": (-1e3, 1e3),
+        "std": (1e-6, 1e3),
+        "crop": (0.1, 2),
+        "interpolation": (None, 32),
+    }
 
 
 def find_preprocessing(name: str) -> Preprocessing:

@@ -5,7 +5,7 @@ names), `config` (a recipe), `groups` (the groups of its settings), `checks` (th
 `json_files` (reads JSON).
 """
 
-from ecanet.recipes.checks import Config, suggestion
+from ecanet.recipes.checks import Config, Limits, suggestion
 from ecanet.recipes.config import Recipe
 from ecanet.recipes.groups import (
     CheckpointConfig,
@@ -26,6 +26,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DetectorConfig",
+    "Limits",
     "ModelConfig",
     "OptimizerConfig",
     "Recipe",

@@ -162,6 +162,8 @@ def _describe(option: object) -> str:
         return " or ".join(repr(choice) for choice in get_args(option))
     if option == tuple[float, ...]:
         return "a list of finite numbers"
+    if option == tuple[str, ...]:
+        return "a list of texts"
     kind = get_origin(option) or option
     return words.get(kind, f"a {getattr(kind, '__name__', kind)}")
 

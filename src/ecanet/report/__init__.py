@@ -10,9 +10,10 @@ from ecanet.report.artifacts import Artifacts, DetectionExample, Example, GateSu
 from ecanet.report.files import describe_disk, replace_file, write_file
 from ecanet.report.html_page import page
 from ecanet.report.machine import environment
-from ecanet.report.report import Report
+from ecanet.report.report import UNITS, Report
 
 __all__ = [
+    "UNITS",
     "Artifacts",
     "DetectionExample",
     "Example",

@@ -17,7 +17,7 @@ from ecanet.report.files import write_file
 from ecanet.report.html_page import Section, page
 from ecanet.report.machine import Environment
 
-__all__ = ["Report"]
+__all__ = ["UNITS", "Report"]
 
 UNITS = {
     "top1": "top-1, %",
@@ -26,6 +26,7 @@ UNITS = {
     "best_top1": "best top-1, %",
     "val_loss": "held-out loss",
 }
+"""Labels of the metrics, with their units."""
 
 
 def _no_artifacts() -> Artifacts:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ecanet.attention import Attention, AttentionKind, AttentionLike, find_attention
 from ecanet.errors import AttachError
-from ecanet.models import KernelSizes
+from ecanet.models import KernelSizes, forget_gates, remember_gates
 from ecanet.surgery.build import build_gates, check_kernel_options, isolate_building
 from ecanet.surgery.choice import Replace
 from ecanet.surgery.example import record_run
@@ -97,12 +97,20 @@ def attach(
     kind.check(options, inspect.signature(attach).parameters)
     check_kernel_options(kind, kernel_sizes, options)
     lossless = preserve is not False
+    origin = {
+        "attention": kind.path or False,
+        "kernel_sizes": kernel_sizes,
+        "where": where if where is None or isinstance(where, str) else False,
+        "replace": replace if replace is None or isinstance(replace, str) else False,
+        "options": dict(options),
+    }
     # Tensors made in inference mode can never be trained, and do not show that they were changed in place.
     with torch.inference_mode(False):
         trace = record_run(model, example)
         if replace is not None:
             with group_attention(model, trace, replace):
                 replace_modules(model, trace, replace, kind, where, preserve, kernel_sizes, options, verify=verify)
+            remember_gates(model, **origin)
             return model
         with isolate_building(model):
             finder = Finder(model, trace)
@@ -112,6 +120,7 @@ def attach(
         insertion = Insertion(model, trace, kind, lossless=lossless)
         insertion.place(sites, gates, verify=verify)
     remember_left_out(model, [*finder.left_out, *insertion.left_out])
+    remember_gates(model, **origin)
     return model
 
 
@@ -133,6 +142,7 @@ def detach(model: Model) -> Model:
     for name, gate, record in reversed(found):
         remove(model, name, gate, record)
     remember_left_out(model, [])
+    forget_gates(model)
     if largest > 0:
         warnings.warn(
             f"detached {len(found)} gates that were not neutral, so outputs change: the largest |gate - 1| was "

@@ -17,7 +17,7 @@ from ecanet.training.run_dirs import read_recipe
 from ecanet.training.tasks import TASKS, Classification, Detection, Task
 from ecanet.training.trained import Prediction, evaluate, image_files, predict
 from ecanet.training.trainer import remake_report, run
-from ecanet.training.weights import write_weights
+from ecanet.training.weights import check_finished, write_weights
 
 __all__ = [
     "TASKS",
@@ -29,6 +29,7 @@ __all__ = [
     "Task",
     "build_data",
     "build_detector",
+    "check_finished",
     "complete",
     "detect",
     "evaluate",

@@ -9,7 +9,7 @@ from ecanet import data, networks
 from ecanet.data import ClassificationData, DataSpec, DetectionData, Split
 from ecanet.errors import CheckpointError, EcanetError
 from ecanet.models import read_file
-from ecanet.recipes import Recipe, from_dict, has_photographs, to_dict
+from ecanet.recipes import DataConfig, Recipe, from_dict, has_photographs, to_dict
 
 __all__ = ["Description", "build_data", "complete", "find_description", "find_seen", "lengthen", "read_description"]
 
@@ -30,10 +30,25 @@ class Description:
 def read_description(path: Path) -> Description | None:
     """Return what the run that wrote the weights file ``path`` says about itself; None if no run wrote it.
 
+    A folder that `ecanet.save_pretrained` has written describes itself; its recipe has data without a name if nobody
+    knows what it was trained on.
+
     Raises:
         CheckpointError: the file is missing, broken or unsafe, or a value in the description is out of bounds.
     """
+    if networks.is_pretrained(path):
+        return _describe_folder(path)
     return find_description(path, read_file(path))
+
+
+def _describe_folder(folder: Path) -> Description:
+    config = networks.read_pretrained(folder)
+    try:
+        spec = DataSpec.from_dict({**to_dict(config.preprocessing), "class_names": list(config.class_names)})
+        known = Recipe(data=DataConfig(name="")) if config.recipe is None else from_dict(Recipe, config.recipe)
+    except EcanetError as error:
+        raise CheckpointError(f"{folder / networks.CONFIG}: {error}; take another copy of the folder") from None
+    return Description(recipe=known.but(model=config.network), spec=spec, split=None)
 
 
 def find_description(path: Path, content: object) -> Description | None:

@@ -2,13 +2,8 @@
 
 import os
 import re
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ecanet import networks, recipes
 from ecanet.data import DataSpec, Split
@@ -19,9 +14,6 @@ from ecanet.training import tasks
 from ecanet.training.preparation import Description, build_data, complete, read_description
 
 __all__ = ["Source", "find_source", "restore", "restore_task"]
-
-MOST_NUMBERS = 2**24
-"""Numbers of a network that may be built for the smallest file."""
 
 AUXILIARY = re.compile(r"(.*\.)?(aux\d*|AuxLogits|aux_classifier|num_batches_tracked)(\.|$)")
 """Tensors of a file that are used in training alone, by name."""
@@ -78,7 +70,7 @@ def find_source(
     if model is not None:
         model = complete(Recipe(model=model), trusted=True).model
     path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.is_dir():
+    if path is not None and path.is_dir() and not networks.is_pretrained(path):
         path = path / "checkpoints" / "best.ckpt"
     weights = None if model is None else model.weights
     file = Path(weights) if path is None and weights not in (None, "default") else path
@@ -94,6 +86,10 @@ def find_source(
     images = recipe.data.but(name=data_name or recipe.data.name, root=data_dir or (recipe.data.root if same else None))
     if not own and has_photographs(images.name):
         images = images.but(eval_crop=networks.find_preprocessing(network.name).crop)
+    elif own and not recipe.data.name:  # a folder that does not know its data knows how it takes images
+        images = images.but(image_size=own.spec.size)
+        if has_photographs(images.name):
+            images = images.but(eval_crop=own.spec.crop, interpolation=own.spec.interpolation)
     # A checkpoint holds the weights, so the recipe's own are not loaded.
     network = network.but(weights=None) if source.path is not None else network
     recipe = complete(recipe.but(model=network, data=images, compile=False), trusted=False)
@@ -108,6 +104,7 @@ def _take_own(path: Path | None, about: Description) -> Source:
     images = about.recipe.data
     if images.workers is not None:
         images = images.but(workers=min(images.workers, os.cpu_count() or 1))
+    path = None if path is None else networks.find_weights(path)
     return Source(path=path, recipe=about.recipe.but(data=images), spec=about.spec, split=about.split)
 
 
@@ -165,7 +162,7 @@ def restore_task(path: Path | None, recipe: Recipe, spec: DataSpec) -> tasks.Tas
                 f"{len(spec.class_names)}; name the data that they were trained on with --data"
             )
         return task
-    with _limit_numbers(path):
+    with networks.limit_numbers(path):
         task = tasks.build(recipe, spec)
     report = load_checkpoint(task.model, path)
     if report.not_finite:
@@ -181,31 +178,3 @@ def restore_task(path: Path | None, recipe: Recipe, spec: DataSpec) -> tasks.Tas
             f"{len(spec.class_names)} classes: {len(different)} tensors differ, first {different[0]!r}"
         )
     return task
-
-
-@contextmanager
-def _limit_numbers(path: Path) -> Generator[None]:
-    """Stop the building of a network, in this context, that cannot be the one whose weights the file ``path`` has.
-
-    A file of a kilobyte may name a network of seven billion numbers, or a million classes. PyTorch reports each
-    parameter before it is filled, so the memory is not yet taken.
-
-    Raises:
-        CheckpointError: the network has more numbers than the file has bytes.
-    """
-    most, count = path.stat().st_size + MOST_NUMBERS, 0
-
-    def add(_: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal count
-        count += 0 if parameter is None else parameter.numel()
-        if count > most:
-            raise CheckpointError(
-                f"{path}: the network that it names has more than {most:,} numbers, and the file cannot hold them; "
-                "take another checkpoint"
-            )
-
-    handle = register_module_parameter_registration_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -48,7 +48,8 @@ def evaluate(
     NAME. If that fails, a line on standard error says so.
 
     Args:
-        checkpoint: a file, or the folder of a run (its best checkpoint). None evaluates ``model`` with its weights.
+        checkpoint: a file, the folder of a run (its best checkpoint), or a folder of `ecanet.save_pretrained`. None
+            evaluates ``model`` with its weights.
         model: the network, for a checkpoint that was not written by a run; a run's checkpoint knows its own.
         data_name: the data set. Weights that were not written by a run need it.
         data_dir: the directory of the data files.
@@ -63,7 +64,7 @@ def evaluate(
     torch_device = find_device(device)
     source = find_source(checkpoint, model, data_name, data_dir)
     path, recipe = source.path, source.recipe
-    if data_name is None and source.spec is None:
+    if not recipe.data.name or (data_name is None and source.spec is None):
         raise ConfigError("these weights do not say what they were trained on: give the data set with --data")
     if on_corrupt is not None:
         recipe = with_settings(recipe, {"data.on_corrupt": on_corrupt})
@@ -71,6 +72,7 @@ def evaluate(
         images = build_data(recipe, train=False, split=source.split)
         if source.spec is not None:
             check_classes(recipe.data.name, images.spec, source.spec)
+            images.spec = replace(images.spec, mean=source.spec.mean, std=source.spec.std)
         task = restore_task(path, recipe, images.spec)
         trainer = L.Trainer(
             accelerator=torch_device.type,

@@ -14,7 +14,7 @@ from ecanet.report import Report, write_file
 from ecanet.training.preparation import find_description
 from ecanet.training.run_dirs import read_recipe
 
-__all__ = ["write_weights"]
+__all__ = ["check_finished", "write_weights"]
 
 SUFFIXES = (".safetensors", ".pth")
 
@@ -36,11 +36,9 @@ def write_weights(run: str | Path, path: str | Path, *, which: str = "best") -> 
         CheckpointError: the run has no such checkpoint, it is broken, or a package is missing.
     """
     run, path = Path(run), Path(path)
-    if which not in ("best", "last"):
-        raise ConfigError(f"which weights must be best or last, got {which!r}")
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path}: name the file {path.stem}.safetensors or {path.stem}.pth")
-    _check_finished(run)
+    check_finished(run, which)
     source = run / "checkpoints" / f"{which}.ckpt"
     content = read_file(source)
     about = find_description(source, content)
@@ -67,8 +65,10 @@ def write_weights(run: str | Path, path: str | Path, *, which: str = "best") -> 
     )
 
 
-def _check_finished(run: Path) -> None:
-    """Raise ConfigError if ``run`` is no run, or one that has not ended."""
+def check_finished(run: Path, which: str) -> None:
+    """Raise ConfigError if ``run`` is no run, or one that has not ended, or ``which`` is not "best" or "last"."""
+    if which not in ("best", "last"):
+        raise ConfigError(f"which weights must be best or last, got {which!r}")
     if run.is_file():
         raise ConfigError(f"{run} is a file; give the run's directory")
     began = (run / "recipe.json").exists()
