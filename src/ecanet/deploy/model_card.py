@@ -120,7 +120,7 @@ def _write_network(config: Pretrained, parameters: int) -> str:
         ("network", f"`{network.name}`"),
         ("attention", f"{network.attention}: {len(config.sites)} gates{kernels}"),
         ("parameters", f"{parameters:,}"),
-        ("image", f"{made_for.size} × {made_for.size}, {config.color_order}{repeated}"),
+        ("image", f"{made_for.size} × {made_for.size}, {config.colour_order}{repeated}"),
         ("resizing", f"{made_for.interpolation}, to a central crop of {made_for.crop:.1%} of the short side"),
         ("normalization", f"mean {mean}; standard deviation {std} (of values from 0 to 1)"),
         ("classes", names),

@@ -75,7 +75,7 @@ def save_pretrained(
         sites=networks.list_gate_sites(model),
         class_names=tuple(class_names),
         preprocessing=preprocessing,
-        color_order=networks.name_color_order(preprocessing.channels),
+        colour_order=networks.name_colour_order(preprocessing.channels),
         recipe=recipe if recipe is not None or known is None else known.recipe,
     )
     folder = Path(folder)

@@ -27,7 +27,7 @@ from ecanet.networks.pretrained import (
     is_pretrained,
     list_gate_sites,
     load_pretrained,
-    name_color_order,
+    name_colour_order,
     read_pretrained,
 )
 
@@ -63,7 +63,7 @@ __all__ = [
     "load_and_attach",
     "load_pretrained",
     "load_weights",
-    "name_color_order",
+    "name_colour_order",
     "read_pretrained",
     "small_example",
     "trust",

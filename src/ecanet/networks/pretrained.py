@@ -30,7 +30,7 @@ __all__ = [
     "is_pretrained",
     "list_gate_sites",
     "load_pretrained",
-    "name_color_order",
+    "name_colour_order",
     "read_pretrained",
 ]
 
@@ -38,7 +38,7 @@ LARGEST_CONFIG = 2**23
 """Bytes of a configuration; with 20,000 classes it has a twentieth of that."""
 
 
-ColorOrder = Literal["RGB", "grey", "other"]
+ColourOrder = Literal["RGB", "grey", "other"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ class Pretrained(Config):
         sites: the gates by module name, each with its attention, channels, kernel size and gain.
         class_names: in the order of the logits.
         preprocessing: how an image becomes the network's input.
-        color_order: of the channels: "RGB", "grey" for one channel, "other" for other numbers.
+        colour_order: of the channels: "RGB", "grey" for one channel, "other" for other numbers.
         recipe: the recipe of the run that trained it, as plain values; None if it is not known.
     """
 
@@ -66,7 +66,7 @@ class Pretrained(Config):
     sites: dict[str, Any] = field(default_factory=dict[str, Any])
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
-    color_order: ColorOrder = "RGB"
+    colour_order: ColourOrder = "RGB"
     recipe: dict[str, Any] | None = None
 
     LIMITS: ClassVar[Limits] = {
@@ -93,17 +93,17 @@ class Pretrained(Config):
             )
         if made_for.interpolation not in ("bilinear", "bicubic", "nearest"):
             raise ConfigError(f"interpolation must be bilinear, bicubic or nearest, got {made_for.interpolation!r}")
-        if self.color_order != (order := name_color_order(made_for.channels)):
-            raise ConfigError(f"color_order of {made_for.channels} channels is {order!r}, got {self.color_order!r}")
+        if self.colour_order != (order := name_colour_order(made_for.channels)):
+            raise ConfigError(f"colour_order of {made_for.channels} channels is {order!r}, got {self.colour_order!r}")
 
 
-def name_color_order(channels: int) -> ColorOrder:
-    """Return the `Pretrained.color_order` of images with so many ``channels``.
+def name_colour_order(channels: int) -> ColourOrder:
+    """Return the `Pretrained.colour_order` of images with so many ``channels``.
 
-    >>> name_color_order(3), name_color_order(1)
+    >>> name_colour_order(3), name_colour_order(1)
     ('RGB', 'grey')
     """
-    orders: dict[int, ColorOrder] = {3: "RGB", 1: "grey"}
+    orders: dict[int, ColourOrder] = {3: "RGB", 1: "grey"}
     return orders.get(channels, "other")
 
 
