@@ -11,7 +11,7 @@ import typer
 
 import ecanet as library
 from ecanet.__main__ import SHORT_HELP, TRAIN_EXTRA
-from ecanet.cli import app
+from ecanet.cli import TASKS, app
 
 COMMANDS = typer.main.get_command(app).commands
 
@@ -69,6 +69,18 @@ def test_the_list_of_commands_has_one_line_for_each(ecanet):
     assert [name for name, entry in lines.items() if len(entry) > 1] == []
     assert ecanet("-h")[1] == out
     assert len([line for line in out.splitlines() if line.strip()]) <= 24
+
+
+def test_without_arguments_the_eight_tasks_are_shown(ecanet):
+    code, out, err = ecanet()
+    assert (code, err) == (0, "")
+    assert len(TASKS) == 8
+    assert max(map(len, out.splitlines())) <= 80
+    for task, line in TASKS.items():
+        assert re.search(rf"{task} +{re.escape(line)}$", out, re.MULTILINE)
+        command, *rest = line.split()[1:]
+        options = {name for parameter in COMMANDS[command].params for name in parameter.opts}
+        assert {word for word in rest if word.startswith("--")} <= options
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -23,7 +23,7 @@ from ecanet.cli.push import push
 from ecanet.cli.run import evaluate, predict, report, train, weights
 from ecanet.cli.shards import app as shards
 
-__all__ = ["app"]
+__all__ = ["TASKS", "app"]
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
@@ -44,8 +44,20 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 """The commands, in the order in which ``--help`` lists them."""
 
+TASKS = {
+    "put gates into my network": "ecanet models timm:convnext_tiny --attach eca",
+    "fine-tune on my photographs": "ecanet train folder:photos",
+    "compare attention fairly": "ecanet ablate fashion --seeds 5",
+    "reproduce the paper": "ecanet paper 3",
+    "detect objects": "ecanet train scenes",
+    "measure the speed": "ecanet bench --quick",
+    "take a network elsewhere": "ecanet export runs/NAME --to onnx",
+    "look inside the gates": "ecanet inspect runs/NAME",
+}
+"""What people come for, and the command that it begins with; shown by `ecanet` alone."""
+
 app = typer.Typer(
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -64,8 +76,15 @@ def print_version(requested: bool) -> None:
 
 @app.callback()
 def ecanet(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Channel attention for convolutional networks: train, evaluate, compare."""
+    if context.invoked_subcommand is None:
+        width = max(map(len, TASKS))
+        lines = "\n".join(f"  {task:{width}}  {command}" for task, command in TASKS.items())
+        console.print(
+            f"What do you want to do?\n\n{lines}\n\nAll commands: ecanet --help. Is all well here? ecanet doctor"
+        )
