@@ -5,7 +5,7 @@ READY := .venv/.installed
 # Threads that spin while they wait slow down everything many times when other programs run, too.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-slow sweep fuzz soak mutants check clean help
+.PHONY: demo test test-slow sweep fuzz soak mutants dist check clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -49,10 +49,17 @@ sweep: $(READY)  ## attach gates to all networks of tests/sweep_networks (instal
 mutants: $(READY)  ## plant each known bug and check that its test fails
 	OMP_NUM_THREADS=2 $(BIN)/python tests/run_mutants.py
 
+# The time in the files is that of the last commit, so that the same commit gives the same bytes.
+dist: $(READY)  ## build the wheel and the source archive, and check what an index would show
+	@rm -rf dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
 check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/pyright
 
 clean:  ## remove the environment and all runs
-	rm -rf .venv runs
+	rm -rf .venv runs dist
