@@ -89,7 +89,7 @@ def shift_images(images: Tensor, padding: int, where: Tensor) -> Tensor:
     n, _, h, w = images.shape
     padded = F.pad(images, [padding] * 4)
     # The integers are found in float64 on the CPU: rounded to float32, a number below 1 may become 1.
-    top, left = (where * (2 * padding + 1)).long().to(images.device)[:, :, None]
+    top, left = _send((where * (2 * padding + 1)).long(), images.device)[:, :, None]
     rows = top + torch.arange(h, device=images.device)  # N H
     columns = left + torch.arange(w, device=images.device)  # N W
     each = torch.arange(n, device=images.device)[:, None, None]
@@ -99,5 +99,10 @@ def shift_images(images: Tensor, padding: int, where: Tensor) -> Tensor:
 
 def flip_images(images: Tensor, chance: Tensor) -> Tensor:
     """Return images (N, C, H, W), flipped left to right where ``chance`` (N,), from 0 up to 1, is below 1/2."""
-    flip = (chance < 0.5).to(images.device)[:, None, None, None]
+    flip = _send(chance < 0.5, images.device)[:, None, None, None]
     return torch.where(flip, images.flip(-1), images)
+
+
+def _send(x: Tensor, device: torch.device) -> Tensor:
+    """Return ``x`` on ``device``. The program does not wait for a GPU, which copies from pinned memory by itself."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

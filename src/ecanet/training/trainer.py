@@ -16,10 +16,8 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ecanet import data
 from ecanet.errors import ConfigError, EcanetError, summarize
@@ -27,6 +25,7 @@ from ecanet.networks import find_device
 from ecanet.recipes import Recipe, find, to_dict
 from ecanet.report import Report, environment, write_file
 from ecanet.training import tasks
+from ecanet.training.averaging import MovingAverage
 from ecanet.training.checkpoints import AtomicCheckpointIO, RunCheckpoint, find_last_checkpoint, share_batch
 from ecanet.training.failures import explain_failure
 from ecanet.training.gates import summarize_gates
@@ -231,7 +230,7 @@ def _make_trainer(
         RunCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False),
     ]
     if recipe.ema_decay is not None:
-        callbacks.append(WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay)))
+        callbacks.append(MovingAverage(recipe.ema_decay))
     try:
         trainer = L.Trainer(
             max_epochs=recipe.epochs,

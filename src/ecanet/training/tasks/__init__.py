@@ -4,8 +4,8 @@ A task has ``monitor``, the name of the metric that selects the best checkpoint 
 plain data that the report draws.
 
 Read downward: `classification` and `detection` (the two tasks), `outcome` (a detector's results and their score),
-`losses` (of classification), `base` (what all tasks share), `schedule` (the learning rate over the epochs), `means`
-(of an epoch's losses).
+`counts` (a classifier's) and `losses` (of classification), `base` (what all tasks share), `schedule` (the learning rate
+over the epochs), `means` (of an epoch's losses).
 """
 
 from ecanet.data import DataSpec

@@ -5,8 +5,6 @@ from typing import cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassStatScores
 from torchvision.transforms import v2  # pyright: ignore[reportMissingTypeStubs]
 
 from ecanet import networks
@@ -15,14 +13,12 @@ from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import Recipe
 from ecanet.report import Artifacts, Example
 from ecanet.training.tasks.base import NO_READABLE_IMAGE, Task, get_data
+from ecanet.training.tasks.counts import ClassCounts, ExampleImages
 from ecanet.training.tasks.losses import balance_classes, compute_loss
+from ecanet.training.tasks.means import RunningMeans
 
 __all__ = ["Classification"]
 
-# A confusion matrix grows with the square of the number of classes.
-MOST_CLASSES_COMPARED = 1000
-EXAMPLES = 12
-"""Number of correctly classified images in the report, and of wrongly classified ones."""
 SAMPLE = 64
 """Number of images on which the report shows the gates."""
 
@@ -55,14 +51,11 @@ class Classification(Task):
         mixes: list[v2.Transform] = [v2.MixUp(alpha=recipe.mixup, num_classes=classes)] if recipe.mixup else []
         mixes += [v2.CutMix(alpha=recipe.cutmix, num_classes=classes)] if recipe.cutmix else []
         self.mix = v2.RandomChoice(mixes) if mixes else None
-        self.top1 = MulticlassAccuracy(classes, average="micro")
-        # Of five classes or fewer, every image is among the first five.
-        self.top5 = MulticlassAccuracy(classes, average="micro", top_k=5) if classes > 5 else None
-        self.class_counts = MulticlassStatScores(classes, average=None)
+        self.counts = ClassCounts(classes)
         self.class_weights: Tensor | None = None
-        self.held_out_loss = MeanMetric()
-        self.confusion = MulticlassConfusionMatrix(classes) if classes <= MOST_CLASSES_COMPARED else None
-        self.confusion_counts: list[list[int]] = []
+        self.held_out = RunningMeans()
+        self.confusion: list[list[int]] = []
+        self.example_images = ExampleImages()
         self.examples: list[Example] = []
         self.images_evaluated = 0
 
@@ -97,12 +90,14 @@ class Classification(Task):
         return {"train_loss": self.loss(self(images), labels)}
 
     def on_validation_epoch_start(self) -> None:
-        """Remove the examples of the last evaluation."""
-        self.examples = []
+        """Forget the last evaluation."""
+        self.counts.reset()
+        self.held_out.reset()
+        self.example_images = ExampleImages()
         self.images_evaluated = 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Update the metrics, and collect examples."""
+        """Update the metrics, and collect examples, without waiting for a GPU."""
         images, labels = batch
         if not len(images):
             return
@@ -110,14 +105,9 @@ class Classification(Task):
             self.sample = images[:SAMPLE].clone()
         self.images_evaluated += len(images)
         logits = cast(Tensor, self(images)).float()
-        self.top1.update(logits, labels)
-        if self.top5 is not None:
-            self.top5.update(logits, labels)
-        self.class_counts.update(logits, labels)
-        if self.confusion is not None:
-            self.confusion.update(logits, labels)
-        self.held_out_loss.update(F.cross_entropy(logits, labels), len(images))
-        self._collect_examples(images, labels, logits)
+        self.counts.update(logits, labels)
+        self.held_out.add({"val_loss": F.cross_entropy(logits, labels)}, len(images))
+        self.example_images.add(images, labels, logits)
 
     def on_validation_epoch_end(self) -> None:
         """Compute the metrics over all processes, and log them.
@@ -129,49 +119,16 @@ class Classification(Task):
         if not int(cast(Tensor, self.all_gather(count)).sum()):  # pyright: ignore[reportUnknownMemberType]
             raise DataError(NO_READABLE_IMAGE)
         super().on_validation_epoch_end()
-        self.log("val_loss", self.held_out_loss.compute())
-        self.held_out_loss.reset()
-        self.log("top1", 100 * self.top1.compute())
-        self.top1.reset()
-        if self.top5 is not None:
-            self.log("top5", 100 * self.top5.compute())
-            self.top5.reset()
-        self._log_macro()
-        if self.confusion is not None:
-            counts = self.confusion.compute()
-            self.confusion_counts = cast(list[list[int]], counts.tolist())  # pyright: ignore[reportUnknownMemberType]
-            self.confusion.reset()
-
-    def _log_macro(self) -> None:
-        """Log the mean of the classes' accuracies, where it differs from top-1: some classes have more images."""
-        counts = self.class_counts.compute()  # (K, 5): the first is the number of true positives, the last of images
-        self.class_counts.reset()
-        correct, images = (counts[counts[:, 4] > 0, column].float() for column in (0, 4))
-        if images.min() < images.max():
-            self.log("macro", 100 * (correct / images).mean())
+        counts = {**self.counts.compute()}
+        self.confusion = cast(list[list[int]], counts.pop("confusion").tolist())  # pyright: ignore[reportUnknownMemberType]
+        for name, value in {**self.held_out.compute(), **counts}.items():
+            self.log(name, value)
+        self.examples = self.example_images.to_list(self.spec)
 
     def artifacts(self) -> Artifacts:
         """Return class names, the confusion matrix (a row per true class), and correct and wrong examples."""
         return {
             "class_names": list(self.spec.class_names),
-            "confusion": self.confusion_counts,
+            "confusion": self.confusion,
             "examples": self.examples,
         }
-
-    def _collect_examples(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
-        """Keep the first few correctly classified images, and the first few wrongly classified ones."""
-        predictions = logits.argmax(1)
-        for correct in (True, False):
-            kept = sum((e["label"] == e["prediction"]) == correct for e in self.examples)
-            if kept == EXAMPLES:
-                continue
-            indices = ((predictions == labels) == correct).nonzero().flatten()
-            for index in map(int, indices[: EXAMPLES - kept]):
-                self.examples.append(
-                    {
-                        "image": self.spec.denormalize(images[index]).cpu(),
-                        "label": int(labels[index]),
-                        "prediction": int(predictions[index]),
-                        "probability": float(logits[index].softmax(0)[predictions[index]]),
-                    }
-                )
