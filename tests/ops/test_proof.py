@@ -35,8 +35,8 @@ def ran(monkeypatch):
     """Return a list that records the names of the passes that `ops` chooses."""
     names, choose = [], dispatch.choose
 
-    def chosen(*args):
-        passes = choose(*args)
+    def chosen(*args, **settings):
+        passes = choose(*args, **settings)
         names.append("reference" if passes is None else passes.__name__.rpartition(".")[2])
         return passes
 

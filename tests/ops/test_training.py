@@ -38,9 +38,9 @@ def force_impl(impl):
         pytest.importorskip("triton")
     choose, ran = dispatch.choose, []
 
-    def choose_forced(requested, x, obstacle=None):
+    def choose_forced(requested, *args, **settings):
         assert requested == "auto"
-        ran.append(choose(impl, x, obstacle))
+        ran.append(choose(impl, *args, **settings))
         return ran[-1]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -15,7 +15,7 @@ import torch
 
 from ecanet.errors import ConfigError
 from ecanet.recipes import CheckpointConfig, Recipe, to_dict
-from ecanet.training.trainer import _check_cpu
+from ecanet.training.hardware import _check_cpu
 from tiny_runs import TINY
 
 SCRIPT = Path(__file__).with_name("worker_script.py")

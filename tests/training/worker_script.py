@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ecanet import training
-from ecanet.training import trainer
+from ecanet.training import hardware
 from ecanet.training.tasks import Classification, get_data
 from tiny_runs import add_tiny
 
@@ -90,7 +90,7 @@ def main(folder: Path, images: int, norms: str = "own", last: int = -1) -> None:
     if norms == "halves":
         patch.setattr(Classification, "forward", forward_by_halves(Classification.forward))
     if norms == "synchronised":
-        patch.setattr(trainer, "_check_cpu", lambda *_: None)
+        patch.setattr(hardware, "_check_cpu", lambda *_: None)
         patch.setattr(nn.SyncBatchNorm, "forward", normalize_together)
         patch.setattr(nn.parallel.DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda *_: None)
     recipe = training.read_recipe(folder)

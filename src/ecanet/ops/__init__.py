@@ -6,8 +6,8 @@ Read downward: `dispatch` (chooses the implementation), `proof` (checks the kern
 them), `proof_records` (which checks have passed on this machine), `triton` (the passes over memory as kernels for a
 GPU), `lean` (the passes in PyTorch), `tail` (the algebra between the passes), `nodes` (the autograd functions around
 the algebra), `channel_gates` (gates that a kernel can compute), `passes` (the protocol of the passes), `reference`
-(the specification, in plain PyTorch), `tracing` (lets torch.fx record a function as one node), `calls` (whether a
-module must be called or its parts may be used).
+(the specification, in plain PyTorch), `inputs` (their checks and layouts), `tracing` (lets torch.fx record a function
+as one node), `calls` (whether a module must be called or its parts may be used).
 """
 
 from ecanet.ops import lean, proof, reference
@@ -23,7 +23,6 @@ from ecanet.ops.calls import (
 from ecanet.ops.channel_gates import ChannelGate
 from ecanet.ops.dispatch import (
     Impl,
-    check_input,
     compiles_to_kernels,
     expand,
     find_mode_obstacle,
@@ -36,6 +35,7 @@ from ecanet.ops.dispatch import (
     squeeze_scale,
     uses_kernels,
 )
+from ecanet.ops.inputs import check_input
 from ecanet.ops.reference import Activation, Gate
 from ecanet.ops.tracing import is_exporting, is_jit_tracing, is_traced, record_as_one_node
 

@@ -152,7 +152,7 @@ def average_over_processes(
 
     ``first`` and ``second`` (C,) are this process's sums of z and z^2 in float64, of ``count`` elements a channel.
     """
-    sums = torch.cat((first, second, first.new_tensor([count])))
+    sums = torch.cat((first, second, first.new_full((1,), count)))  # a tensor made from a list would be copied
     total = cast(Tensor, all_reduce(sums, group=group))
     elements = total[-1].detach().clamp(min=1)
     mean, square = (total[:-1] / elements).view(2, -1)

@@ -47,6 +47,8 @@ class Recipe(Config):
         on_nan: "stop" ends the run at a loss that is not finite; "skip" names the batch's images and takes no step, for
             which a GPU waits for each step's loss.
         compile: whether the network is compiled by ``torch.compile``.
+        cuda_graph: whether forward and backward of the network are captured as CUDA graphs; for classification on one
+            GPU, with one batch a step.
         seed: random seed of the run.
     """
 
@@ -72,6 +74,7 @@ class Recipe(Config):
     sync_batchnorm: bool = False
     channels_last: bool = True
     compile: bool = False
+    cuda_graph: bool = False
     seed: int = 0
 
     LIMITS: ClassVar[Limits] = {
@@ -121,7 +124,7 @@ class Recipe(Config):
         return warmup
 
     def check(self) -> None:
-        """Raise ConfigError if the name cannot be a folder's, or warm-up or class weights do not fit."""
+        """Raise ConfigError if the name cannot be a folder's, or settings contradict each other."""
         if not self.name or {"/", "\\"} & set(self.name):
             raise ConfigError(f"name must be the name of a folder, without slashes, got {self.name!r}")
         weights = self.class_weights
@@ -133,10 +136,24 @@ class Recipe(Config):
                 raise ConfigError(f"{name} must be 0 or from 0.001 to 1000, got {value:g}")
         if weights == "balanced" and self.data.sampler == "balanced":
             raise ConfigError("class_weights=balanced and data.sampler=balanced would balance twice; leave one out")
+        if self.cuda_graph:
+            self._check_graph()
         if self.schedule.warmup_epochs and self.schedule.warmup_steps:
             raise ConfigError("give schedule.warmup_epochs or schedule.warmup_steps, not both: set one of them to 0")
         if self.schedule.warmup_epochs >= self.epochs and self.schedule.warmup_epochs:
             raise ConfigError(
                 f"schedule.warmup_epochs ({self.schedule.warmup_epochs:g}) must be less than epochs ({self.epochs}); "
                 f"set for example schedule.warmup_epochs={self.epochs / 5:g}"
+            )
+
+    def _check_graph(self) -> None:
+        """Raise ConfigError if a setting does not fit CUDA graphs."""
+        if self.task == "detection":
+            raise ConfigError("cuda_graph is for classification: images of a detector have many sizes; leave it out")
+        if self.compile:
+            raise ConfigError("compile=true and cuda_graph=true do not go together; leave one of them out")
+        if self.accumulate > 1:
+            # A graph writes the gradients of each batch into the same memory.
+            raise ConfigError(
+                f"cuda_graph=true takes one batch a step, got accumulate={self.accumulate}; leave one of them out"
             )

@@ -1,12 +1,13 @@
 """A run: recipe, data, network, task, trainer, report.
 
 Read downward: `trainer` (`run`, `remake_report`), `weights` (takes them out of a run), `run_dirs` (a run's
-directory), `averaging` (EMA), `steps` (what happens after each step), `votes` (what processes decide together),
-`processes` (connects those that were started again), `stopping` (signals), `failures` (of the machine), `gates` (for
-the report), `states` (what a checkpoint must have), `checkpoints` (how a run writes and finds them), `loggers`
-(TensorBoard and others, by name), `detections` (`detect`), `trained` (`evaluate`, `predict`), `restoring`
-(`restore`), `preparation` (completes a recipe), `progress` (the output of a run while it trains), `tasks` (what a
-network learns and how it is scored), `detectors` (this library's and torchvision's).
+directory), `hardware` (which devices train), `averaging` (EMA), `steps` (what happens after each step), `votes` (what
+processes decide together), `processes` (connects those that were started again), `stopping` (signals), `failures` (of
+the machine), `gates` (for the report), `states` (what a checkpoint must have), `checkpoints` (how a run writes and
+finds them), `loggers` (TensorBoard and others, by name), `detections` (`detect`), `trained` (`evaluate`, `predict`),
+`restoring` (`restore`), `preparation` (completes a recipe), `progress` (the output of a run while it trains), `tasks`
+(what a network learns and how it is scored), `graphs` (CUDA graphs of a network), `detectors` (this library's and
+torchvision's).
 """
 
 from ecanet.training.detections import FoundObject, ImageDetections, detect

@@ -24,6 +24,11 @@ class MovingAverage(WeightAveraging):
         super().__init__()
         self.average: Callable[[list[Tensor], list[Tensor], object], None] = get_ema_multi_avg_fn(decay)
 
+    @property
+    def state_key(self) -> str:
+        """Return the name in checkpoints, which is that of Lightning's own callback."""
+        return WeightAveraging.__name__
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

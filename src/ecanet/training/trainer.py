@@ -24,7 +24,7 @@ from ecanet.errors import ConfigError, EcanetError, summarize
 from ecanet.networks import find_device
 from ecanet.recipes import Recipe, find, to_dict
 from ecanet.report import Report, environment, write_file
-from ecanet.training import tasks
+from ecanet.training import hardware, tasks
 from ecanet.training.averaging import MovingAverage
 from ecanet.training.checkpoints import AtomicCheckpointIO, RunCheckpoint, find_last_checkpoint, share_batch
 from ecanet.training.failures import explain_failure
@@ -238,7 +238,7 @@ def _make_trainer(
             accumulate_grad_batches=recipe.accumulate,
             sync_batchnorm=recipe.sync_batchnorm,
             accelerator=device.type,
-            devices=_choose_devices(device, devices),
+            devices=hardware.choose_devices(device, devices),
             num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
             logger=False,  # they are opened when all else is known to be right
             callbacks=callbacks,
@@ -255,34 +255,8 @@ def _make_trainer(
         )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise ConfigError(f"cannot train like this: {str(error).strip().splitlines()[0]}") from None
-    if trainer.strategy.root_device.type == "cpu":
-        _check_cpu(recipe, trainer.world_size)
+    hardware.check(recipe, trainer.strategy.root_device, trainer.world_size)
     return trainer
-
-
-def _check_cpu(recipe: Recipe, processes: int) -> None:
-    """Raise ConfigError if ``recipe`` has a setting that needs a GPU."""
-    if recipe.precision == "16-mixed":
-        # Lightning would compute in bfloat16 instead, with no more than a warning.
-        raise ConfigError("precision 16-mixed needs a GPU; on a CPU set precision=bf16-mixed or precision=32")
-    if recipe.sync_batchnorm and processes > 1:
-        raise ConfigError("sync_batchnorm needs GPUs: PyTorch has it for no other device; leave it out")
-
-
-def _choose_devices(device: torch.device, devices: int | str) -> int | str | list[int]:
-    """Return Lightning's ``devices``: how many devices of the kind of ``device`` train, or the number of the one GPU.
-
-    Raises:
-        ConfigError: ``device`` is one GPU, and several devices are to train.
-    """
-    if devices == "auto" and "LOCAL_WORLD_SIZE" in os.environ:
-        # torchrun started one process per device; Lightning's "auto" would mean a single device on a CPU.
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-    if device == torch.device(device.type):  # no number
-        return devices
-    if devices not in ("auto", 1):
-        raise ConfigError(f"device {str(device)!r} is one GPU, but devices={devices!r}; use device='cuda' for several")
-    return [device.index]
 
 
 def _fit(

@@ -12,6 +12,7 @@ from ecanet.data import ClassificationData, DataSpec, has_boxes
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import Recipe
 from ecanet.report import Artifacts, Example
+from ecanet.training.graphs import TrainingGraph
 from ecanet.training.tasks.base import NO_READABLE_IMAGE, Task, get_data
 from ecanet.training.tasks.counts import ClassCounts, ExampleImages
 from ecanet.training.tasks.losses import balance_classes, compute_loss
@@ -47,6 +48,7 @@ class Classification(Task):
         built = networks.build(config, num_classes=classes, image=(spec.channels, spec.size, spec.size))
         super().__init__(recipe, spec, built.model)
         self.keep_story(built)
+        self.graph = TrainingGraph(self.model) if recipe.cuda_graph else None
         self.channels = spec.channels if networks.is_ours(config.name) else 3
         mixes: list[v2.Transform] = [v2.MixUp(alpha=recipe.mixup, num_classes=classes)] if recipe.mixup else []
         mixes += [v2.CutMix(alpha=recipe.cutmix, num_classes=classes)] if recipe.cutmix else []
@@ -65,7 +67,8 @@ class Classification(Task):
         Other libraries' networks take three channels: for them a grey image is repeated.
         """
         x = x.expand(-1, self.channels, -1, -1)
-        return self.model(x.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else x)
+        x = x.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else x
+        return self.model(x) if self.graph is None else self.graph(x)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss of ``logits`` (N, K); ``labels`` are class indices (N,) or probabilities (N, K)."""
