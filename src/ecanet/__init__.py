@@ -21,7 +21,7 @@ from ecanet.attention import (
     list_attentions,
     make_attention,
 )
-from ecanet.deploy import export, from_pretrained, push_to_hub, save_pretrained
+from ecanet.deploy import export, from_pretrained, push_to_hub, save_pretrained, slim
 from ecanet.inference import fuse, optimize
 from ecanet.models import create_model, list_models, load_checkpoint
 from ecanet.surgery import attach, attached, detach, fold, parameter_groups
@@ -54,4 +54,5 @@ __all__ = [
     "parameter_groups",
     "push_to_hub",
     "save_pretrained",
+    "slim",
 ]

@@ -1,8 +1,9 @@
 """Attention in a network that somebody else wrote: `ecanet.attach`, `detach`, `fold`, `parameter_groups`.
 
-Read downward: `attachment` (the functions), `replace` (exchanges existing attention), `choice` (which modules are
-meant), `recognition` (finds them), `conversion` (reads the kernel of an ECA module), `proof` (puts gates in, and proves
-them or undoes everything), `outputs` (compares outputs), `patterns` (makes modules of the attention in graphs),
+Read downward: `attachment` (the functions), `scalings` (the gates of any network, and the layers that can take the
+constant of one), `replace` (exchanges existing attention), `choice` (which modules are meant), `recognition` (finds
+them), `conversion` (reads the kernel of an ECA module), `proof` (puts gates in, and proves them or undoes everything),
+`outputs` (compares outputs), `patterns` (makes modules of the attention in graphs),
 `insertion` (puts a gate in and takes it out), `build` (the gates of the sites), `parameters` (groups them for an
 optimizer), `folding`, `report`, `probing` (runs a module on chosen numbers), `forms` (reads factors off outputs),
 `gates` (finds the attached gates), `wrapped` (networks that take none), `sites` (finds the ends of a network's residual
@@ -15,5 +16,17 @@ graphs of `torch.fx`), `modules` (typed views of modules).
 from ecanet.surgery.attachment import AttachedSite, Report, attach, attached, detach, fold
 from ecanet.surgery.gating import take_apart
 from ecanet.surgery.parameters import parameter_groups
+from ecanet.surgery.scalings import Scaling, find_scalings
 
-__all__ = ["AttachedSite", "Report", "attach", "attached", "detach", "fold", "parameter_groups", "take_apart"]
+__all__ = [
+    "AttachedSite",
+    "Report",
+    "Scaling",
+    "attach",
+    "attached",
+    "detach",
+    "find_scalings",
+    "fold",
+    "parameter_groups",
+    "take_apart",
+]

@@ -64,17 +64,22 @@ def find_obstacle(model: nn.Module, name: str, gate: nn.Module, record: Record) 
         return f"{type(gate).__name__} is not from this library, so its first weights may not scale with the means"
     if record.affine is None:
         return "no norm or convolution that runs once is right before it"
-    affine = model.get_submodule(name.rpartition(".")[0]).get_submodule(record.affine)
-    frozen = type(affine).__name__.startswith("FrozenBatchNorm")
-    if not (type(affine) in CONVOLUTIONS or isinstance(affine, NORMS) or frozen):
-        return f"{type(affine).__name__} before it does not scale with its weight"
-    if parametrize.is_parametrized(affine) or forward_pre_hooks(affine):
-        return f"the weight of {record.affine!r} is computed from other tensors"
-    tensors = list_affine_tensors(model.get_submodule(name.rpartition(".")[0]), record)
-    if not tensors or getattr(affine, "weight", None) is None:
-        return f"{record.affine!r} has no weight"
-    owners = [module for module in model.modules() for tensor in own_tensors(module) if tensor is tensors[0]]
-    return f"{record.affine!r} shares its weight with another module" if len(owners) > 1 else None
+    return find_layer_obstacle(model, f"{name.rpartition('.')[0]}.{record.affine}".lstrip("."))
+
+
+def find_layer_obstacle(model: nn.Module, name: str) -> str | None:
+    """Return the reason why the output of the layer called ``name`` cannot be scaled by its weight, or None."""
+    layer = model.get_submodule(name)
+    frozen = type(layer).__name__.startswith("FrozenBatchNorm")
+    if not (type(layer) in CONVOLUTIONS or isinstance(layer, NORMS) or frozen):
+        return f"{type(layer).__name__} before it does not scale with its weight"
+    if parametrize.is_parametrized(layer) or forward_pre_hooks(layer):
+        return f"the weight of {name!r} is computed from other tensors"
+    weight = getattr(layer, "weight", None)
+    if weight is None:
+        return f"{name!r} has no weight"
+    owners = [module for module in model.modules() for tensor in own_tensors(module) if tensor is weight]
+    return f"{name!r} shares its weight with another module" if len(owners) > 1 else None
 
 
 def list_affine_tensors(block: nn.Module, record: Record) -> list[Tensor]:

@@ -1,0 +1,86 @@
+"""The images that `ecanet.slim` gets: checked, and split into those to fit with and those to judge by."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ecanet.deploy.slim_judge import count_needed
+from ecanet.errors import ConfigError, show_value
+
+__all__ = ["Images", "check_count", "split_images"]
+
+Images = Tensor | Iterable[Tensor]
+"""Images (N, ...) as the network takes them, or batches of such."""
+
+BATCH = 128
+MOST_FITTED = 2048
+"""More images hardly change a scale and a bias, and judge instead."""
+
+
+def split_images(
+    model: object, images: object, budget: object, also: object
+) -> tuple[list[Tensor], list[Tensor], dict[str, list[Tensor]]]:
+    """Return the images to fit with, those to judge by, and the other sets, each in batches.
+
+    Raises:
+        ConfigError: an argument has another type or value.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"slim takes a network (a torch.nn.Module), got {show_value(model)}")
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < 1:
+        raise ConfigError(
+            f"budget must be a share of decisions between 0 and 1, such as 0.01, got {show_value(budget)}"
+        )
+    if not isinstance(also, Mapping | None):
+        raise ConfigError(f"also= takes images by name, such as {{'noise': images}}, got a {type(also).__name__}")
+    fitted, judged = list[Tensor](), list[Tensor]()
+    seen = taken = 0
+    for batch in make_batches(images, "images"):
+        fits = torch.arange(seen, seen + len(batch)) % 2 == 0
+        fits &= fits.cumsum(0) <= MOST_FITTED - taken
+        fitted.append(batch[fits.to(batch.device)])
+        judged.append(batch[~fits.to(batch.device)])
+        seen, taken = seen + len(batch), taken + int(fits.sum())
+    fitted, judged = ([batch for batch in part if len(batch)] for part in (fitted, judged))
+    named = cast("Mapping[str, object]", also or {})
+    return fitted, judged, {str(name): make_batches(value, str(name)) for name, value in named.items()}
+
+
+def make_batches(images: object, name: str) -> list[Tensor]:
+    """Return ``images`` in batches that are neither empty nor large.
+
+    Raises:
+        ConfigError: they are no tensors of images, or none.
+    """
+    found: list[Tensor] = []
+    rest = [images] if isinstance(images, Tensor) else images
+    for batch in cast("Iterable[object]", rest) if isinstance(rest, Iterable) else [rest]:
+        if not isinstance(batch, Tensor) or batch.dim() < 2 or not batch.is_floating_point():
+            raise ConfigError(
+                f"{name} must be float tensors (N, C, ...), without labels, got {show_value(type(batch).__name__)}"
+            )
+        found += [batch[i : i + BATCH].detach() for i in range(0, len(batch), BATCH)]
+    if not found:
+        raise ConfigError(f"{name}: there are no images; slim needs some to look at the gates")
+    return found
+
+
+def check_count(budget: float, judged: Sequence[Tensor], others: Mapping[str, Sequence[Tensor]]) -> None:
+    """Check that there are enough images to prove the budget.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    need = count_needed(budget)
+    for name, count, factor in [
+        ("images", sum(map(len, judged)), 2),
+        *((f"also {name!r}", sum(map(len, batches)), 1) for name, batches in others.items()),
+    ]:
+        if count < need:
+            half = ", every second one of which judges" if factor == 2 else ""
+            raise ConfigError(
+                f"{name}: a budget of {budget:g} needs {factor * need} images or more{half}, got "
+                f"{'about ' * (factor == 2)}{factor * count}; give more images, or a larger budget"
+            )
