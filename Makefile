@@ -5,7 +5,7 @@ READY := .venv/.installed
 # Threads that spin while they wait slow down everything many times when other programs run, too.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-slow sweep fuzz soak mutants dist check clean help
+.PHONY: demo test test-slow sweep fuzz soak mutants docs dist check clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,11 @@ sweep: $(READY)  ## attach gates to all networks of tests/sweep_networks (instal
 mutants: $(READY)  ## plant each known bug and check that its test fails
 	OMP_NUM_THREADS=2 $(BIN)/python tests/run_mutants.py
 
+docs: $(READY)  ## build the documentation site in build/site; a broken link or reference is an error
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[docs]'
+	$(BIN)/python docs/stage.py build/docs
+	$(BIN)/zensical build --strict --clean
+
 # The time in the files is that of the last commit, so that the same commit gives the same bytes.
 dist: $(READY)  ## build the wheel and the source archive, and check what an index would show
 	@rm -rf dist
@@ -57,8 +62,8 @@ dist: $(READY)  ## build the wheel and the source archive, and check what an ind
 	$(BIN)/python -m twine check --strict dist/*
 
 check: $(READY)  ## format, lint, types
-	$(BIN)/ruff format --check src tests benchmarks examples
-	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks docs examples
+	$(BIN)/ruff check src tests benchmarks docs examples
 	$(BIN)/pyright
 
 clean:  ## remove the environment and all runs

@@ -36,7 +36,10 @@ def dies(mutant: dict[str, str]) -> bool:
         shutil.copytree(ROOT / "src", f"{folder}/src", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "tests", f"{folder}/tests", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "benchmarks", f"{folder}/benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", folder)
+        for name in ("docs", "examples"):
+            shutil.copytree(ROOT / name, f"{folder}/{name}", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "zensical.toml", "README.md", "SECURITY.md", "CONTRIBUTING.md"):
+            shutil.copy(ROOT / name, folder)
         path = Path(folder, mutant["file"])
         source = path.read_text()
         if source.count(mutant["find"]) != 1:

@@ -1,0 +1,83 @@
+"""The documentation site has every page, public name and command; `make docs` builds it and checks its links."""
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import ecanet
+from ecanet.cli import TASKS
+
+ROOT = Path(__file__).parents[1]
+
+
+def load_stage():
+    spec = importlib.util.spec_from_file_location("stage", ROOT / "docs" / "stage.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    target = tmp_path_factory.mktemp("site") / "docs"
+    load_stage().main(target)
+    return target
+
+
+def list_pages(entries):
+    for entry in entries:
+        for inner in entry.values():
+            yield from [inner] if isinstance(inner, str) else list_pages(inner)
+
+
+def test_the_navigation_has_every_page(site):
+    nav = list(list_pages(tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]))
+    pages = {str(page.relative_to(site)) for page in site.rglob("*.md")}
+    assert len(nav) == len(set(nav))
+    assert set(nav) == {page for page in pages if not page.startswith("files/")}
+
+
+def test_links_lead_somewhere(site):
+    links = 0
+    for page in site.rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if "://" not in target:
+                links += 1
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+    assert links > 50
+
+
+def test_the_reference_has_every_public_name(site):
+    text = "".join(page.read_text() for page in (site / "reference").glob("*.md"))
+    named = re.findall(r"^::: ecanet\.(\S+)$", text, re.MULTILINE)
+    assert len(named) == len(set(named))
+    assert set(ecanet.__all__) <= set(named)
+    for name in set(named) - set(ecanet.__all__):
+        room, _, inside = name.partition(".")
+        assert hasattr(importlib.import_module(f"ecanet.{room}"), inside), name
+
+
+def test_the_commands_page_explains_every_option(site):
+    text = (site / "reference" / "commands.md").read_text()
+    headings = re.findall(r"^## ecanet (.+)$", text, re.MULTILINE)
+    assert {"train", "export", "shards pack"} <= set(headings)
+    assert not re.search(r"^\| `[^`]*` \|\s*\|$", text, re.MULTILINE), "an option without its meaning"
+
+
+def test_both_start_pages_show_the_eight_tasks_of_the_command_line():
+    for name in ("index.md", "index.zh-CN.md"):
+        shown = re.findall(r"^\| [^|]+ \| `(ecanet [^`]+)` \|", (ROOT / "docs" / name).read_text(), re.MULTILINE)
+        assert shown == list(TASKS.values())
+
+
+def test_both_start_pages_have_one_program():
+    english, chinese = (
+        re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
+        for name in ("index.md", "index.zh-CN.md")
+    )
+    (code,) = english
+    assert re.sub(r" +#.*", "", code) == re.sub(r" +#.*", "", chinese[0])
+    exec(code, {})
