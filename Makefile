@@ -5,7 +5,7 @@ READY := .venv/.installed
 # Threads that spin while they wait slow down everything many times when other programs run, too.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-slow sweep fuzz soak mutants docs dist check clean help
+.PHONY: demo test test-slow sweep fuzz soak mutants docs dist check clean help test-deploy
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,10 @@ fuzz: $(READY)  ## 300 random commands and 16,000 broken files (a quarter of an 
 
 soak: $(READY)  ## 3,000 steps of training: memory and open files stay as they are
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m soak tests/training/test_soak.py
+
+test-deploy: $(READY)  ## export networks to every runtime and compare (installs OpenVINO and ExecuTorch)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[executorch,openvino]'
+	$(BIN)/python -m pytest -q -m deploy tests/deploy
 
 # spikingjelly asks for torchaudio, which fails beside a torch for another CUDA, so its other needs are in the extra.
 sweep: $(READY)  ## attach gates to all networks of tests/sweep_networks (installs their libraries)

@@ -9,7 +9,7 @@ from torch import nn
 import ecanet
 from ecanet import deploy, networks
 from ecanet.deploy import TARGETS, checking
-from ecanet.deploy.checking import time_in_turns
+from ecanet.deploy.checking import count_missing, time_in_turns
 from ecanet.errors import ConfigError, ExportError
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -105,6 +105,17 @@ def test_a_missing_package_is_one_line_that_names_the_extra(monkeypatch, tmp_pat
     target = TARGETS[name]
     with pytest.raises(ConfigError, match=rf"{name} needs .*: pip install 'ecanet\[{target.extra}\]'"):
         ecanet.export(nn.Conv2d(3, 3, 1), tmp_path / f"m{target.suffix}", target=name, example=X)
+
+
+def test_detections_are_compared_as_sets():
+    exact = torch.tensor([[0, 0, 9, 9.0], [5, 5, 20, 20]]), torch.tensor([1, 2]), torch.tensor([0.9, 0.8])
+    swapped = tuple(x.flip(0) for x in exact)
+    assert count_missing(exact, swapped) == 0
+    moved = exact[0] + torch.tensor([[0.0], [1.0]]), exact[1], exact[2]
+    assert count_missing(exact, moved) == 0.5
+    assert count_missing(exact, (exact[0], exact[1].flip(0), exact[2])) == 1
+    assert count_missing(exact, (exact[0], exact[1], exact[2] - 0.1)) == 1
+    assert count_missing(exact, tuple(x[:0] for x in exact)) == 1
 
 
 def test_a_detector_goes_to_onnx_alone(tmp_path):

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 import ecanet
-from ecanet.attention import ECA, ECANS, ESE, SE, SEGC, ChannelAttention, SEVar1, SEVar2, SEVar3
+from ecanet.attention import ASR, ECA, ECANS, ESE, SE, SEGC, ChannelAttention, SEVar1, SEVar2, SEVar3
 from ecanet.deploy import FORMS, build_gate
 from ecanet.testing import assert_within_budget
 
@@ -26,6 +26,7 @@ GATES = {
     "se-var3": SEVar3,
     "se-gc": lambda c: SEGC(c, 2),
     "ese": ESE,
+    "asr": lambda c: ASR(c, 2),
 }
 SHAPES = [(2, 6, 5, 4), (1, 6, 1, 1), (3, 6), (2, 6, 7), (1, 6, 2, 3, 4)]
 
@@ -76,8 +77,14 @@ def hooked():
     return gate
 
 
+def patched():
+    gate = SE(8)
+    gate.gate = torch.tanh
+    return gate
+
+
 @pytest.mark.parametrize(
-    "make", [lambda: Own(8), lambda: OwnForward(8), hooked, lambda: ecanet.make_attention("cbam", 8)]
+    "make", [patched, lambda: Own(8), lambda: OwnForward(8), hooked, lambda: ecanet.make_attention("cbam", 8)]
 )
 def test_what_computes_something_else_is_exported_as_it_is(make):
     assert build_gate(make(), "conv2d") is None

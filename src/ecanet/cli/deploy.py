@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ecanet.networks import Preprocessing
 
-SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".pt"}
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "executorch": ".pte", "torch-export": ".pt2", "torchscript": ".pt"}
 
 
 def export(

@@ -81,6 +81,18 @@ class PointwiseForm(nn.Module):
         return p * self.get_buffer("weight")
 
 
+class ConstantForm(nn.Module):
+    """Weights that do not depend on the means, as ASR's: recorders leave the means out."""
+
+    def __init__(self, factors: Tensor):
+        super().__init__()
+        self.register_buffer("factors", factors.detach()[..., None, None].clone())
+
+    def forward(self, p: Tensor) -> Tensor:
+        """Return the factors (1, C, 1, 1)."""
+        return self.get_buffer("factors")
+
+
 FORMS: dict[Form, type[nn.Module]] = {
     "conv1d": Conv1dForm,
     "conv2d": Conv2dForm,
@@ -127,6 +139,8 @@ def build_gate(attention: nn.Module, form: Form) -> ExportedGate | None:
 
 def build_layers(attention: ChannelAttention, form: Form) -> tuple[nn.Module, nn.Module] | None:
     """Return the layers from means to the activation, on (N, C, 1, 1), and the activation."""
+    if not attention.reads_means and attention.computes_gate_of(type(attention)):
+        return ConstantForm(attention.gate(torch.ones(1, attention.channels))), nn.Identity()
     gate = attention.describe_gate()
     if gate is not None:
         return choose_layers(gate, attention.channels, form), nn.Sigmoid()

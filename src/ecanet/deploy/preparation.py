@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple, TypeGuard, cast
 
+import torch
 from torch import Tensor, nn
 
 from ecanet import inference
@@ -64,9 +65,10 @@ def prepare(model: nn.Module, form: Form, *, early: bool) -> Prepared:
             counts[AS_IT_IS if gate is None else form] += 1
             if gate is not None:
                 put_gate(parent, name, gate, early=early)
-    # Channels-last weights are for PyTorch's own convolutions; a file has one layout.
+    # Channels-last weights are for PyTorch's own convolutions. contiguous() would leave the strides of a 1 x 1 kernel
+    # as they are, from which a recorded pooling takes its layout, in steps that compute the batch size.
     for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data = tensor.data.contiguous()
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
     return Prepared(network, dict(counts))
 
 

@@ -17,6 +17,9 @@ from ecanet.networks import is_detector
 __all__ = ["Session", "flatten", "list_varying_axes", "quiet", "read_example", "run_network", "trace", "widen"]
 
 
+FLATTEN, SQUEEZE = torch.ops.aten.flatten.using_ints, torch.ops.aten.squeeze.dims
+
+
 @dataclass(frozen=True, kw_only=True)
 class Session:
     """A file, opened in its own runtime."""
@@ -31,8 +34,8 @@ class Session:
     """Operations between these parts, which run outside of the backend."""
     takes: tuple[bool, bool] = (True, True)
     """Whether the file takes other batch sizes, and other image sizes, than the example's."""
-    notes: tuple[str, ...] = ()
-    """What the runtime does otherwise than one would think, for the report."""
+    default: "tuple[str, Callable[[Sequence[Tensor]], tuple[Tensor, ...]]] | None" = None
+    """Where the runtime is held to float32 and would not be by default: its default precision, and `run` with it."""
 
 
 def read_example(model: nn.Module, example: object) -> list[Tensor]:
@@ -67,9 +70,22 @@ def trace(network: nn.Module, example: Tensor, *, fixed: bool = False) -> torch.
     axes = {} if fixed else dict.fromkeys((0, *range(2, example.dim())), torch.export.Dim.AUTO)
     try:
         with quiet():
-            return torch.export.export(network, (example,), dynamic_shapes=None if fixed else (axes,))
+            program = torch.export.export(network, (example,), dynamic_shapes=None if fixed else (axes,))
     except Exception as error:  # the recorder raises errors of many classes
         raise ExportError(f"torch.export cannot record {type(network).__name__}: {summarize(error)}") from error
+    if not fixed:
+        squeeze_pooled(program)
+    return program
+
+
+def squeeze_pooled(program: torch.export.ExportedProgram) -> None:
+    """Let a flattening of (N, C, 1, 1) remove two axes: written as a new shape it would compute the batch size."""
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target != FLATTEN or node.args[1:] != (1,):
+            continue
+        if node.args[0].meta["val"].shape[2:] == (1, 1):
+            node.target, node.args = SQUEEZE, (node.args[0], [2, 3])
+    program.graph_module.recompile()
 
 
 def list_varying_axes(program: torch.export.ExportedProgram) -> tuple[bool, bool]:

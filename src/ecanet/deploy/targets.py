@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ecanet.deploy import onnx_files, torch_files
+from ecanet.deploy import executorch_files, onnx_files, openvino_files, torch_files
 from ecanet.deploy.about import About
 from ecanet.deploy.forms import Form
 from ecanet.deploy.programs import Session
@@ -48,6 +48,24 @@ TARGETS: dict[str, Target] = {
         takes_detectors=True,
         write=onnx_files.write_file,
         open=onnx_files.open_file,
+    ),
+    "openvino": Target(
+        suffix=".xml",
+        form="conv2d",
+        early=True,
+        packages=("openvino",),
+        extra="openvino",
+        write=openvino_files.write_file,
+        open=openvino_files.open_file,
+    ),
+    "executorch": Target(
+        suffix=".pte",
+        form="conv2d",
+        early=True,
+        packages=("executorch",),
+        extra="executorch",
+        write=executorch_files.write_file,
+        open=executorch_files.open_file,
     ),
     "torch-export": Target(
         suffix=".pt2", form="conv2d", early=True, write=torch_files.write_export, open=torch_files.open_export

@@ -1,0 +1,149 @@
+"""Every target in its own runtime: `make test-deploy`, which installs the runtimes.
+
+One row is a network with one attention in one target. Images are small: what is compared does not depend on it.
+"""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+import ecanet
+from ecanet import networks
+from ecanet.attention import Attention
+from ecanet.deploy import FORMS, TARGETS, checking, targets
+from ecanet.errors import ExportError
+
+pytestmark = [
+    pytest.mark.deploy,
+    pytest.mark.filterwarnings("ignore"),  # the runtimes' packages warn about their own code
+]
+SIDE = 64
+NAMES = ("resnet50", "mobilenet_v2", "timm:regnetx_002", "timm:efficientnet_b0")
+ATTENTIONS = ("eca", "se", "cbam")
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    monkeypatch.setattr(checking, "SECONDS", 0)
+
+
+@pytest.fixture
+def no_plain(monkeypatch):
+    """The rows of the table need no plain network beside them, which is as long again."""
+    monkeypatch.setattr(checking, "count_attention", lambda model: 0)
+
+
+def require(target):
+    for package in TARGETS[target].packages:
+        pytest.importorskip(package)
+
+
+def enliven(model):
+    """Gates far from neutral, that differ from each other."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            for parameter in module.parameters() if isinstance(module, Attention) else ():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5)
+    return model.eval()
+
+
+def build(name, attention):
+    torch.manual_seed(0)
+    if networks.is_ours(name):
+        return enliven(networks.find(name, attention=attention, num_classes=10))
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name.partition(":")[2], num_classes=10).eval()
+    return enliven(ecanet.attach(model, attention))
+
+
+def export(model, folder, target, **options):
+    suffix = TARGETS[target].suffix
+    example = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    return ecanet.export(model, folder / f"model{suffix}", target=target, example=example, **options)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_are_equal_in_the_targets_own_runtime(tmp_path, no_plain, name, attention, target):
+    require(target)
+    report = export(build(name, attention), tmp_path, target)
+    assert len(report.comparisons) == (1 if target == "executorch" else 4)
+    assert all(c.passed and c.allowed < 1e-4 for c in report.comparisons)
+    assert set(report.gates) == {"as it is" if attention == "cbam" else TARGETS[target].form}
+    assert not {"Shape", "Gather", "Expand"} & set(report.operations)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_detector_is_equal_in_onnx_runtime(tmp_path, attention):
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+
+    torch.manual_seed(0)
+    detector = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=5).eval()
+    with networks.small_example(detector) as example:
+        ecanet.attach(detector, attention, example=example)
+    torch.nn.init.normal_(detector.roi_heads.box_predictor.cls_score.weight)  # else all scores are nearly equal
+    image = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(1))
+    report = ecanet.export(enliven(detector), tmp_path / "m.onnx", target="onnx", example=[image])
+    assert [(c.passed, c.allowed < 0.2) for c in report.comparisons] == [(True, True)]
+    for target in set(TARGETS) - {"onnx"}:
+        with pytest.raises(ExportError, match=f"{target} cannot hold the loops of a detector"):
+            ecanet.export(detector, tmp_path / f"m{TARGETS[target].suffix}", target=target, example=[image])
+
+
+@pytest.mark.parametrize("attention", ["eca", "se"])
+@pytest.mark.parametrize("name", ["resnet8", "timm:regnetx_002"])
+def test_an_onnx_gate_has_at_most_seven_nodes(tmp_path, name, attention):
+    report = export(build(name, attention), tmp_path, "onnx")
+    assert report.added <= 7
+    assert report.timing is not None
+
+
+def count(folder, target, form, monkeypatch):
+    """Return partitions and operations of a small network whose gates have ``form``."""
+    import dataclasses
+
+    monkeypatch.setitem(targets.TARGETS, target, dataclasses.replace(TARGETS[target], form=form))
+    report = export(build("resnet8", "eca"), folder, target)
+    monkeypatch.undo()
+    return report.partitions, sum(report.operations.values())
+
+
+@pytest.mark.parametrize("target", ["onnx", "openvino", "executorch"])
+def test_a_targets_form_has_the_fewest_partitions_and_operations(tmp_path, monkeypatch, no_plain, target):
+    require(target)
+    # The other two forms have C x C weights, and so are no choice for wide networks.
+    counts = {form: count(tmp_path, target, form, monkeypatch) for form in ("conv1d", "conv2d")}
+    assert counts[TARGETS[target].form] == min(counts.values())
+    assert set(counts) < set(FORMS)
+
+
+def test_executorch_runs_mobilenet_as_one_delegate(tmp_path):
+    require("executorch")
+    report = export(build("mobilenet_v2", "eca"), tmp_path, "executorch", classes=("a", "b"))
+    assert (report.partitions, report.stray, report.added) == (1, 0, 0)
+    assert json.loads((tmp_path / "model.json").read_text())["classes"] == ["a", "b"]
+    assert any("takes batches of 1 alone" in note for note in report.notes)
+
+
+def test_openvino_is_held_to_float32_and_its_default_is_reported(tmp_path, no_plain):
+    require("openvino")
+    import openvino
+
+    report = export(build("resnet8", "eca"), tmp_path, "openvino", classes=("a", "b"))
+    (note,) = [note for note in report.notes if "default" in note]
+    assert "its default on this processor is" in note
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
+    about = openvino.Core().read_model(tmp_path / "model.xml").get_rt_info(["ecanet"]).value
+    assert json.loads(about)["classes"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("attention", ["gc", "gsop", "a2", "aa", "non-local"])
+def test_openvino_converts_every_attention_with_a_transposition(tmp_path, no_plain, attention):
+    require("openvino")
+    report = export(build("resnet8", attention), tmp_path, "openvino")
+    assert all(c.passed for c in report.comparisons)
+    assert Counter(report.gates).total() > 0
