@@ -6,13 +6,15 @@ import warnings
 import pytest
 import torch
 import torchvision
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import ecanet
 from ecanet import ops
 from ecanet.attention import find_attention
 from ecanet.errors import ConfigError
-from ecanet.inference.optimization import InferenceBlock, describe_for_copy
+from ecanet.inference.blocks import InferenceBlock
 from ecanet.models import execution
 from ecanet.models.resnet import BOTTLENECK, ResNet
 from ecanet.models.slots import Slot
@@ -221,9 +223,10 @@ def make_optimized(name):
     make, channels, _ = BLOCKS[name]
     block = randomize(make())
     channels = block.get_submodule("conv1").in_channels if hasattr(block, "conv1") else channels
-    parts = describe_for_copy(block.requires_grad_(False))
-    assert parts is not None
-    return InferenceBlock(parts).eval().to(memory_format=LAST), to_layout(torch.randn(2, channels, 3, 5), True)
+    x = to_layout(torch.randn(2, channels, 3, 5), True)
+    optimized = ecanet.optimize(nn.Sequential(block), example=x)[0]
+    assert isinstance(optimized, InferenceBlock)
+    return optimized, x
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def prepare(model: nn.Module, form: Form, *, early: bool) -> Prepared:
     if attached(network):
         with suppress(AttachError):  # a site without an affine of its own: its gate keeps one more multiplication
             fold(network)
-    with suppress(ConfigError):  # no block that it knows
+    with suppress(AttachError, ConfigError):  # nothing to fold, or a network that takes no random image
         network = inference.optimize(network)
     counts: Counter[str] = Counter()
     for parent in list(network.modules()):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ecanet.models.block import DescribesItself, Layer, Parts, describe, gate_of, runnable_parts
 from ecanet.models.checkpoints import LoadReport, load_checkpoint, load_state_dict, rename
 from ecanet.models.downloads import get_cache_folder, quiet_loggers
-from ecanet.models.execution import Stage, call, is_eager, run
+from ecanet.models.execution import Stage, call, is_eager, is_pointwise, run
 from ecanet.models.factory import create_model, get_torchvision_weights, list_models
 from ecanet.models.files import read_file
 from ecanet.models.kernel_sizes import KernelSizes, check_no_kernel_sizes, find_release, resolve_kernel_sizes
@@ -48,6 +48,7 @@ __all__ = [
     "get_origin",
     "get_torchvision_weights",
     "is_eager",
+    "is_pointwise",
     "list_models",
     "load_checkpoint",
     "load_state_dict",

@@ -126,13 +126,13 @@ def _scale_and_add(y: Tensor, g: Tensor | None, shortcut: Tensor | None) -> Tens
 
 
 def widens(convolution: nn.Module) -> bool:
-    """Return whether ``convolution`` is a 1x1 convolution with more channels out than in."""
-    return is_pointwise(convolution) and convolution.in_channels < convolution.out_channels
+    """Return whether ``convolution`` is a 1x1 convolution with at least as many channels out as in."""
+    return is_pointwise(convolution) and convolution.in_channels <= convolution.out_channels
 
 
 def is_pointwise(convolution: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Return whether ``convolution`` is a matrix product over the channels at each position."""
-    if not isinstance(convolution, nn.Conv2d) or convolution.groups > 1:
+    if type(convolution) is not nn.Conv2d or convolution.groups > 1:  # a subclass may compute its weight
         return False
     return convolution.kernel_size == convolution.stride == (1, 1) and convolution.padding == (0, 0)
 

@@ -14,19 +14,35 @@ graphs of `torch.fx`), `modules` (typed views of modules).
 """
 
 from ecanet.surgery.attachment import AttachedSite, Report, attach, attached, detach, fold
-from ecanet.surgery.gating import take_apart
+from ecanet.surgery.example import record_run, run_again
+from ecanet.surgery.gating import list_records, take_apart, uninstall
+from ecanet.surgery.modules import children_of, list_modules, own_tensors
 from ecanet.surgery.parameters import parameter_groups
+from ecanet.surgery.recording import Call, Trace, Value, iterate_tensors
+from ecanet.surgery.records import read_record
 from ecanet.surgery.scalings import Scaling, find_scalings
 
 __all__ = [
     "AttachedSite",
+    "Call",
     "Report",
     "Scaling",
+    "Trace",
+    "Value",
     "attach",
     "attached",
+    "children_of",
     "detach",
     "find_scalings",
     "fold",
+    "iterate_tensors",
+    "list_modules",
+    "list_records",
+    "own_tensors",
     "parameter_groups",
+    "read_record",
+    "record_run",
+    "run_again",
     "take_apart",
+    "uninstall",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ecanet import networks
 from ecanet.attention import Attention, make_attention
-from ecanet.errors import AttachError, ConfigError, check_positive_int
+from ecanet.errors import AttachError, ConfigError, EcanetError, check_positive_int
 from ecanet.inference import optimize
 from ecanet.models import DETECTORS, create_detector
 from ecanet.studies.bench.check import check_error
@@ -146,14 +146,14 @@ def check_arms(arms: Arms, images: Tensor, say: Callable[[str], None]) -> list[C
         error = measure_relative_error(outputs[name], outputs["plain"])
         found.append(check_error(f"{name}: outputs in evaluation", error, allowed))
     for name, network in arms.trained.items():
+        example = None if networks.is_detector(network) else images  # which optimize makes small itself
         try:
-            fast = optimize(network)
-        except ConfigError as error:
+            fast = optimize(network, example=example)
+        except EcanetError as error:
             say(f"without optimized copies: {error}")
             break
-        error = measure_relative_error(
-            compute_outputs(optimize(copy.deepcopy(network).double()), images), outputs[name]
-        )
+        wide = optimize(copy.deepcopy(network).double(), example=None if example is None else images.double())
+        error = measure_relative_error(compute_outputs(wide, images), outputs[name])
         found.append(check_error(f"optimized {name}: outputs", error, ALLOWED))
         arms.optimized[f"optimized {name}"] = fast
     return found
