@@ -8,6 +8,7 @@ from rich.table import Table
 
 from ecanet.cli.options import AsJson, Attention, KernelSizes, Weights, console, model_config, name_network, print_json
 from ecanet.errors import ConfigError
+from ecanet.models import is_detector
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +39,7 @@ def export(
     """
     import torch
 
-    from ecanet import deploy, networks
+    from ecanet import deploy
 
     if to not in SUFFIXES:
         raise ConfigError(f"--to must be one of {', '.join(SUFFIXES)}, got {to!r}")
@@ -46,7 +47,7 @@ def export(
     side = image_size or images.size
     path = out or name_file(source, SUFFIXES[to])
     generator = torch.Generator().manual_seed(0)
-    if networks.is_detector(model):
+    if is_detector(model):
         example: object = [torch.rand(images.channels, side, side, generator=generator)]
     else:
         example = torch.randn(batch_size, images.channels, side, side, generator=generator)

@@ -15,7 +15,7 @@ from ecanet.deploy.programs import Session, run_network, widen
 from ecanet.deploy.reports import Comparison, ExportReport, Timing
 from ecanet.deploy.targets import Target
 from ecanet.errors import ExportError, summarize
-from ecanet.networks import is_detector
+from ecanet.models import is_detector
 from ecanet.testing import bound_relative_error, measure_relative_error
 
 __all__ = ["check_file", "time_in_turns"]

@@ -14,7 +14,8 @@ from ecanet.deploy.programs import read_example
 from ecanet.deploy.reports import ExportReport
 from ecanet.deploy.targets import Target, find_target
 from ecanet.errors import ConfigError, ExportError
-from ecanet.networks import Preprocessing, is_detector
+from ecanet.models import is_detector
+from ecanet.networks import Preprocessing
 
 __all__ = ["export"]
 

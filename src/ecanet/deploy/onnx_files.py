@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ecanet.deploy.about import KEY, About
 from ecanet.deploy.programs import Session, list_varying_axes, quiet, trace
 from ecanet.errors import ExportError, summarize
-from ecanet.networks import is_detector
+from ecanet.models import is_detector
 
 __all__ = ["open_file", "write_file"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ecanet.errors import ConfigError, ExportError, show_value, summarize
-from ecanet.networks import is_detector
+from ecanet.models import is_detector
 
 __all__ = ["Session", "flatten", "list_varying_axes", "quiet", "read_example", "run_network", "trace", "widen"]
 

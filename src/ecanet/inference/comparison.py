@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ecanet.errors import AttachError, ConfigError, summarize
 from ecanet.inference.chains import Finder, Plan
 from ecanet.inference.changes import Editor
-from ecanet.networks import small_example
+from ecanet.models import small_example
 from ecanet.surgery import Trace, iterate_tensors, record_run, run_again
 from ecanet.testing import measure_relative_error
 

@@ -1,11 +1,11 @@
 """Networks with an attention slot in every block.
 
-Read downward: `detection` (detectors over these networks), `factory` (`create_model`), `checkpoints` (loads other
-people's files), `matching` (finds a network's tensors in them), `files` (reads them without running code), `pickles`
-(bounds what they may ask for), `mobilenet`, `resnet` (the networks), `network` (timm's interface), `execution` (runs a
-residual block), `block` (what it is made of), `placement` (attentions that stand elsewhere), `slots` (which attention a
-block holds), `kernel_sizes` (the one table of the released sizes), `origin` (what a network was
-made from), `downloads` (the folder that keeps them).
+Read downward: `examples` (small images for detectors), `detection` (detectors over these networks), `factory`
+(`create_model`), `checkpoints` (loads other people's files), `matching` (finds a network's tensors in them), `files`
+(reads them without running code), `pickles` (bounds what they may ask for), `mobilenet`, `resnet` (the networks),
+`network` (timm's interface), `execution` (runs a residual block), `block` (what it is made of), `placement` (attentions
+that stand elsewhere), `slots` (which attention a block holds), `kernel_sizes` (the one table of the released sizes),
+`origin` (what a network was made from), `downloads` (the folder that keeps them).
 """
 
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ecanet.models.block import DescribesItself, Layer, Parts, describe, gate_of, runnable_parts
 from ecanet.models.checkpoints import LoadReport, load_checkpoint, load_state_dict, rename
 from ecanet.models.downloads import get_cache_folder, quiet_loggers
+from ecanet.models.examples import is_detector, small_example
 from ecanet.models.execution import Stage, call, is_eager, is_pointwise, run
 from ecanet.models.factory import create_model, get_torchvision_weights, list_models
 from ecanet.models.files import read_file
@@ -47,6 +48,7 @@ __all__ = [
     "get_cache_folder",
     "get_origin",
     "get_torchvision_weights",
+    "is_detector",
     "is_eager",
     "is_pointwise",
     "list_models",
@@ -59,6 +61,7 @@ __all__ = [
     "resolve_kernel_sizes",
     "run",
     "runnable_parts",
+    "small_example",
 ]
 
 

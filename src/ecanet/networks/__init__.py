@@ -1,15 +1,13 @@
 """One name for any network, and one name for any device.
 
 Read downward: `pretrained` (a trained network in a folder), `building` (any classifier, with weights, attention and a
-head), `loading` (weights into a network), `examples` (images to attach gates on), `heads` (the layer that gives the
-logits), `preprocessing` (the images that a network is made for), `names` (``resnet50`` is this library's,
-``timm:NAME`` and ``torchvision:NAME`` are theirs), `factories` (``FILE.py:FACTORY`` is yours), `devices` (``auto``,
-``cpu``, ``cuda``, ``cuda:N`` and ``mps``).
+head), `loading` (weights into a network), `heads` (the layer that gives the logits), `preprocessing` (the images that a
+network is made for), `names` (``resnet50`` is this library's, ``timm:NAME`` and ``torchvision:NAME`` are theirs),
+`factories` (``FILE.py:FACTORY`` is yours), `devices` (``auto``, ``cpu``, ``cuda``, ``cuda:N`` and ``mps``).
 """
 
 from ecanet.networks.building import Built, build, list_gates, load_and_attach
 from ecanet.networks.devices import find_device
-from ecanet.networks.examples import is_detector, small_example
 from ecanet.networks.factories import check_class, find_factory, trust, trust_class
 from ecanet.networks.heads import exchange_head, find_head
 from ecanet.networks.loading import CONFIG, WEIGHTS, check_fit, find_weights, limit_numbers, load_weights
@@ -53,7 +51,6 @@ __all__ = [
     "find_weights",
     "image_size",
     "imagenet_classes",
-    "is_detector",
     "is_ours",
     "is_pretrained",
     "limit_numbers",
@@ -65,7 +62,6 @@ __all__ = [
     "load_weights",
     "name_colour_order",
     "read_pretrained",
-    "small_example",
     "trust",
     "trust_class",
 ]

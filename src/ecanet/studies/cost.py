@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ecanet.attention import Attention
 from ecanet.errors import ConfigError, summarize
-from ecanet.networks import find, image_size, is_ours, small_example
+from ecanet.models import small_example
+from ecanet.networks import find, image_size, is_ours
 from ecanet.studies.operations import ModuleCounter, PoolCounter
 from ecanet.studies.shapes import run_on_shapes
 from ecanet.surgery import attach

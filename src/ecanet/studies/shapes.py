@@ -11,7 +11,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ecanet.networks import is_detector
+from ecanet.models import is_detector
 
 __all__ = ["run_on_shapes"]
 

@@ -11,7 +11,14 @@ from ecanet import networks
 from ecanet.attention import Attention
 from ecanet.data import DataSpec, has_boxes
 from ecanet.errors import ConfigError
-from ecanet.models import DETECTORS, LoadReport, create_detector, get_torchvision_weights, load_state_dict
+from ecanet.models import (
+    DETECTORS,
+    LoadReport,
+    create_detector,
+    get_torchvision_weights,
+    load_state_dict,
+    small_example,
+)
 from ecanet.networks import Built, list_gates, load_and_attach
 from ecanet.recipes import DetectorConfig, Recipe
 from ecanet.surgery import attached
@@ -105,7 +112,7 @@ def _build_theirs(recipe: Recipe, spec: DataSpec) -> Built:
     built = Built(model=network, name=model.name, head="")
     frozen = _freeze(network, settings, model.name)
     load = None if model.weights is None else partial(_load, network, model.name, model.weights, spec.class_names)
-    with networks.small_example(network) as example:
+    with small_example(network) as example:
         load_and_attach(built, load, wanted, example)
     if built.loaded is not None:
         built.exchanged = networks.check_fit(network, built.loaded, *_find_class_layers(model.name))

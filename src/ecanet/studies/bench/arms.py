@@ -13,7 +13,7 @@ from ecanet import networks
 from ecanet.attention import Attention, make_attention
 from ecanet.errors import AttachError, ConfigError, EcanetError, check_positive_int
 from ecanet.inference import optimize
-from ecanet.models import DETECTORS, create_detector
+from ecanet.models import DETECTORS, create_detector, is_detector, small_example
 from ecanet.studies.bench.check import check_error
 from ecanet.studies.bench.networks import list_outputs
 from ecanet.studies.bench.rows import CheckRow
@@ -50,7 +50,7 @@ def create(model: str, attention: str, side: int | None = None) -> nn.Module:
         network = create_detector(model, attention=attention)
     else:
         network = networks.find(model, **({"attention": attention} if networks.is_ours(model) else {}))
-    if side is not None and networks.is_detector(network):
+    if side is not None and is_detector(network):
         resize_to(network, model, side)
     return network
 
@@ -89,7 +89,7 @@ def build_arms(
             is_same, allowed, lines = build_in(plain, network, neutralize=is_neutral), ALLOWED, ["built in"]
         else:
             network = copy.deepcopy(plain)
-            small = networks.small_example(network) if networks.is_detector(network) else nullcontext(images)
+            small = small_example(network) if is_detector(network) else nullcontext(images)
             with small as inputs:
                 attach(network, attention, example=inputs, preserve=None if is_neutral else False)
             is_same, allowed, lines = is_neutral, 0.0, ["attached"]
@@ -146,7 +146,7 @@ def check_arms(arms: Arms, images: Tensor, say: Callable[[str], None]) -> list[C
         error = measure_relative_error(outputs[name], outputs["plain"])
         found.append(check_error(f"{name}: outputs in evaluation", error, allowed))
     for name, network in arms.trained.items():
-        example = None if networks.is_detector(network) else images  # which optimize makes small itself
+        example = None if is_detector(network) else images  # which optimize makes small itself
         try:
             fast = optimize(network, example=example)
         except EcanetError as error:
@@ -166,5 +166,5 @@ def compute_outputs(network: nn.Module, images: Tensor) -> list[Tensor]:
     A detector with random weights finds nothing, so that its detections would hide an error.
     """
     copied = copy.deepcopy(network).double().eval()
-    features = copied.get_submodule("backbone") if networks.is_detector(copied) else copied
+    features = copied.get_submodule("backbone") if is_detector(copied) else copied
     return list_outputs(features(images.double()))

@@ -11,7 +11,7 @@ import torch
 from ecanet import networks
 from ecanet.attention import find_attention
 from ecanet.errors import ConfigError, EcanetError, summarize
-from ecanet.models import DETECTORS
+from ecanet.models import DETECTORS, is_detector
 from ecanet.studies.bench import timing
 from ecanet.studies.bench.arms import Arms, build_arms, check_arms, create
 from ecanet.studies.bench.check import check_compiler
@@ -65,7 +65,7 @@ def run_model(
     attentions = check_attentions(attentions)
     torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
     plain = create(model, "none", image_size)
-    compiled = choose_compiling(compiled, quick=quick, detects=networks.is_detector(plain))
+    compiled = choose_compiling(compiled, quick=quick, detects=is_detector(plain))
     channels, side = find_image(model, image_size)
     with explain_failures(model, 2, side):
         images = make_images(2, side, "cpu", channels)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ecanet.inference import optimize
-from ecanet.networks import find, is_detector
+from ecanet.models import is_detector
+from ecanet.networks import find
 
 PAIRS = (
     ("ecanet eca", "ecanet plain"),
