@@ -26,8 +26,8 @@ Usage: ecanet COMMAND [OPTIONS]
 Channel attention for convolutional networks: train, evaluate, compare.
 
 Commands:
-  train, eval, predict, detect, report, weights,
-  models, cost, paper, ablate, inspect, bench, export, doctor,
+  train, eval, predict, detect, report, weights, push,
+  models, cost, paper, ablate, inspect, bench, export, slim, doctor,
   shards
 
 The commands need more packages: {INSTALL}

@@ -1,7 +1,7 @@
 """The command line: each command turns its options into one function call and prints the result.
 
 Read downward: `run` (train, eval, predict, report, weights), `detect`, `models`, `compare` (cost, paper, ablate,
-inspect), `bench`, `deploy` (export), `push`, `shards` (pack, index, check), `doctor`, `options` (the
+inspect), `bench`, `deploy` (export), `slim`, `push`, `shards` (pack, index, check), `doctor`, `options` (the
 options that several commands share). Heavy packages are imported inside the commands, so ``--help`` is quick. A user's
 mistake raises an `EcanetError`, which ``ecanet.__main__`` prints as one line.
 """
@@ -22,6 +22,7 @@ from ecanet.cli.options import console
 from ecanet.cli.push import push
 from ecanet.cli.run import evaluate, predict, report, train, weights
 from ecanet.cli.shards import app as shards
+from ecanet.cli.slim import slim
 
 __all__ = ["TASKS", "app"]
 
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "bench": bench,
     "export": export,
+    "slim": slim,
     "doctor": doctor,
 }
 """The commands, in the order in which ``--help`` lists them."""

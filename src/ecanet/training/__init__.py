@@ -5,9 +5,9 @@ directory), `hardware` (which devices train), `averaging` (EMA), `steps` (what h
 processes decide together), `processes` (connects those that were started again), `stopping` (signals), `failures` (of
 the machine), `gates` (for the report), `states` (what a checkpoint must have), `checkpoints` (how a run writes and
 finds them), `loggers` (TensorBoard and others, by name), `detections` (`detect`), `trained` (`evaluate`, `predict`),
-`restoring` (`restore`), `preparation` (completes a recipe), `progress` (the output of a run while it trains), `tasks`
-(what a network learns and how it is scored), `graphs` (CUDA graphs of a network), `detectors` (this library's and
-torchvision's).
+`tuning` (trains a changed network a little), `restoring` (`restore`), `preparation` (completes a recipe), `progress`
+(the output of a run while it trains), `tasks` (what a network learns and how it is scored), `graphs` (CUDA graphs of a
+network), `detectors` (this library's and torchvision's).
 """
 
 from ecanet.training.detections import FoundObject, ImageDetections, detect
@@ -18,7 +18,8 @@ from ecanet.training.run_dirs import read_recipe
 from ecanet.training.tasks import TASKS, Classification, Detection, Task
 from ecanet.training.trained import Prediction, evaluate, image_files, predict
 from ecanet.training.trainer import remake_report, run
-from ecanet.training.weights import check_finished, write_weights
+from ecanet.training.tuning import fine_tune
+from ecanet.training.weights import check_finished, write_network, write_weights
 
 __all__ = [
     "TASKS",
@@ -34,11 +35,13 @@ __all__ = [
     "complete",
     "detect",
     "evaluate",
+    "fine_tune",
     "image_files",
     "predict",
     "read_recipe",
     "remake_report",
     "restore",
     "run",
+    "write_network",
     "write_weights",
 ]

@@ -11,10 +11,11 @@ from torch import Tensor
 from ecanet.errors import CheckpointError, ConfigError
 from ecanet.models import read_file
 from ecanet.report import Report, write_file
-from ecanet.training.preparation import find_description
+from ecanet.training.preparation import Description, find_description
 from ecanet.training.run_dirs import read_recipe
+from ecanet.training.tasks import Task
 
-__all__ = ["check_finished", "write_weights"]
+__all__ = ["check_finished", "write_network", "write_weights"]
 
 SUFFIXES = (".safetensors", ".pth")
 
@@ -63,6 +64,24 @@ def write_weights(run: str | Path, path: str | Path, *, which: str = "best") -> 
         f"{path}: {recipe.model.name} with {recipe.model.attention}, {kind} of the {which} epoch "
         f"({epoch + 1} of {recipe.epochs}), {sum(value.numel() for value in own.values()):,} numbers"
     )
+
+
+def write_network(task: Task, path: Path) -> None:
+    """Write the network of ``task`` into ``path``, in the form of `write_weights`.
+
+    Gates that it does not have any more are neutral when `restore` reads the file, so outputs are the same.
+
+    Raises:
+        ConfigError: the file cannot be written.
+        CheckpointError: safetensors is missing.
+    """
+    about = Description(recipe=task.recipe, spec=task.spec, split=task.split)
+    state = cast("dict[str, Tensor]", task.model.state_dict())
+    own = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    try:
+        write_file(path, _to_bytes(path, own, about.to_dict()))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def check_finished(run: Path, which: str) -> None:
