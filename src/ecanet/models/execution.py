@@ -53,6 +53,8 @@ def run(parts: Parts, x: Tensor, shortcut_x: Tensor, second_output: bool = False
 
 
 def _run_layer(layer: Layer, x: Tensor) -> Tensor:
+    if layer.norm is None and layer.activation is not None and may_expand(x, layer.convolution, layer.activation):
+        return _expand(cast(nn.Conv2d, layer.convolution), x, None, None, ENDS[type(layer.activation)])
     z = layer.convolution(x)
     if layer.norm is not None:
         return normalize(z, layer.norm, cast(nn.Module, layer.activation))
@@ -88,8 +90,8 @@ def _end_folded(parts: Parts, convolution: nn.Module, h: Tensor, shortcut_x: Ten
     """
     gate = gate_of(parts.attention)
     early = gate is not None and widens(convolution)
-    worth = early or (parts.shortcut is not None and parts.attention is None)
-    if worth and may_expand(h, convolution, parts.end):
+    # With nothing but a bias too: PyTorch's convolution on a GPU adds that in a pass of its own.
+    if (early or parts.attention is None) and may_expand(h, convolution, parts.end):
         g = _factors(parts, predict_means(convolution, h)) if early else None
         shortcut = None if parts.shortcut is None else parts.shortcut(shortcut_x)
         return _expand(cast(nn.Conv2d, convolution), h, g, shortcut, ENDS[type(parts.end)])
