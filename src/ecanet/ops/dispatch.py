@@ -95,10 +95,12 @@ def uses_kernels(x: Tensor, gated: bool = False) -> bool:
         return False
     if _requests:
         return get_requested_impl() == "fused"
+    # Subclasses (fake tensors too) may need to see PyTorch's operations, and a tracer's stand-in has no size.
+    if type(x) not in (Tensor, nn.Parameter):
+        return False
     if not gated and x.numel() < SMALL and not torch.is_grad_enabled():
         return False
-    plain = type(x) in (Tensor, nn.Parameter)  # subclasses (fake tensors too) may need to see PyTorch's operations
-    return plain and x.dtype in proof.DTYPES and runs_on_gpu(x) and proof.is_proven(x.device, x.dtype)
+    return x.dtype in proof.DTYPES and runs_on_gpu(x) and proof.is_proven(x.device, x.dtype)
 
 
 def compiles_to_kernels(x: Tensor) -> bool:
