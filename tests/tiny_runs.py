@@ -1,5 +1,6 @@
 """Runs of a second: 68 images of three grey levels, a recipe for them, and what a run has written."""
 
+import csv
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,33 @@ def weights(report: Report) -> dict[str, Tensor]:
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def read_column(folder: Path, name: str) -> list[float]:
+    with (folder / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file)]
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def check_close(a: Path, b: Path) -> None:
+    """Check that losses and weights differ by rounding alone, which the network's depth and nine steps magnify."""
+    for name in ("train_loss", "val_loss", "learning_rate"):
+        assert read_column(a, name) == pytest.approx(read_column(b, name), rel=1e-4)
+    other = read_weights(b)
+    for name, value in read_weights(a).items():
+        assert torch.allclose(value.float(), other[name].float(), rtol=1e-3, atol=1e-5), name
+
+
+def check_states(a: Path, b: Path) -> None:
+    """Check that two checkpoints have the same optimizer state, up to rounding."""
+    (found,), (expected,) = (content(path)["optimizer_states"] for path in (a, b))
+    assert found["param_groups"] == expected["param_groups"]
+    assert found["state"].keys() == expected["state"].keys()
+    for index, values in expected["state"].items():
+        for name, value in values.items():
+            other = found["state"][index][name]
+            assert (type(other), other.shape) == (torch.Tensor, value.shape)
+            assert torch.allclose(other, value, rtol=1e-3, atol=1e-4), (index, name)

@@ -1,6 +1,7 @@
 """A run that goes on with another number of processes keeps its batch, its learning rates and its images."""
 
 import csv
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 
 from ecanet import data
 from ecanet.errors import CheckpointError, ConfigError
-from ecanet.recipes import DataConfig, ModelConfig, Recipe, ScheduleConfig
+from ecanet.recipes import DataConfig, ModelConfig, Recipe, ScheduleConfig, to_dict
 from ecanet.training import run, tasks
 from ecanet.training.checkpoints import share_batch
 from ecanet.training.processes import join_restarted
@@ -54,6 +55,22 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     expected = "had 64 images in a batch of 1 processes, which 3 cannot share evenly; start as many as before"
     with pytest.raises(ConfigError, match=expected):
         share_batch(*make_checkpoint(tmp_path, 64), data.build(RECIPE.data), 3)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_keeps_its_accumulated_batches(tmp_path, monkeypatch, processes):
+    """With another number of processes a step has the images of before; another ``accumulate`` is refused."""
+    recipe, images = RECIPE.but(accumulate=4), data.build(RECIPE.data)
+    task = tasks.build(recipe, images.spec)
+    share_batch(*make_checkpoint(tmp_path, 64), images, processes)
+    task._trainer = SimpleNamespace(datamodule=images, world_size=processes)
+    assert task.effective_batch == 256
+    assert task.learning_rate == 0.1
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(recipe)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    with pytest.raises(ConfigError, match=r"accumulate is 4 there and 2 here; go on with .*--resume") as caught:
+        run(recipe.but(accumulate=2), folder=tmp_path, resume=True, device="cpu", quiet=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path):

@@ -92,7 +92,8 @@ def test_one_command_starts_and_goes_on(ecanet, tmp_path):
     assert (code, err) == (0, "")
     assert "report run/report.html" in out
     code, _, err = ecanet(*command, "--seed", 1)
-    assert (code, err) == (2, "ecanet: run holds another recipe: seed is 0 there and 1 here\n")
+    own = "go on with the run's own settings (ecanet train --resume run), or choose another folder"
+    assert (code, err) == (2, f"ecanet: run holds another recipe: seed is 0 there and 1 here; {own}\n")
     code, _, err = ecanet("train", "--resume", "run", "--auto-resume")
     assert (code, err.count("\n")) == (2, 1)
 

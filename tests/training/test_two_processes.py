@@ -1,6 +1,5 @@
 """Two processes equal one; a run changes their number, survives a lost one, and obeys a signal to all of them."""
 
-import csv
 import json
 import os
 import signal
@@ -13,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ecanet import training
 from ecanet.errors import ConfigError
 from ecanet.recipes import CheckpointConfig, Recipe, to_dict
 from ecanet.training.hardware import _check_cpu
-from tiny_runs import TINY
+from tiny_runs import TINY, add_tiny, check_close, check_states, content, read_column, read_weights
 
 SCRIPT = Path(__file__).with_name("worker_script.py")
 RECIPE = TINY.but(epochs=3, checkpoint=CheckpointConfig(steps=1))
@@ -48,24 +48,6 @@ def prepare(folder: Path, recipe: Recipe, *, processes: int = 1) -> Path:
     return folder
 
 
-def read_column(folder: Path, name: str) -> list[float]:
-    with (folder / "metrics.csv").open() as file:
-        return [float(row[name]) for row in csv.DictReader(file)]
-
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-
-
-def check_close(a: Path, b: Path) -> None:
-    """Check that losses and weights differ by rounding alone, which the network's depth and nine steps magnify."""
-    for name in ("train_loss", "val_loss", "learning_rate"):
-        assert read_column(a, name) == pytest.approx(read_column(b, name), rel=1e-4)
-    other = read_weights(b)
-    for name, value in read_weights(a).items():
-        assert torch.allclose(value.float(), other[name].float(), rtol=1e-3, atol=1e-5), name
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("images", [48, 13], ids=["whole batches", "fewer images than a batch"])
 @pytest.mark.parametrize(("alone", "together"), [("own", "synchronised"), ("halves", "own")])
@@ -76,6 +58,27 @@ def test_two_processes_equal_one(tmp_path, images, alone, together):
     train(one, images, alone)
     train(two, images, together, processes=2)
     check_close(two, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("alone", "together"), [("halves", "own"), ("own", "synchronised")])
+def test_two_sharded_processes_equal_one(tmp_path, monkeypatch, alone, together):
+    """They are killed in the first epoch; what they write in the end is one plain file."""
+    add_tiny(monkeypatch)
+    recipe = RECIPE.but(strategy="fsdp", sync_batchnorm=together == "synchronised")
+    one = prepare(tmp_path / "one", recipe.but(strategy="ddp", sync_batchnorm=False))
+    two = prepare(tmp_path / "two", recipe, processes=2)
+    train(one, 48, alone)
+    train(two, 48, together, 2, processes=2, ends_with=1)
+    train(two, 48, together, processes=2)
+    check_close(two, one)
+    check_states(two / "checkpoints" / "last.ckpt", one / "checkpoints" / "last.ckpt")
+    values = content(two / "checkpoints" / "last.ckpt")["state_dict"].values()
+    assert {type(value) for value in values} == {torch.Tensor}
+    training.write_weights(two, tmp_path / "weights.pth", which="last")
+    best, weights = (training.evaluate(path) for path in (two, tmp_path / "weights.pth"))
+    assert best["top1"] == max(read_column(two, "top1"))
+    assert weights["top1"] == read_column(two, "top1")[-1]
 
 
 def read_drawn(folder: Path) -> dict[int, list[list[int]]]:

@@ -42,6 +42,8 @@ class Recipe(Config):
         mixup, cutmix: parameter of the Beta distribution, 0 for none. With both, each batch gets one of them.
         ema_decay: decay of an exponential moving average of the weights, which is then evaluated. None for no average.
         accumulate: number of batches per optimizer step.
+        strategy: "ddp" gives every process all weights; "fsdp" shares weights, gradients and the optimizer's state
+            among the processes, for networks that do not fit one GPU.
         sync_batchnorm: whether batch norms take their statistics over all processes; several GPUs only.
         channels_last: whether weights and images have the channels_last memory format.
         on_nan: "stop" ends the run at a loss that is not finite; "skip" names the batch's images and takes no step, for
@@ -71,6 +73,7 @@ class Recipe(Config):
     accumulate: int = 1
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
     on_nan: Literal["stop", "skip"] = "stop"
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     sync_batchnorm: bool = False
     channels_last: bool = True
     compile: bool = False

@@ -7,7 +7,7 @@ the machine), `gates` (for the report), `states` (what a checkpoint must have), 
 finds them), `loggers` (TensorBoard and others, by name), `detections` (`detect`), `trained` (`evaluate`, `predict`),
 `tuning` (trains a changed network a little), `restoring` (`restore`), `preparation` (completes a recipe), `progress`
 (the output of a run while it trains), `tasks` (what a network learns and how it is scored), `graphs` (CUDA graphs of a
-network), `detectors` (this library's and torchvision's).
+network), `sharding` (weights shared by processes), `detectors` (this library's and torchvision's).
 """
 
 from ecanet.training.detections import FoundObject, ImageDetections, detect

@@ -86,7 +86,10 @@ def choose_run_dir(recipe: Recipe, folder: str | Path | None, resume: bool) -> P
         changed = old.but(optimizer=rate)
         same = changed.but(epochs=recipe.epochs, min_steps=recipe.min_steps) == recipe
         if changed != recipe and not (longer and same):
-            raise ConfigError(f"{folder} holds another recipe: {_describe_difference(to_dict(old), to_dict(recipe))}")
+            raise ConfigError(
+                f"{folder} holds another recipe: {_describe_difference(to_dict(old), to_dict(recipe))}; go on with the "
+                f"run's own settings (ecanet train --resume {folder}), or choose another folder"
+            )
         if rate != old.optimizer and count_epochs(folder) >= max(old.epochs, recipe.epochs):
             raise ConfigError(
                 f"{folder} is finished, and another learning rate would change nothing; lengthen it too (--epochs)"

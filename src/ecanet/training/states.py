@@ -24,7 +24,7 @@ from ecanet.training.preparation import find_description
 from ecanet.training.progress import History
 from ecanet.training.tasks import Task
 
-__all__ = ["check_state"]
+__all__ = ["check_state", "find_position"]
 
 LARGEST = 2**53
 """Counts are exact as floating-point numbers up to here."""
@@ -107,6 +107,12 @@ def check_state(
             f"{path}: the run cannot go on from it, since its entry {problem}; put a good copy in its place (such as "
             f"{PREVIOUS}), or begin another run with its weights (--weights {path})"
         )
+
+
+def find_position(content: Mapping[str, Any], images: ClassificationData | DetectionData) -> tuple[int, int, int]:
+    """Return how many epochs, batches of the next one, and steps were done when the checkpoint was written."""
+    place = content[type(images).__qualname__]
+    return place["first_epoch"], place["first_batch"], content["lr_schedulers"][0]["last_epoch"]
 
 
 def _describe(trainer: L.Trainer, task: Task, images: ClassificationData | DetectionData) -> dict[str, object]:

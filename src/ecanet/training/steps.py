@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ecanet.errors import ConfigError
 from ecanet.recipes import CheckpointConfig
@@ -169,7 +170,9 @@ class StepWatch(Checkpoint):
     def _check_weights(self, trainer: L.Trainer, task: Task) -> None:
         """Raise ConfigError if a weight is not finite: neither a checkpoint nor an evaluation may have it."""
         weights = [parameter.detach() for parameter in task.model.parameters()]
-        if not bool(torch.stack([weight.isfinite().all() for weight in weights]).all()):
+        mine = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+        broken = not bool(torch.stack([weight.isfinite().all() for weight in mine]).all())
+        if trainer.strategy.reduce_boolean_decision(broken, all=False):  # a process may have a share of the weights
             raise ConfigError(
                 f"the weights are not finite after batch {self.batches} of epoch {trainer.current_epoch + 1}, though "
                 f"the loss was; go on from the last checkpoint with a lower rate: {self._lower()}"

@@ -34,7 +34,8 @@ from ecanet.training.preparation import build_data, complete, find_seen, lengthe
 from ecanet.training.processes import join_restarted
 from ecanet.training.progress import Display, History, quiet_lightning
 from ecanet.training.run_dirs import choose_run_dir, count_epochs, has_run, lock_run_dir, read_recipe
-from ecanet.training.states import check_state
+from ecanet.training.sharding import ShardedStrategy, check_sharding, gather
+from ecanet.training.states import check_state, find_position
 from ecanet.training.steps import StepWatch
 from ecanet.training.stopping import StopRequest, find_scheduler, stop_on_signals, take_over_signals
 
@@ -113,6 +114,7 @@ def run(
             if not history.evaluated:
                 # The run had already finished. Its checkpoint has the metrics, but not the artifacts of an evaluation.
                 trainer.validate(task, images, verbose=False)
+        gather(task.model)  # for the report
         report = _make_report(recipe, task, history, run_dir)
         if trainer.is_global_zero:
             report.artifacts["gates"] = summarize_gates(task)
@@ -130,6 +132,7 @@ def _take_over(
     task.trainer = images.trainer = trainer  # the learning rate and the batches depend on them
     cast(Any, trainer).datamodule = images
     check_state(checkpoint, content, trainer, task, images)
+    task.resumed = find_position(content, images)
 
 
 def remake_report(folder: str | Path, *, device: str | torch.device = "auto", quiet: bool = False) -> Report:
@@ -221,6 +224,8 @@ def _make_trainer(
     Raises:
         ConfigError: the devices or the precision cannot be used.
     """
+    if recipe.strategy == "fsdp":
+        check_sharding(recipe)
     folder = run_dir / "checkpoints"
     callbacks = [
         *callbacks,
@@ -235,6 +240,7 @@ def _make_trainer(
         trainer = L.Trainer(
             max_epochs=recipe.epochs,
             precision=recipe.precision,
+            strategy=ShardedStrategy() if recipe.strategy == "fsdp" else "auto",
             accumulate_grad_batches=recipe.accumulate,
             sync_batchnorm=recipe.sync_batchnorm,
             accelerator=device.type,

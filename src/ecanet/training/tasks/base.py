@@ -16,6 +16,7 @@ from ecanet.networks import Built
 from ecanet.recipes import Recipe, to_dict
 from ecanet.report import Artifacts
 from ecanet.surgery import parameter_groups
+from ecanet.training.sharding import gather, release, shard
 from ecanet.training.tasks.means import RunningMeans
 from ecanet.training.tasks.schedule import change_rate, learning_rate_factor
 
@@ -93,6 +94,16 @@ class Task(L.LightningModule):
         self.notes, self.network, self.exchanged = built.describe(), built.to_dict(), built.exchanged
         self.unexpected = [] if built.loaded is None else built.loaded.unexpected
 
+    def configure_model(self) -> None:
+        """Share the weights among the processes, if the recipe says so."""
+        mesh = self.device_mesh
+        if mesh is not None:
+            shard(self.model, mesh["data_parallel"], sync_batchnorm=self.recipe.sync_batchnorm)
+
+    def on_validation_start(self) -> None:
+        """Give every process all weights: they evaluate different numbers of batches."""
+        gather(self.model)
+
     def make_empty_loss(self) -> Tensor | None:
         """Return the loss of a batch without a readable image: None, or zero if there are several processes.
 
@@ -146,6 +157,7 @@ class Task(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Forget the losses of the epoch before; a run that goes on within an epoch keeps them."""
         self.means.reset()
+        release(self.model)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means of the epoch's losses in training, if there was any."""
@@ -174,16 +186,12 @@ class Task(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
-        """Restore the means of the losses, the position in the schedule, and a learning rate that was changed.
+        """Restore the means of the losses, and a learning rate that was changed.
 
         Raises:
             DataError: the classes of the data, or its split, have changed since the checkpoint.
         """
         content = cast(dict[str, Any], checkpoint["ecanet"])
-        schedules = cast(list[dict[str, int]], checkpoint["lr_schedulers"])
-        data = get_data(self.trainer)
-        place = cast(dict[str, int], checkpoint[type(data).__qualname__])
-        self.resumed = place["first_epoch"], place.get("first_batch", 0), schedules[0]["last_epoch"]
         if self.global_rank == 0 and "means" in content:
             self.means.load_state_dict(content["means"])
         self.rate_before = change_rate(checkpoint, self.recipe.optimizer.learning_rate)
