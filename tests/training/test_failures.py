@@ -1,8 +1,10 @@
 """What the machine refuses in the middle of a run is one line, and nothing is lost."""
 
 import errno
+import gc
 import multiprocessing
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, EcanetError
 from ecanet.recipes import CheckpointConfig, DataConfig, Recipe
 from ecanet.report import Report
 from ecanet.training.failures import explain_failure
@@ -86,6 +88,24 @@ def test_a_run_whose_worker_is_killed_says_so_and_goes_on_later(tmp_path):
         run(recipe, tmp_path / "run", callbacks=[Kill()])
     report = run(recipe, tmp_path / "run", resume=True)
     assert torch.load(report.last_checkpoint, weights_only=True)["global_step"] == 16
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a loader that is half made
+def test_a_run_with_too_few_file_handles_is_one_line(tmp_path):
+    make_flat(tmp_path / "photos", {"a": 20, "b": 20})
+    images = DataConfig(name=f"folder:{tmp_path / 'photos'}", image_size=8, batch_size=4, workers=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))  # noqa: PTH208
+        with pytest.raises(EcanetError) as caught:
+            run(TINY.but(data=images, epochs=1), tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    message = str(caught.value)
+    assert "more files are open than the system allows; raise the limit (ulimit -n 4096)" in message
+    assert "\n" not in message
+    del caught
+    gc.collect()
 
 
 def test_a_run_goes_on_where_nobody_reads_its_output(tmp_path, monkeypatch, capsys):

@@ -1,15 +1,19 @@
 """Runs that share the weights among their processes (FSDP2) equal all others, and write the same files."""
 
+import copy
 import os
 from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 
+import ecanet
 from ecanet.errors import ConfigError
 from ecanet.recipes import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, Recipe
-from ecanet.training.sharding import _find_parts, check_sharding
+from ecanet.training.sharding import _find_parts, check_sharding, gather, release, shard
 from tiny_runs import TINY, add_tiny, check_close, check_states, run
 
 
@@ -58,11 +62,46 @@ def test_a_sharded_run_in_pieces_equals_a_plain_one(tmp_path, group, changes):
     assert means == [pytest.approx(mean, rel=1e-3) for mean in expected]
 
 
+@pytest.mark.slow
+def test_sharded_steps_are_those_of_ddp_in_float64(tmp_path):
+    """Also with an evaluation between them, for which every process gets all weights."""
+    torch.multiprocessing.spawn(check_steps, (str(tmp_path / "store"),), nprocs=2)
+
+
+def check_steps(rank: int, store: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    plain = ecanet.create_model("resnet20", num_classes=3, in_channels=1).double()
+    sharded = copy.deepcopy(plain)
+    shard(sharded, init_device_mesh("cpu", (2,)), sync_batchnorm=False)
+    together = nn.parallel.DistributedDataParallel(plain)
+    pairs = [(one, torch.optim.SGD(one.parameters(), 0.02, momentum=0.9)) for one in (together, sharded)]
+    noise = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        images = torch.randn(8, 1, 8, 8, generator=noise, dtype=torch.float64) + rank
+        for model, optimizer in pairs:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model.train()(images), torch.arange(8) % 3).backward()
+            optimizer.step()
+        for a, b in zip(plain.parameters(), sharded.parameters(), strict=True):
+            assert torch.allclose(a, b.full_tensor(), rtol=0, atol=1e-14)
+        gather(sharded)
+        with torch.inference_mode():
+            expected, found = plain.eval()(images), sharded.eval()(images)
+            for _ in range(rank):  # without waiting for the other process
+                sharded(images)
+        if rank == 0:  # whose statistics all get
+            assert torch.allclose(expected, found, rtol=0, atol=1e-12)
+        release(sharded)
+    distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     ("setting", "changes"),
     [
         ("ema_decay", {"ema_decay": 0.9}),
         ("compile=true", {"compile": True}),
+        ("cuda_graph=true", {"cuda_graph": True}),
         ("precision=16-mixed", {"precision": "16-mixed"}),
         ("on_nan=skip", {"on_nan": "skip"}),
         ("data.on_corrupt=skip", {"data": DataConfig(on_corrupt="skip")}),

@@ -39,6 +39,24 @@ def test_a_new_run_under_slurm_takes_nothing_from_the_current_folder(slurm, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hpc_ckpt_1.ckpt", "run"]
 
 
+def test_a_run_after_one_that_slurm_has_stopped_is_its_own(slurm, tmp_path, monkeypatch, capsys):
+    """SIGUSR1 comes to the first; the second one begins in the same current folder, with another seed."""
+    monkeypatch.chdir(tmp_path)
+    add_tiny(monkeypatch)
+    recipe = tiny_runs.TINY.but(model=TINY.model, epochs=2)
+    with pytest.raises(SystemExit) as stop:
+        run(recipe, folder="first", device="cpu", quiet=True, callbacks=[Send(signal.SIGUSR1, "training", 1)])
+    assert stop.value.code == 143
+    assert "stopped by SIGUSR1 in epoch 2" in capsys.readouterr().err
+    other = run(recipe.but(seed=1), folder="second", device="cpu")
+    assert "resumed" not in capsys.readouterr().out
+    assert [row["epoch"] for row in other.history] == [1, 2]
+    assert other.recipe.seed == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+    alone = run(recipe.but(seed=1), folder="alone", device="cpu", quiet=True)
+    assert [row["train_loss"] for row in other.history] == [row["train_loss"] for row in alone.history]
+
+
 def test_slurm_does_not_requeue_and_torchrun_goes_before_it(slurm, monkeypatch):
     (plugin,) = find_scheduler()
     assert not plugin.auto_requeue

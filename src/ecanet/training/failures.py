@@ -43,7 +43,8 @@ def explain_failure(error: BaseException, recipe: Recipe, run_dir: Path) -> Conf
         return ConfigError(
             "batch norm needs more than one value per channel: increase data.batch_size or data.image_size"
         )
-    return None
+    # Lightning may fail itself while it tidies up after the failure, which is then the context of its own.
+    return None if error.__context__ is None else explain_failure(error.__context__, recipe, run_dir)
 
 
 def _shrink(recipe: Recipe) -> str:

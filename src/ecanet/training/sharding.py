@@ -145,6 +145,7 @@ def check_sharding(recipe: Recipe) -> None:
         "task=detection": recipe.task == "detection",
         "ema_decay": recipe.ema_decay is not None,
         "compile=true": recipe.compile,
+        "cuda_graph=true": recipe.cuda_graph,
         "precision=16-mixed": recipe.precision == "16-mixed",
         "on_nan=skip": recipe.on_nan == "skip",
         "data.on_corrupt=skip": recipe.data.on_corrupt == "skip",

@@ -172,7 +172,9 @@ class StepWatch(Checkpoint):
         weights = [parameter.detach() for parameter in task.model.parameters()]
         mine = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
         broken = not bool(torch.stack([weight.isfinite().all() for weight in mine]).all())
-        if trainer.strategy.reduce_boolean_decision(broken, all=False):  # a process may have a share of the weights
+        if trainer.world_size > 1:  # a process may have a share of the weights
+            broken = trainer.strategy.reduce_boolean_decision(broken, all=False)
+        if broken:
             raise ConfigError(
                 f"the weights are not finite after batch {self.batches} of epoch {trainer.current_epoch + 1}, though "
                 f"the loss was; go on from the last checkpoint with a lower rate: {self._lower()}"
