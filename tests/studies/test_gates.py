@@ -203,6 +203,10 @@ def test_a_network_without_gates_is_refused():
         records.record_gates(nn.Sequential(SimAM(4), GlobalContext(8, 2)), [], 10)
     with pytest.raises(ConfigError, match="no images"):
         records.record_gates(nn.Sequential(ECA(4)), [], 10)
+    idle = nn.Sequential(ECA(4), nn.Identity())
+    idle[1].gate = ECA(4)
+    with pytest.raises(ConfigError, match="the gate '1.gate' ran on none of these images, as in a detector that"):
+        records.record_gates(idle, [(torch.randn(2, 4, 3, 3), None)], 1)
 
 
 @pytest.fixture(scope="module")

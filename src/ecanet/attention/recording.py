@@ -141,18 +141,22 @@ def record_gates(model: nn.Module, batches: Iterable[tuple[object, Tensor | None
     (9, 'layer1.0.eca', torch.Size([2, 16]))
 
     Raises:
-        ConfigError: the network has no channel gates, or there are no images.
+        ConfigError: the network has no channel gates, there are no images, or a gate ran on none of them.
     """
     sums = {name: _Sums(gate, classes) for name, gate in find_gates(model).items()}
 
     def add(name: str, gate: Gate, x: Tensor) -> None:
         sums[name].add(compute_weights(gate, x))
 
+    empty = True
     with _observe_gates(model, add):
         for images, labels in batches:
+            empty = False
             for one in sums.values():
                 one.labels = labels
             model(images)
+    if empty:
+        raise ConfigError("there are no images to inspect; choose other data with --data")
     return [one.make_record(name) for name, one in sums.items()]
 
 
@@ -239,7 +243,10 @@ class _Sums:
         """Return the means, deviations and shares that follow from the sums."""
         n = int(self.counts.sum())
         if not n:
-            raise ConfigError("there are no images to inspect; choose other data with --data")
+            raise ConfigError(
+                f"the gate {name!r} ran on none of these images, as in a detector that proposes no region; train the "
+                "network first, or choose other data with --data"
+            )
         mean = self.totals.sum(0) / n
         variance = (self.squares / n - mean.square()).clamp(min=0)
         return GateRecord(
