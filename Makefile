@@ -5,7 +5,7 @@ READY := .venv/.installed
 # Threads that spin while they wait slow down everything many times when other programs run, too.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-slow sweep fuzz soak mutants docs dist check clean help test-deploy
+.PHONY: demo test test-slow test-deploy test-browser sweep fuzz soak mutants docs dist check clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -57,6 +57,10 @@ docs: $(READY)  ## build the documentation site in build/site; a broken link or 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[docs]'
 	$(BIN)/python docs/stage.py build/docs
 	$(BIN)/zensical build --strict --clean
+
+test-browser: $(READY)  ## the page of `ecanet app` in a headless Chromium (which must be installed, with its driver)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[app]' selenium
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/studies/test_app.py
 
 # The time in the files is that of the last commit, so that the same commit gives the same bytes.
 dist: $(READY)  ## build the wheel and the source archive, and check what an index would show

@@ -27,8 +27,8 @@ Channel attention for convolutional networks: train, evaluate, compare.
 
 Commands:
   train, eval, predict, detect, report, weights, push,
-  models, cost, paper, ablate, inspect, bench, export, slim, doctor,
-  shards
+  models, cost, paper, ablate, inspect, app, bench, export,
+  slim, doctor, shards
 
 The commands need more packages: {INSTALL}
 """

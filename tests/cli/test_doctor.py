@@ -15,7 +15,7 @@ from ecanet.studies import doctor
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
-FOR_DEVELOPERS = {"dev", "sweep"}
+FOR_DEVELOPERS = {"dev", "docs", "sweep"}
 
 
 def find(name):

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ecanet import __version__
+from ecanet.cli.app import app as try_in_browser
 from ecanet.cli.bench import bench
 from ecanet.cli.compare import ablate, cost, inspect, paper
 from ecanet.cli.deploy import export
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "paper": paper,
     "ablate": ablate,
     "inspect": inspect,
+    "app": try_in_browser,
     "bench": bench,
     "export": export,
     "slim": slim,

@@ -20,6 +20,7 @@ PURPOSES = {
     "executorch": "phones",
     "hub": "safetensors, and the hub's repositories",
     "cam": "class-activation maps",
+    "app": "the page in the browser: ecanet app",
     "heic": "iPhones' photographs",
     "glyphs": "the data sets glyphs and garments",
     "cluster": "ablations on several machines",

@@ -5,6 +5,7 @@ detectors), `drawings` (figures), `cams` (class-activation maps with gates and w
 gates compute, and finds what looks wrong.
 """
 
+from ecanet.studies.gates.cams import explain, find_layer, measure_scales, switch_gates_off
 from ecanet.studies.gates.pages import run
 
-__all__ = ["run"]
+__all__ = ["explain", "find_layer", "measure_scales", "run", "switch_gates_off"]

@@ -130,10 +130,10 @@ def measure_scales(model: nn.Module, images: Sequence[Tensor]) -> dict[nn.Module
 
 @contextmanager
 def switch_gates_off(model: nn.Module, scales: Mapping[nn.Module, float]) -> Generator[None]:
-    """Let every attention module of ``model`` multiply its input by its number in ``scales``, in this context."""
+    """Let each attention module of ``model`` in ``scales`` multiply its input by its number there, in this context."""
 
-    def scale(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return args[0] * scales[module]
+    def scale(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return args[0] * scales[module] if module in scales else None
 
     with _hook_attention(model, scale):
         yield
