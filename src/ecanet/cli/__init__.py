@@ -1,7 +1,7 @@
 """The command line: each command turns its options into one function call and prints the result.
 
 Read downward: `run` (train, eval, predict, report, weights), `detect`, `models`, `compare` (cost, paper, ablate,
-inspect), `bench`, `deploy` (export), `slim`, `push`, `shards` (pack, index, check), `doctor`, `options` (the
+inspect), `app`, `bench`, `deploy` (export), `slim`, `push`, `shards` (pack, index, check), `doctor`, `options` (the
 options that several commands share). Heavy packages are imported inside the commands, so ``--help`` is quick. A user's
 mistake raises an `EcanetError`, which ``ecanet.__main__`` prints as one line.
 """
