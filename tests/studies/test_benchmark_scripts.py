@@ -92,3 +92,17 @@ def test_readers_of_images_take_turns(monkeypatch, tmp_path):
     assert rows[script.BASE]["ratio"] == 1
     assert {"ecanet folder", "ecanet shards", "ecanet shards, packed at 256 pixels"} < set(rows)
     assert all(row["images per second"] > 0 for row in rows.values())
+
+
+def test_times_of_slim_are_ratios_within_a_round():
+    pytest.importorskip("onnxruntime")
+    row = load("slim").summarize("resnet20", "eca", [0.002, 0.009, 0.004], [0.001, 0.003, 0.004])
+    assert (row["ratio"], row["quartiles"], row["ms"], row["ratio of the fastest"]) == (2, [1, 3], 4, 2)
+
+
+@pytest.mark.slow
+def test_folded_networks_are_timed_beside_plain_ones(tmp_path):
+    pytest.importorskip("onnxruntime")
+    load("slim").main(["--networks", "resnet20", "--seconds", "0", "--out", str(tmp_path / "slim.json")])
+    rows = json.loads((tmp_path / "slim.json").read_text())["times"]
+    assert [row["gates"] for row in rows] == ["none", "eca", "eca, folded", "se", "se, folded"]
