@@ -1,9 +1,9 @@
 """Faster forms of whole networks.
 
-Read downward: `fusion` (`fuse`: runs torchvision's and timm's blocks by their parts), `optimization` (`optimize`:
-makes a copy for inference), `comparison` (proves a plan for it), `changes` (carries out a plan), `chains` (makes a plan
-from a run of the network), `folding` (folds norms into convolutions), `blocks` (what the copies are made of). What a
-block is made of, and how it is run, is described in `ecanet.models`.
+Read downward: `fusion` (`fuse`: runs torchvision's and timm's blocks by their parts), `optimization` (`optimize`: makes
+a copy for inference), `captured` (replays it as a CUDA graph), `comparison` (proves a plan for it), `changes` (carries
+out a plan), `chains` (makes a plan from a run of the network), `folding` (folds norms into convolutions), `blocks`
+(what the copies are made of). What a block is made of, and how it is run, is described in `ecanet.models`.
 """
 
 from ecanet.inference.blocks import InferenceBlock
