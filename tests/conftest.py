@@ -2,14 +2,13 @@
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# This must be set before anything imports Triton: without a GPU its kernels run in the interpreter.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+import tensors
 
 
 def speed_up_interpreter() -> None:
@@ -52,15 +51,42 @@ def read_one_number() -> None:
     interpreter._patch_lang_tensor = patch_tensor
 
 
-if not torch.cuda.is_available():
-    speed_up_interpreter()
-    read_one_number()
-
 # The same cases in every run, so that a failure can be repeated; a loaded machine must not fail a test by its speed.
 COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("default", max_examples=40, derandomize=True, **COMMON)
 settings.register_profile("thorough", max_examples=4000, **COMMON)
 settings.load_profile("default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose where kernels run, before anything imports Triton: compiled with ``-m gpu`` on a GPU, else interpreted.
+
+    So no test hands a tensor of the CPU to a compiled kernel: those that are not marked run in the interpreter.
+    """
+    chosen = config.option.markexpr
+    if torch.cuda.is_available() and "gpu" in chosen and "not gpu" not in chosen:
+        tensors.DEVICE = "cuda"
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    speed_up_interpreter()
+    read_one_number()
+
+
+@pytest.fixture(autouse=True)
+def make_tensors_on_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Make the tensors of a test that is marked ``gpu`` on the GPU, if kernels are compiled."""
+    if tensors.DEVICE == "cpu" or not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    with torch.device(tensors.DEVICE):
+        yield
+
+
+@pytest.fixture
+def interpreter() -> None:
+    """Skip a test that looks into Triton's interpreter, or takes the CPU for a GPU, if kernels are compiled."""
+    if tensors.DEVICE != "cpu":
+        pytest.skip("needs Triton's interpreter")
 
 
 @pytest.hookimpl(tryfirst=True)

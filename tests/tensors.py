@@ -1,9 +1,17 @@
-"""Tensors for tests: memory layouts, NaN around them, values with gradients."""
+"""Tensors for tests: their device, memory layouts, NaN around them, values with gradients."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+DEVICE = "cpu"
+"""Where the tests of kernels (marked ``gpu``) make their tensors: "cuda" with ``-m gpu`` on a machine that has one."""
+
+
+def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return normal numbers, drawn on the CPU, so that they are the same on every device."""
+    return torch.randn(shape, generator=generator, device="cpu").to(DEVICE)
 
 
 def noise(*shape: int) -> Tensor:

@@ -21,11 +21,13 @@ from ecanet.models.slots import Slot
 from ecanet.ops import dispatch, proof
 from ecanet.studies.bench import traffic
 from ecanet.testing import bound_sums, find_elementwise_excess
-from tensors import surround_with_nan, to_layout
+from tensors import DEVICE, draw, surround_with_nan, to_layout
 
 pytest.importorskip("triton")
 
 from ecanet.ops.triton import expansion, expansion_proof
+
+pytestmark = pytest.mark.gpu
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -45,14 +47,14 @@ SHAPES = [
 def case(shape, dtype, seed=0):
     """Return h, weight, bias, gate and shortcut, each surrounded by NaN; the gate is float32, as in networks."""
     n, inner, channels, *plane = shape
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
-    def draw(*size):
-        return torch.randn(size, generator=generator)
+    def random(*size):
+        return draw(size, generator)
 
-    h, shortcut = (surround_with_nan(to_layout(draw(n, c, *plane), True).to(dtype)) for c in (inner, channels))
-    weight, bias = surround_with_nan(draw(channels, inner).to(dtype)), surround_with_nan((2 * draw(channels)).to(dtype))
-    return h, weight, bias, surround_with_nan(draw(n, channels).sigmoid() + 0.5), shortcut
+    h, shortcut = (surround_with_nan(to_layout(random(n, c, *plane), True).to(dtype)) for c in (inner, channels))
+    weight, bias = (surround_with_nan(x.to(dtype)) for x in (random(channels, inner), 2 * random(channels)))
+    return h, weight, bias, surround_with_nan(random(n, channels).sigmoid() + 0.5), shortcut
 
 
 def oracle(h, weight, bias, gate, shortcut, activation):
@@ -129,6 +131,7 @@ def test_shortcut_may_be_wider_than_the_branch():
     assert_within_rounding(expansion.expand(*given, "relu"), given, "relu")
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_reads_and_writes_as_few_bytes_as_possible(dtype):
     """Shortcut and y move once, the weight once for each tile of rows, h once for each tile of channels."""
@@ -174,7 +177,7 @@ def test_errors_name_what_does_not_fit(monkeypatch):
         (h.double(), weight.double()): "it takes float32, bfloat16 and float16, got torch.float64",
         (h.contiguous(), weight): r"h is not channels-last; use h.contiguous\(memory_format",
         (h, weight, bias, gate, shortcut.contiguous()): "shortcut is not channels-last",
-        (h, weight.to("meta")): "tensors are on cpu and meta",
+        (h, weight.to("meta")): f"tensors are on {h.device} and meta",
         (h, weight.clone().requires_grad_()): "it has no gradient; use it under torch.no_grad",
         (h, weight, bias, gate, shortcut, "gelu"): "unknown activation 'gelu'; choose 'relu', 'relu6' or None",
     }.items():
@@ -182,7 +185,7 @@ def test_errors_name_what_does_not_fit(monkeypatch):
             expansion.expand(*arguments)
     monkeypatch.setattr(expansion, "INTERPRETED", False)
     with pytest.raises(ConfigError, match="it needs CUDA tensors, got one on cpu"):
-        expansion.expand(h, weight)
+        expansion.expand(h.cpu(), weight.cpu())
 
 
 # in blocks
@@ -252,7 +255,7 @@ def test_block_gives_the_same_with_and_without_the_kernel(name, ran):
 @torch.no_grad()
 def test_autocast_keeps_the_gate_in_float32(ran):
     block, x = make_optimized("eca")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         expected = block(x)
         with ops.prefer_impl("fused"):
             actual = block(x)
@@ -307,7 +310,7 @@ def test_kernel_does_not_run_where_it_does_not_apply(ran):
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu(monkeypatch, interpreter):
     """Treat the CPU as a GPU on which nothing has run yet and convolutions do not round to TF32; shorten the proof."""
     for room in (ops, dispatch):
         monkeypatch.setattr(room, "runs_on_gpu", lambda x: True)

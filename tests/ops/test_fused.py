@@ -11,9 +11,11 @@ from ecanet import ECA, ops
 from ecanet.errors import ConfigError
 from ecanet.studies.bench import traffic
 from ecanet.testing import assert_within_budget
-from tensors import surround_with_nan, to_layout
+from tensors import draw, surround_with_nan, to_layout
 
 pytest.importorskip("triton")
+
+pytestmark = pytest.mark.gpu
 
 SHAPES = [
     (2, 1, 1, 1),
@@ -42,14 +44,14 @@ CASES = [
 
 
 def case(shape, last, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     torch.manual_seed(seed)  # the gate draws its weights from the global generator
-    tensors = [to_layout(torch.randn(shape, generator=generator), last).to(dtype) for _ in range(3)]
+    tensors = [to_layout(draw(shape, generator), last).to(dtype) for _ in range(3)]
     tensors[0] = tensors[0] * 2 + 3
     norm = nn.BatchNorm2d(shape[1])
     with torch.no_grad():
-        norm.weight.uniform_(0.5, 1.5, generator=generator)
-        norm.bias.normal_(generator=generator)
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.copy_(draw((shape[1],), generator))
     return [to_layout(x, last) for x in tensors], norm, ECA(shape[1])
 
 

@@ -13,16 +13,18 @@ from torch.utils.checkpoint import checkpoint
 import ecanet
 from ecanet import ECA, ops
 from ecanet.ops import lean
-from tensors import to_layout
+from tensors import draw, to_layout
 
 pytest.importorskip("triton")
+
+pytestmark = pytest.mark.gpu
 
 IMPLS = pytest.mark.parametrize("impl", ["lean", "fused"])
 
 
 def tensors(shape=(3, 8, 5, 7), last=True, count=3):
-    generator = torch.Generator().manual_seed(0)
-    return [to_layout(torch.randn(shape, generator=generator), last) for _ in range(count)]
+    generator = torch.Generator("cpu").manual_seed(0)
+    return [to_layout(draw(shape, generator), last) for _ in range(count)]
 
 
 def gradients(impl, activation, shortcut, side=None):
@@ -49,7 +51,9 @@ def gradients(impl, activation, shortcut, side=None):
 def test_saved_tensors_may_return_in_another_layout(impl, activation, shortcut, side):
     expected = gradients(impl, activation, shortcut, side)
     # as save_on_cpu(pin_memory=True) packs: into a new tensor of the size, which is contiguous
-    with saved_tensors_hooks(lambda x: torch.empty(x.size(), dtype=x.dtype).copy_(x), lambda x: x):
+    with saved_tensors_hooks(
+        lambda x: torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x), lambda x: x
+    ):
         actual = gradients(impl, activation, shortcut, side)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -14,6 +14,8 @@ from tensors import surround_with_nan, to_layout
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.gpu
+
 GATES = {
     "none": lambda c: None,
     "eca": lambda c: ECA(c, 5),

@@ -20,8 +20,12 @@ from torch.nn import functional as F
 import ecanet
 from ecanet.data.sources import DEBIAN_FASHION_MNIST, SMALL_SETS
 from ecanet.ops import dispatch
+from tensors import DEVICE, draw
+
+pytestmark = pytest.mark.gpu
 
 STEPS, RATE = 20, 0.01
+LEAN, FUSED = "ecanet.ops.lean", "ecanet.ops.triton.launch"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 CASES = [
     pytest.param("auto", 28, 128, "contiguous", marks=pytest.mark.slow),
@@ -46,17 +50,19 @@ def force_impl(impl):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "choose", choose_forced)
         yield
-    expected = {"reference": None, "auto": "ecanet.ops.lean", "fused": "ecanet.ops.triton.launch"}[impl]
+    expected = {"reference": None, "auto": LEAN if DEVICE == "cpu" else FUSED, "fused": FUSED}[impl]
     assert {getattr(passes, "__name__", None) for passes in ran} == {expected}
 
 
 def batches(size, count):
     """Return batches of Fashion-MNIST's first images, or of scikit-learn's digits if its files are not installed."""
     small = SMALL_SETS["fashion-mnist" if (DEBIAN_FASHION_MNIST / "t10k-images-idx3-ubyte.gz").is_file() else "digits"]
-    images, labels = small.load(None, False)
+    with torch.device("cpu"):
+        images, labels = small.load(None, False)
+    images, labels = images.to(DEVICE), labels.to(DEVICE)
     images = F.interpolate(small.spec.normalize(images[: STEPS * count]), (size, size), mode="area")
     at = torch.arange(STEPS * count) % len(images)  # there are too few digits, so they repeat
-    noise = torch.randn((len(at), 1, size, size), generator=torch.Generator().manual_seed(0))
+    noise = draw((len(at), 1, size, size), torch.Generator("cpu").manual_seed(0))
     return list(zip((images[at] + 0.1 * noise).split(count), labels[at].split(count), strict=True))
 
 
