@@ -70,6 +70,23 @@ def test_a_file_that_fails_its_check_is_not_kept(tmp_path):
     assert (report.checked, report.notes) == (False, ("not checked",))
 
 
+class OneSize(nn.Module):
+    """A network that takes images of 32 pixels alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3 * 32 * 32, 5)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+
+def test_sizes_that_the_network_does_not_take_are_named(tmp_path):
+    report = ecanet.export(OneSize(), tmp_path / "model.pt", target="torchscript", example=X)
+    assert [c.shape for c in report.comparisons] == [(1, 3, 32, 32), (2, 3, 32, 32)]
+    assert report.notes == tuple(f"the network does not take {n}x3x64x96, so it was not checked" for n in (1, 2))
+
+
 def test_nan_is_never_within_its_bound():
     assert not deploy.Comparison(shape=(1,), error=float("nan"), allowed=1.0).passed
     assert not deploy.Comparison(shape=(1,), error=2.0, allowed=1.0).passed

@@ -4,7 +4,6 @@ One row is a network with one attention in one target. Images are small: what is
 """
 
 import json
-from collections import Counter
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch
 import ecanet
 from ecanet import networks
 from ecanet.attention import Attention
-from ecanet.deploy import FORMS, TARGETS, checking, targets
+from ecanet.deploy import FORMS, TARGETS, checking, preparation, programs, targets
 from ecanet.errors import ExportError
 
 pytestmark = [
@@ -85,11 +84,20 @@ def test_a_detector_is_equal_in_onnx_runtime(tmp_path, attention):
     detector = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=5).eval()
     with networks.small_example(detector) as example:
         ecanet.attach(detector, attention, example=example)
-    torch.nn.init.normal_(detector.roi_heads.box_predictor.cls_score.weight)  # else all scores are nearly equal
+    enliven(detector)
+    for module in detector.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0  # the statistics of one batch, without which nothing reaches the last layers
+    with torch.no_grad():
+        detector.backbone.train()(torch.randn(4, 3, 96, 128, generator=torch.Generator().manual_seed(2)))
+    detector.eval()
     image = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(1))
-    report = ecanet.export(enliven(detector), tmp_path / "m.onnx", target="onnx", example=[image])
-    assert [(c.passed, c.allowed < 0.2) for c in report.comparisons] == [(True, True)]
-    for target in set(TARGETS) - {"onnx"}:
+    report = ecanet.export(detector, tmp_path / "m.onnx", target="onnx", example=[image])
+    (found,) = report.comparisons
+    exact = programs.run_network(programs.widen(detector), [image.double()])
+    plain = programs.run_network(preparation.remove_attention(detector), [image])
+    assert found.error <= found.allowed < checking.count_missing(exact, plain), "without its gates it would not pass"
+    for target in ("torch-export", "torchscript"):
         with pytest.raises(ExportError, match=f"{target} cannot hold the loops of a detector"):
             ecanet.export(detector, tmp_path / f"m{TARGETS[target].suffix}", target=target, example=[image])
 
@@ -144,6 +152,7 @@ def test_openvino_is_held_to_float32_and_its_default_is_reported(tmp_path, no_pl
 @pytest.mark.parametrize("attention", ["gc", "gsop", "a2", "aa", "non-local"])
 def test_openvino_converts_every_attention_with_a_transposition(tmp_path, no_plain, attention):
     require("openvino")
-    report = export(build("resnet8", attention), tmp_path, "openvino")
-    assert all(c.passed for c in report.comparisons)
-    assert Counter(report.gates).total() > 0
+    report = export(build("resnet18", attention), tmp_path, "openvino")
+    # The attention-augmented convolution pools large maps and no small ones, so its file takes one size.
+    assert report.facts["size varies"] == (attention != "aa")
+    assert len(report.comparisons) == (2 if attention == "aa" else 4)

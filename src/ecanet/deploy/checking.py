@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ecanet.deploy.about import About
 from ecanet.deploy.preparation import count_attention, prepare, remove_attention
-from ecanet.deploy.programs import Session, run_network, widen
+from ecanet.deploy.programs import Session, choose_other_size, run_network, widen
 from ecanet.deploy.reports import Comparison, ExportReport, Timing
 from ecanet.deploy.targets import Target
 from ecanet.errors import ExportError, summarize
@@ -90,8 +90,7 @@ def compare_all(subject: Subject, session: Session) -> tuple[list[Comparison], l
         else:
             notes.append(f"the file takes batches of {shape[0]} alone, so no other was checked")
         if session.takes[1]:
-            # Not a multiple of the first in both axes, so that a size that was written into the file shows.
-            sides.append(torch.Size(side + 32 * (i + 1) for i, side in enumerate(shape[2:])))
+            sides.append(choose_other_size(subject.inputs[0]))
         elif len(shape) > 2:
             notes.append(
                 f"the file takes images of {'x'.join(map(str, shape[2:]))} alone, so no other size was checked"
@@ -106,8 +105,20 @@ def compare_all(subject: Subject, session: Session) -> tuple[list[Comparison], l
             inputs = list(subject.inputs)
         else:
             inputs = [torch.randn(batch, shape[1], *side, generator=generator)]
+            if (batch, side) != (len(subject.inputs[0]), shape[2:]) and not runs(reference, inputs):
+                notes.append(f"the network does not take {'x'.join(map(str, inputs[0].shape))}, so it was not checked")
+                continue
         found.append(compare(session, reference, oracle, inputs))
     return found, notes
+
+
+def runs(network: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    """Return whether PyTorch runs ``network`` on ``inputs``: transformers and others take images of one size."""
+    try:
+        run_network(network, inputs)
+    except (RuntimeError, ValueError, AssertionError):
+        return False
+    return True
 
 
 def describe_default(subject: Subject, session: Session) -> list[str]:

@@ -14,7 +14,17 @@ from torch.utils._pytree import tree_leaves
 from ecanet.errors import ConfigError, ExportError, show_value, summarize
 from ecanet.models import is_detector
 
-__all__ = ["Session", "flatten", "list_varying_axes", "quiet", "read_example", "run_network", "trace", "widen"]
+__all__ = [
+    "Session",
+    "choose_other_size",
+    "flatten",
+    "list_varying_axes",
+    "quiet",
+    "read_example",
+    "run_network",
+    "trace",
+    "widen",
+]
 
 
 FLATTEN, SQUEEZE = torch.ops.aten.flatten.using_ints, torch.ops.aten.squeeze.dims
@@ -67,15 +77,44 @@ def trace(network: nn.Module, example: Tensor, *, fixed: bool = False) -> torch.
     """
     if not fixed and len(example) == 1:  # torch.export takes a size of 1 for a constant
         example = torch.cat([example, example])
-    axes = {} if fixed else dict.fromkeys((0, *range(2, example.dim())), torch.export.Dim.AUTO)
-    try:
-        with quiet():
-            program = torch.export.export(network, (example,), dynamic_shapes=None if fixed else (axes,))
-    except Exception as error:  # the recorder raises errors of many classes
-        raise ExportError(f"torch.export cannot record {type(network).__name__}: {summarize(error)}") from error
+    program = record(network, example, () if fixed else (0, *range(2, example.dim())))
+    if not fixed and list_varying_axes(program)[1] and not takes_another_size(program, example):
+        program = record(network, example, (0,))
     if not fixed:
         squeeze_pooled(program)
     return program
+
+
+def record(network: nn.Module, example: Tensor, axes: Sequence[int]) -> torch.export.ExportedProgram:
+    """Return the graph of ``network``, whose input may vary on ``axes`` as far as the network allows it.
+
+    Raises:
+        ExportError: `torch.export` cannot record it.
+    """
+    sizes = (dict.fromkeys(axes, torch.export.Dim.AUTO),) if axes else None
+    try:
+        with quiet():
+            return torch.export.export(network, (example,), dynamic_shapes=sizes)
+    except Exception as error:  # the recorder raises errors of many classes
+        raise ExportError(f"torch.export cannot record {type(network).__name__}: {summarize(error)}") from error
+
+
+def takes_another_size(program: torch.export.ExportedProgram, example: Tensor) -> bool:
+    """Return whether the graph holds for images of another size, and not for those on one side of a condition alone.
+
+    PyTorch's own runtime checks such conditions. Other runtimes would compute something else.
+    """
+    try:
+        with torch.no_grad(), quiet():
+            program.module()(example.new_zeros(*example.shape[:2], *choose_other_size(example)))
+    except (RuntimeError, AssertionError, ValueError):
+        return False
+    return True
+
+
+def choose_other_size(example: Tensor) -> torch.Size:
+    """Return a second image size, which differs from the example's on each axis by another number of pixels."""
+    return torch.Size(side + 32 * (i + 1) for i, side in enumerate(example.shape[2:]))
 
 
 def squeeze_pooled(program: torch.export.ExportedProgram) -> None:
