@@ -8,7 +8,7 @@ from torch import nn
 
 import ecanet
 from ecanet import deploy, networks
-from ecanet.deploy import TARGETS, checking
+from ecanet.deploy import TARGETS, checking, programs
 from ecanet.deploy.checking import count_missing, time_in_turns
 from ecanet.errors import ConfigError, ExportError
 
@@ -85,6 +85,25 @@ def test_sizes_that_the_network_does_not_take_are_named(tmp_path):
     report = ecanet.export(OneSize(), tmp_path / "model.pt", target="torchscript", example=X)
     assert [c.shape for c in report.comparisons] == [(1, 3, 32, 32), (2, 3, 32, 32)]
     assert report.notes == tuple(f"the network does not take {n}x3x64x96, so it was not checked" for n in (1, 2))
+
+
+class PoolsLargeMaps(nn.Module):
+    """Other steps for large images than for small ones."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.conv, self.limit = nn.Conv2d(3, 4, 3), limit
+
+    def forward(self, x):
+        x = self.conv(x)
+        return (nn.functional.max_pool2d(x, 2) if x.shape[-1] > self.limit else x).mean((2, 3))
+
+
+@pytest.mark.slow
+def test_a_size_on_which_the_steps_depend_stays_fixed():
+    for limit, varies in ((50, False), (1, True)):
+        program = programs.trace(PoolsLargeMaps(limit), X)
+        assert programs.list_varying_axes(program) == (True, varies)
 
 
 def test_nan_is_never_within_its_bound():
