@@ -169,6 +169,17 @@ def test_nothing_is_written_where_an_entry_is_broken(run_dir, place, value):
     assert read_all(run_dir) == before
 
 
+def test_a_run_keeps_the_kernel_sizes_of_the_weights_that_it_began_with(tmp_path, monkeypatch):
+    add_tiny(monkeypatch)
+    run(RECIPE.but(epochs=1, ema_decay=None, model=ModelConfig(name="resnet8", kernel_sizes=7)), tmp_path / "first")
+    weights = str(tmp_path / "first" / "checkpoints" / "last.ckpt")
+    recipe = RECIPE.but(model=ModelConfig(name="resnet8", weights=weights))
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "run", callbacks=[Stop()])
+    report = run(recipe, tmp_path / "run", resume=True)
+    assert content(report.last_checkpoint)["state_dict"]["model.layer1.0.eca.conv.weight"].shape == (1, 1, 7)
+
+
 def break_tensor(random: Random, values: Any) -> None:
     """Change a random tensor in ``values``: its numbers, its shape or its dtype."""
     places = [(values, key) for key in values] if isinstance(values, dict) else list(enumerate_list(values))

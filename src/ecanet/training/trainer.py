@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ecanet import data
 from ecanet.errors import ConfigError, EcanetError, summarize
+from ecanet.models import load_state_dict
 from ecanet.networks import find_device
 from ecanet.recipes import Recipe, find, to_dict
 from ecanet.report import Report, environment, write_file
@@ -131,6 +132,8 @@ def _take_over(
     share_batch(checkpoint, content, images, trainer.world_size)
     task.trainer = images.trainer = trainer  # the learning rate and the batches depend on them
     cast(Any, trainer).datamodule = images
+    if task.recipe.model.weights is not None:  # the kernel sizes are those of the weights that the run began with
+        load_state_dict(task.model, content, source=str(checkpoint))
     check_state(checkpoint, content, trainer, task, images)
     task.resumed = find_position(content, images)
 
