@@ -13,7 +13,12 @@ from ecanet.models import is_detector
 if TYPE_CHECKING:
     from torch import nn
 
+    from ecanet.deploy import ExportReport, Int8Report
     from ecanet.networks import Preprocessing
+    from ecanet.recipes import ModelConfig
+
+CALIBRATION, HELD_OUT = 512, 10_000
+"""Training images that give the ranges of int8, and held-out images that measure it, at most."""
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "executorch": ".pte", "torch-export": ".pt2", "torchscript": ".pt"}
 
@@ -29,6 +34,10 @@ def export(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Height and width in pixels.", show_default="the network's own")
     ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise, with accuracy before and after.")] = False,
+    data: Annotated[
+        str | None, typer.Option("--images", help="Data for --int8: folder:PATH, …", show_default="the run's")
+    ] = None,
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not run the file.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -43,6 +52,14 @@ def export(
 
     if to not in SUFFIXES:
         raise ConfigError(f"--to must be one of {', '.join(SUFFIXES)}, got {to!r}")
+    if int8 or data is not None:
+        if not int8 or no_check or batch_size != 1 or image_size is not None:
+            raise ConfigError("--images is for --int8, which takes no --batch-size, --image-size or --no-check")
+        named = not Path(source).exists()
+        network = model_config(name_network(source), attention, kernel_sizes, weights) if named else None
+        place = name_file(source, SUFFIXES[to])
+        show(quantize(source, network, out or place.with_stem(f"{place.stem}-int8"), to, data), as_json)
+        return
     model, classes, images = load(source, attention, kernel_sizes, weights)
     side = image_size or images.size
     path = out or name_file(source, SUFFIXES[to])
@@ -54,6 +71,11 @@ def export(
     report = deploy.export(
         model, path, target=to, example=example, check=not no_check, classes=classes, preprocessing=images
     )
+    show(report, as_json)
+
+
+def show(report: "ExportReport | Int8Report", as_json: bool) -> None:
+    """Print ``report`` as a table, or as JSON."""
     if as_json:
         print_json(report.to_dict())
         return
@@ -62,6 +84,38 @@ def export(
     for name, value in report.list_rows():
         table.add_row(name, value)
     console.print(table)
+
+
+def quantize(source: str, network: "ModelConfig | None", path: Path, to: str, data_name: str | None) -> "Int8Report":
+    """Write the network of the run ``source``, or ``network``, in int8; calibrate and evaluate it on its data.
+
+    Raises:
+        ConfigError: an option does not fit, or the network is a detector.
+        DataError: the data are missing, or have other classes than the network.
+    """
+    from ecanet import deploy, training
+    from ecanet.data import ClassificationData, check_classes
+    from ecanet.networks import Preprocessing
+    from ecanet.recipes import to_dict
+
+    task = training.restore(None if network else source, model=network, data_name=data_name)
+    if not task.recipe.data.name:
+        raise ConfigError(f"{source} does not say what it was trained on: give the data set with --images")
+    images = training.build_data(task.recipe, split=task.split)
+    if not isinstance(images, ClassificationData):
+        raise ConfigError(f"{source} is a detector, and int8 is for classifiers; leave --int8 out")
+    check_classes(task.recipe.data.name, images.spec, task.spec)
+    images.spec, spec = task.spec, task.spec
+    fields = to_dict(Preprocessing())
+    return deploy.quantize(
+        task.model,
+        path,
+        target=to,
+        calibration=training.sample_images(images, CALIBRATION, train=True)[0],
+        held_out=training.sample_images(images, HELD_OUT, train=False),
+        classes=spec.class_names,
+        preprocessing=Preprocessing(**{name: getattr(spec, name) for name in fields}),
+    )
 
 
 def load(

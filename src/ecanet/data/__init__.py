@@ -14,7 +14,7 @@ from ecanet.data.augmentation import build_eval_transform
 from ecanet.data.boxes import DetectionData, Target, has_boxes
 from ecanet.data.builder import build
 from ecanet.data.coco import RunLengths, encode_mask, find_size_problem
-from ecanet.data.folders import find_images
+from ecanet.data.folders import FolderDataset, find_images
 from ecanet.data.images import ClassificationData
 from ecanet.data.pictures import IMAGE_SUFFIXES, Unreadable, read_image, to_tensor
 from ecanet.data.randomness import Draw, derive_seed, use_sample_stream
@@ -32,7 +32,7 @@ from ecanet.data.shard_files import (
     read_shards,
 )
 from ecanet.data.shards import ShardDataset
-from ecanet.data.sources import DataSpec, check_classes
+from ecanet.data.sources import DataSpec, MemoryDataset, check_classes
 from ecanet.data.split import Split, read_split
 
 __all__ = [
@@ -48,6 +48,8 @@ __all__ = [
     "DataSpec",
     "DetectionData",
     "Draw",
+    "FolderDataset",
+    "MemoryDataset",
     "RunLengths",
     "ShardDataset",
     "ShardFile",

@@ -1,12 +1,13 @@
 """Networks in other runtimes, and for other people: `ecanet.export`, `ecanet.from_pretrained`, `ecanet.slim`.
 
 Read downward: `hub` (networks on the Hugging Face Hub), `saving` (writes one into a folder), `model_card` (the folder's
-README), `exporting` (`export`), `checking` (runs a file in its own runtime), `targets` (the table of targets),
-`onnx_files` (ONNX), `openvino_files`, `executorch_files`, `torch_files` (torch.export and TorchScript), `programs`
-(what the targets share), `preparation` (the copy that is exported), `forms` (the operations of a gate), `about` (what a
-file says about its images and classes), `reports` (what an export did); and for `slim`, which folds gates that barely
-vary into the layers beside them: `slim`, `slim_report` (what became of each gate), `slim_images` (checks and splits the
-images), `slim_judge` (which decisions change, without labels), `slim_fit` (the constant that stands for a gate best).
+README), `quantize` (`quantize`: int8, by `int8_onnx`, `int8_openvino` and `int8_executorch`), `exporting` (`export`),
+`checking` (runs a file in its own runtime), `targets` (the table of targets), `onnx_files` (ONNX), `openvino_files`,
+`executorch_files`, `torch_files` (torch.export and TorchScript), `programs` (what the targets share), `preparation`
+(the copy that is exported), `forms` (the operations of a gate), `about` (what a file says about its images and
+classes), `reports` (what an export did); and for `slim`, which folds gates that barely vary into the layers beside
+them: `slim`, `slim_report` (what became of each gate), `slim_images` (checks and splits the images), `slim_judge`
+(which decisions change, without labels), `slim_fit` (the constant that stands for a gate best).
 """
 
 from ecanet.deploy.checking import time_in_turns
@@ -14,6 +15,7 @@ from ecanet.deploy.exporting import export
 from ecanet.deploy.forms import FORMS, build_gate
 from ecanet.deploy.hub import from_pretrained, push_to_hub
 from ecanet.deploy.model_card import Measured, Metric
+from ecanet.deploy.quantize import QUANTIZERS, Int8Report, quantize
 from ecanet.deploy.reports import Comparison, ExportReport, Timing
 from ecanet.deploy.saving import save_pretrained
 from ecanet.deploy.slim import slim
@@ -22,10 +24,12 @@ from ecanet.deploy.targets import TARGETS
 
 __all__ = [
     "FORMS",
+    "QUANTIZERS",
     "TARGETS",
     "Comparison",
     "ExportReport",
     "GateReport",
+    "Int8Report",
     "Measured",
     "Metric",
     "SlimReport",
@@ -34,6 +38,7 @@ __all__ = [
     "export",
     "from_pretrained",
     "push_to_hub",
+    "quantize",
     "save_pretrained",
     "slim",
     "time_in_turns",

@@ -1,0 +1,72 @@
+"""int8 for OpenVINO, by NNCF: ranges from images, and biases corrected for the rounding of the weights."""
+
+import importlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ecanet.deploy.about import KEY, About
+from ecanet.deploy.programs import quiet, trace
+from ecanet.errors import ExportError, summarize
+
+__all__ = ["open_int8", "write_int8"]
+
+LAYERS = ("Convolution", "GroupConvolution", "MatMul")
+
+
+def write_int8(network: nn.Module, calibration: Tensor, sample: Tensor, about: About, path: Path) -> dict[str, float]:
+    """Write ``network`` in int8 to ``path`` (.xml); return the relative error of each layer's output on ``sample``.
+
+    Raises:
+        ExportError: OpenVINO cannot convert it, or NNCF cannot quantise it.
+    """
+    openvino: Any = importlib.import_module("openvino")
+    nncf: Any = importlib.import_module("nncf")
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    program = trace(network, calibration[:2])
+    try:
+        with quiet():
+            model = openvino.convert_model(program)
+            images = nncf.Dataset([calibration[at : at + 1].numpy() for at in range(len(calibration))])
+            quantized = nncf.quantize(model, images, subset_size=len(calibration))
+            quantized.set_rt_info(about.to_json(), [KEY])
+            openvino.save_model(quantized, str(path), compress_to_fp16=False)
+    except Exception as error:  # converter and tool raise errors of many classes
+        raise ExportError(f"NNCF cannot quantise {type(network).__name__}: {summarize(error)}") from error
+    before, after = (_read_outputs(openvino, one, sample) for one in (model, quantized))
+    return {
+        name: float(np.linalg.norm(after[name] - value) / (np.linalg.norm(value) or 1))
+        for name, value in before.items()
+        if name in after
+    }
+
+
+def open_int8(path: Path) -> Callable[[Tensor], Tensor]:
+    """Return the function from images (N, C, H, W) to logits that the file computes in OpenVINO on the CPU.
+
+    What is not in int8 is computed in float32: with the default precision the runtime may refuse an int8 file.
+    """
+    openvino: Any = importlib.import_module("openvino")
+    compiled = _compile(openvino, str(path))
+    return lambda images: torch.as_tensor(compiled(images.numpy())[0].copy())
+
+
+def _compile(openvino: Any, model: Any) -> Any:
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    return openvino.Core().compile_model(model, "CPU", settings)
+
+
+def _read_outputs(openvino: Any, model: Any, sample: Tensor) -> dict[str, Any]:
+    """Return the output of each convolution and matrix product of ``model`` for the images, by the layer's name."""
+    copy = model.clone()
+    layers = [node for node in copy.get_ops() if node.get_type_name() in LAYERS]
+    copy.add_outputs([node.output(0) for node in layers])
+    compiled = _compile(openvino, copy)
+    results = compiled(sample.numpy())
+    sources = [port.get_node().input(0).get_source_output().get_node() for port in copy.outputs]
+    return {node.get_friendly_name(): results[at] for at, node in enumerate(sources) if node.get_type_name() in LAYERS}
