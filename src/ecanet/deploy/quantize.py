@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ecanet.deploy import int8_executorch, int8_onnx, int8_openvino
+from ecanet.deploy import quantize_executorch, quantize_onnx, quantize_openvino
 from ecanet.deploy.about import About
 from ecanet.deploy.exporting import check_place
 from ecanet.deploy.preparation import prepare
@@ -38,10 +38,10 @@ class Quantizer:
 
 
 QUANTIZERS: dict[str, Quantizer] = {
-    "onnx": Quantizer(write=int8_onnx.write_int8, open=int8_onnx.open_int8),
-    "openvino": Quantizer(write=int8_openvino.write_int8, open=int8_openvino.open_int8, packages=("nncf",)),
+    "onnx": Quantizer(write=quantize_onnx.write_int8, open=quantize_onnx.open_int8),
+    "openvino": Quantizer(write=quantize_openvino.write_int8, open=quantize_openvino.open_int8, packages=("nncf",)),
     "executorch": Quantizer(
-        write=int8_executorch.write_int8, open=int8_executorch.open_int8, packages=("torchao",), batch=1
+        write=quantize_executorch.write_int8, open=quantize_executorch.open_int8, packages=("torchao",), batch=1
     ),
 }
 """The tools by the target's name."""
