@@ -83,7 +83,7 @@ def replace_part(page: str, part: str) -> str:
 
 def main() -> int:
     """Write the page and return the exit code: 2 if the file cannot be used."""
-    parser = argparse.ArgumentParser(prog="python benchmarks/gpu_page.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python benchmarks/gpu_page.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("record", type=Path, nargs="?", help="JSON file of benchmarks/gpu.py (default: none)")
     parser.add_argument("--page", type=Path, default=PAGE, help="page to write (default: docs/performance.md)")
     options = parser.parse_args()
