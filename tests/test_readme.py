@@ -68,6 +68,33 @@ def test_both_languages_show_the_same_code_and_figures():
     )
 
 
+def test_both_languages_show_the_same_commands_and_links():
+    def commands(path):
+        lines = re.findall(r"^    ((?:ecanet|pip) .*)$", path.read_text(), re.MULTILINE)
+        return [line.partition("#")[0].strip() for line in lines]
+
+    def links(path):
+        return set(re.findall(r"\]\(((?!README)[^)]+)\)", path.read_text()))
+
+    def numbers(path):
+        shown = re.sub(r"\]\([^)]*\)|`[^`]*`", "", path.read_text())
+        return set(re.findall(r"\d+\.\d+", shown))
+
+    assert commands(README) == commands(CHINESE)
+    assert links(README) == links(CHINESE)
+    assert numbers(README) == numbers(CHINESE)
+
+
+def test_the_eight_tasks_begin_with_commands_that_exist():
+    from ecanet.cli import COMMANDS
+
+    for path in (README, CHINESE):
+        rows = re.findall(r"^\| [^|*]+ \| (`ecanet[^|]*) \| \[docs/", path.read_text(), re.MULTILINE)
+        assert len(rows) == 8
+        for name in re.findall(r"`ecanet (\w+)", " ".join(rows)):
+            assert name in COMMANDS
+
+
 def test_both_languages_name_the_same_attention():
     row = re.search(r"\| \*\*Modules\*\* \| (.*?)\]\((.*?)\)", README.read_text())
     names = set(re.findall(r"\b\w*[A-Z]\w*\b|coordinate attention|non-local", row[1])) - {"Those"}
