@@ -199,7 +199,7 @@ def _pretend(batches: tuple[_Loaded, _Loaded], images: Any) -> Iterator[None]:
         return [False for _ in flush(votes)]
 
     def make_trainer(accelerator: str, devices: object, num_nodes: int, plugins: object, **settings: Any) -> L.Trainer:
-        return make(strategy=_Strategy(device=GPU, accelerator=_PretendedGPU()), **settings)
+        return make(**settings | {"strategy": _Strategy(device=GPU, accelerator=_PretendedGPU())})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.L, "Trainer", make_trainer)

@@ -138,6 +138,7 @@ def test_the_network_is_as_before_but_for_its_gates():
     random_state = torch.get_rng_state()
     warnings_of(model, "eca")
     assert torch.equal(torch.get_rng_state(), random_state)
+    assert vars(model).pop("_origin")  # the call's arguments, from which `save_pretrained` builds the network again
     assert {name: vars(m).keys() for name, m in model.named_modules() if name != "1"} == {
         name: attributes.keys() for name, attributes in own.items() if not name.startswith("1.")
     } | {"1.conv": vars(model[1].conv).keys()}

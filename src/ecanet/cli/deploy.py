@@ -25,7 +25,7 @@ SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "executorch": ".pte", "torch-ex
 
 def export(
     source: Annotated[str, typer.Argument(metavar="RUN|NETWORK", help="Run directory, checkpoint or network's name.")],
-    to: Annotated[str, typer.Option("--to", help=", ".join(SUFFIXES) + ".")] = "onnx",
+    to: Annotated[str, typer.Option("--to", help="Runtime: onnx, openvino, …")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="File to write.", show_default="next to the run")] = None,
     attention: Attention = None,
     kernel_sizes: KernelSizes = None,
@@ -35,7 +35,7 @@ def export(
         int | None, typer.Option(min=1, help="Height and width in pixels.", show_default="the network's own")
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise, with accuracy before and after.")] = False,
-    data: Annotated[
+    images: Annotated[
         str | None, typer.Option("--images", help="Data for --int8: folder:PATH, …", show_default="the run's")
     ] = None,
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not run the file.")] = False,
@@ -43,6 +43,7 @@ def export(
 ) -> None:
     """Write a trained network for another runtime.
 
+    --to onnx, openvino, executorch, torch-export or torchscript.
     Each runtime gets the form of the gates that it runs fast.
     The file is run there: its outputs, operations and time stand in the report.
     """
@@ -52,24 +53,24 @@ def export(
 
     if to not in SUFFIXES:
         raise ConfigError(f"--to must be one of {', '.join(SUFFIXES)}, got {to!r}")
-    if int8 or data is not None:
+    if int8 or images is not None:
         if not int8 or no_check or batch_size != 1 or image_size is not None:
             raise ConfigError("--images is for --int8, which takes no --batch-size, --image-size or --no-check")
         named = not Path(source).exists()
         network = model_config(name_network(source), attention, kernel_sizes, weights) if named else None
         place = name_file(source, SUFFIXES[to])
-        show(quantize(source, network, out or place.with_stem(f"{place.stem}-int8"), to, data), as_json)
+        show(quantize(source, network, out or place.with_stem(f"{place.stem}-int8"), to, images), as_json)
         return
-    model, classes, images = load(source, attention, kernel_sizes, weights)
-    side = image_size or images.size
+    model, classes, expected = load(source, attention, kernel_sizes, weights)
+    side = image_size or expected.size
     path = out or name_file(source, SUFFIXES[to])
     generator = torch.Generator().manual_seed(0)
     if is_detector(model):
-        example: object = [torch.rand(images.channels, side, side, generator=generator)]
+        example: object = [torch.rand(expected.channels, side, side, generator=generator)]
     else:
-        example = torch.randn(batch_size, images.channels, side, side, generator=generator)
+        example = torch.randn(batch_size, expected.channels, side, side, generator=generator)
     report = deploy.export(
-        model, path, target=to, example=example, check=not no_check, classes=classes, preprocessing=images
+        model, path, target=to, example=example, check=not no_check, classes=classes, preprocessing=expected
     )
     show(report, as_json)
 

@@ -1,17 +1,19 @@
 """A trained network on the Hugging Face Hub, or in a folder from there."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
 from ecanet import networks
+from ecanet.deploy.model_card import Measured
 from ecanet.deploy.saving import FILES, INSTALL, save_pretrained
 from ecanet.errors import CheckpointError, ConfigError, summarize
 from ecanet.models import quiet_loggers
-from ecanet.networks import CONFIG, WEIGHTS
+from ecanet.networks import CONFIG, WEIGHTS, Preprocessing
+from ecanet.recipes import ModelConfig
 
 __all__ = ["from_pretrained", "push_to_hub"]
 
@@ -48,7 +50,11 @@ def push_to_hub(
     private: bool | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
-    **settings: Any,
+    network: str | ModelConfig | None = None,
+    class_names: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    recipe: Mapping[str, object] | None = None,
+    measured: Measured | None = None,
 ) -> str:
     """Upload ``model`` to the repository ``repo`` ("owner/name") on the Hugging Face Hub; return the commit's address.
 
@@ -58,19 +64,26 @@ def push_to_hub(
         private: whether a new repository is private; None is what its owner has chosen.
         revision: the branch; None is the main branch.
         token: of the hub. None takes the one that ``hf auth login`` has stored or ``HF_TOKEN`` holds.
-        settings: the other arguments of `save_pretrained`, for a network.
+        network, class_names, preprocessing, recipe, measured: as for `save_pretrained`, for a network.
 
     Raises:
         ConfigError: the network cannot be saved, or the repository cannot be made or written.
         CheckpointError: the folder is missing or broken.
     """
+    settings: dict[str, Any] = {
+        "network": network,
+        "class_names": class_names,
+        "preprocessing": preprocessing,
+        "recipe": recipe,
+        "measured": measured,
+    }
     if isinstance(model, nn.Module):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "network")
             save_pretrained(model, folder, **settings)
             return _upload(folder, repo, private, revision, token)
-    if settings:
-        raise ConfigError(f"{', '.join(settings)}: {model} is saved already; save the network again with these")
+    if given := [name for name, value in settings.items() if value is not None]:
+        raise ConfigError(f"{', '.join(given)}: {model} is saved already; save the network again with these")
     networks.load_pretrained(model)  # nobody could use a broken one
     return _upload(Path(model), repo, private, revision, token)
 

@@ -37,7 +37,7 @@ def save_pretrained(
     network: str | ModelConfig | None = None,
     class_names: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
-    recipe: dict[str, Any] | None = None,
+    recipe: Mapping[str, object] | None = None,
     measured: Measured | None = None,
 ) -> Pretrained:
     """Write the classifier ``model`` into ``folder``, from which `from_pretrained` loads it; return the description.
@@ -76,7 +76,7 @@ def save_pretrained(
         class_names=tuple(class_names),
         preprocessing=preprocessing,
         colour_order=networks.name_colour_order(preprocessing.channels),
-        recipe=recipe if recipe is not None or known is None else known.recipe,
+        recipe=dict(recipe) if recipe is not None else known.recipe if known is not None else None,
     )
     folder = Path(folder)
     try:

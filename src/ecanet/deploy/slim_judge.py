@@ -45,8 +45,8 @@ class Share:
 def find_upper_limit(count: int, n: int) -> float:
     """Return the largest p for which ``count`` or fewer of ``n`` have a probability of 5 % or more.
 
-    >>> round(find_upper_limit(0, 299), 4), round(find_upper_limit(3, 1000), 5)
-    (0.00997, 0.00773)
+    >>> round(find_upper_limit(0, 299), 5), round(find_upper_limit(3, 1000), 5)
+    (0.00997, 0.00774)
     """
     if count >= n:
         return 1.0
