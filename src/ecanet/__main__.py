@@ -96,7 +96,8 @@ def _run() -> int:
         message = " ".join(error.format_message().split())
         if not message:  # without arguments, typer has already shown the help
             return 0
-        command = error.ctx.command_path if error.ctx else "ecanet"
+        # An option without its value is reported without a context. Only commands have such options: the first word.
+        command = error.ctx.command_path if error.ctx else f"ecanet {sys.argv[1]}"
         return _fail(f"{message.rstrip('.')} (see {command} --help)")
 
 

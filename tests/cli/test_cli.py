@@ -177,6 +177,8 @@ def test_settings_reach_the_recipe(ecanet, tmp_path):
         ("eval", "give a checkpoint or a run, or --model and --weights"),
         ("predict nowhere.ckpt nothing.png", "nothing.png: no such file or folder"),
         ("predict", "Missing argument"),
+        ("push --folder", r"requires an argument \(see ecanet push --help\)"),
+        ("models resnet8 --attach", r"requires an argument \(see ecanet models --help\)"),
         ("models resnet51", "unknown model 'resnet51'"),
     ],
 )

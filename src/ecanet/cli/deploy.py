@@ -1,5 +1,6 @@
 """The command `ecanet export`."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,7 +82,8 @@ def show(report: "ExportReport | Int8Report", as_json: bool) -> None:
         print_json(report.to_dict())
         return
     table = Table(show_header=False)
-    table.columns[0].no_wrap = True
+    table.add_column(no_wrap=True)
+    table.add_column()
     for name, value in report.list_rows():
         table.add_row(name, value)
     console.print(table)
@@ -138,7 +140,7 @@ def load(
     elif weights not in (None, "none"):
         task = training.restore(model=model_config(name_network(source), attention, kernel_sizes, weights))
     else:
-        console.print(f"{source} has random weights; --weights default takes its library's own")
+        print(f"{source} has random weights; --weights default takes its library's own", file=sys.stderr)
         return build(source, attention, kernel_sizes), (), networks.find_preprocessing(source)
     spec = task.spec
     images = networks.Preprocessing(

@@ -1,0 +1,44 @@
+"""`ecanet export`: what it prints for people, for networks by name and for a run's network in int8."""
+
+import json
+
+import pytest
+
+from ecanet.cli.deploy import show
+from ecanet.deploy import Int8Report
+
+LINE = ["export", "resnet8", "--to", "torchscript", "--no-check", "--image-size", 32]
+
+
+@pytest.mark.parametrize("attention", ["eca", "none"])
+def test_the_report_is_a_table(ecanet, tmp_path, attention):
+    code, out, err = ecanet(*LINE, "--attention", attention)
+    assert code == 0, err
+    assert (tmp_path / "resnet8.pt").exists()
+    rows = [[cell.strip() for cell in row.strip("│").split("│")] for row in out.splitlines() if row.startswith("│")]
+    assert ["file", "resnet8.pt"] in rows
+    assert ["target", "torchscript"] in rows
+
+
+def test_json_is_alone_on_standard_output(ecanet):
+    code, out, err = ecanet(*LINE, "--json")
+    assert code == 0, err
+    assert json.loads(out)["target"] == "torchscript"
+    assert "random weights" in err
+
+
+def test_the_names_of_int8_rows_are_whole(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    layers = {"layer1.0.attention.layers.conv": 0.037}
+    fields = {
+        "path": "net.onnx",
+        "target": "onnx",
+        "bytes": 1,
+        "gates": {"conv2d": 9},
+        "calibration": 512,
+        "images": 360,
+    }
+    show(Int8Report(agreement=100.0, before=90.0, after=89.5, layers=layers, **fields), as_json=False)
+    out = capsys.readouterr().out
+    assert "error of layer1.0.attention.layers.conv │ 3.7%" in out
+    assert "(-0.50)" in out
