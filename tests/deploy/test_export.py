@@ -28,7 +28,7 @@ def small(attention="eca"):
 def test_a_trace_is_checked_beside_pytorch_and_beside_plain(tmp_path):
     model, path = small(), tmp_path / "new" / "model.pt"
     images = networks.Preprocessing(size=32, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 2.0))
-    report = ecanet.export(model, path, target="torchscript", example=X, classes=("a", "b"), preprocessing=images)
+    report = ecanet.export(model, path, target="torchscript", example=X, classes=tuple("abcde"), preprocessing=images)
     assert [c.shape for c in report.comparisons] == [(1, 3, 32, 32), (2, 3, 32, 32), (1, 3, 64, 96), (2, 3, 64, 96)]
     assert all(c.passed and c.allowed < 1e-4 for c in report.comparisons)
     assert (report.gates, report.partitions, report.checked) == ({"conv2d": 3}, 1, True)
@@ -39,7 +39,7 @@ def test_a_trace_is_checked_beside_pytorch_and_beside_plain(tmp_path):
     extra = {"ecanet.json": ""}
     loaded = torch.jit.load(str(path), _extra_files=extra)
     about = json.loads(extra["ecanet.json"])
-    assert (about["classes"], about["mean"], about["colour_order"]) == (["a", "b"], [0.1, 0.2, 0.3], "RGB")
+    assert (about["classes"], about["mean"], about["colour_order"]) == (list("abcde"), [0.1, 0.2, 0.3], "RGB")
     with torch.no_grad():
         torch.testing.assert_close(loaded(X), model(X), rtol=1e-4, atol=1e-5)
     assert [p.name for p in path.parent.iterdir()] == ["model.pt"], "nothing is left beside the file"

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, show_value
 from ecanet.networks import Preprocessing
 
 __all__ = ["KEY", "About"]
@@ -27,8 +27,15 @@ class About:
         Raises:
             ConfigError: the classes are not names.
         """
-        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
-            raise ConfigError(f"classes must be a sequence of names, got {classes!r}; pass ('cat', 'dog')")
+        given: object = classes
+        if (
+            not isinstance(given, Sequence)
+            or isinstance(given, str)
+            or not all(isinstance(name, str) for name in given)
+        ):
+            raise ConfigError(f"classes must be a sequence of names, got {show_value(given)}; pass ('cat', 'dog')")
+        if not isinstance(preprocessing, Preprocessing | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"preprocessing must be ecanet.networks.Preprocessing, got {show_value(preprocessing)}")
         return cls(classes=tuple(classes), preprocessing=preprocessing)
 
     def to_json(self) -> str:

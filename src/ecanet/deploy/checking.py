@@ -32,7 +32,7 @@ class Subject:
     """What was exported, for the check."""
 
     model: nn.Module
-    """The user's network, which is the reference."""
+    """A copy of the user's network on the CPU, which is the reference."""
     inputs: Sequence[Tensor]
     target: Target
     path: Path
@@ -97,7 +97,7 @@ def compare_all(subject: Subject, session: Session) -> tuple[list[Comparison], l
             )
     else:
         notes.append("a detector's file takes images of the example's size, so no other was checked")
-    reference, oracle = subject.model.eval(), widen(subject.model).eval()
+    reference, oracle = subject.model, widen(subject.model)
     found: list[Comparison] = []
     generator = torch.Generator().manual_seed(0)
     for batch, side in zip(batches * len(sides), [s for s in sides for _ in batches], strict=True):
@@ -138,10 +138,15 @@ def compare(session: Session, reference: nn.Module, oracle: nn.Module, inputs: S
     """Return the error of the file's outputs for ``inputs``, and its bound.
 
     Raises:
-        ExportError: the runtime cannot run the file on them, or gives another number of outputs.
+        ExportError: the runtime cannot run the file on them or gives another number of outputs, or PyTorch gives NaN.
     """
     plain = run_network(reference, inputs)
     exact = run_network(oracle, [x.double() for x in inputs])
+    if not all(y.isfinite().all() for y in plain):
+        raise ExportError(
+            f"{type(reference).__name__} returns numbers that are not finite for a random image, so that its file "
+            f"cannot be checked; look for NaN in the weights"
+        )
     try:
         outputs = session.run(inputs)
     except Exception as error:  # runtimes raise errors of many classes
@@ -177,7 +182,8 @@ def compare_with_plain(subject: Subject, session: Session, report: ExportReport)
     if not gates or is_detector(subject.model):
         return report
     target = subject.target
-    path = subject.path.with_name(f"plain{target.suffix}")
+    path = subject.path.parent / "plain" / subject.path.name  # apart: the user's file may have any name
+    path.parent.mkdir()
     network = prepare(remove_attention(subject.model), target.form, early=target.early).network
     target.write(network, subject.inputs, About(), path)
     plain = open_session(target, path)

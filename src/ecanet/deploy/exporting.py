@@ -1,23 +1,26 @@
 """`export`: write a network for another runtime, and check the file there."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ecanet import inference
 from ecanet.deploy.about import About
 from ecanet.deploy.checking import Subject, check_file
 from ecanet.deploy.preparation import prepare
-from ecanet.deploy.programs import read_example
+from ecanet.deploy.programs import read_example, run_network
 from ecanet.deploy.reports import ExportReport
 from ecanet.deploy.targets import Target, find_target
-from ecanet.errors import ConfigError, ExportError
+from ecanet.errors import ConfigError, ExportError, summarize
 from ecanet.models import is_detector
 from ecanet.networks import Preprocessing
 
-__all__ = ["export"]
+__all__ = ["check_example", "check_place", "export", "write_beside"]
 
 
 def export(
@@ -58,11 +61,12 @@ def export(
     inputs = read_example(model, example)
     place = check_place(Path(path), goal)
     about = About.of(classes, preprocessing)
-    prepared = prepare(model.cpu(), goal.form, early=goal.early)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".export-") as folder:
-        file = Path(folder) / place.name
+    model = inference.copy_model(model).cpu()
+    check_example(model, inputs, about)
+    prepared = prepare(model, goal.form, early=goal.early)
+    with write_beside(place) as file:
         facts = goal.write(prepared.network, inputs, about, file)
-        written = sorted(Path(folder).iterdir())
+        written = list(file.parent.iterdir())
         report = ExportReport(
             path=str(place),
             target=target,
@@ -74,8 +78,6 @@ def export(
             report = check_file(Subject(model=model, inputs=inputs, target=goal, path=file), report)
         else:
             report = replace(report, notes=("not checked",))
-        for part in sorted(written, key=lambda part: part == file):  # the file itself comes last
-            part.replace(place.with_name(part.name))
     return report
 
 
@@ -87,10 +89,54 @@ def check_place(path: Path, target: Target) -> Path:
     """
     if path.suffix != target.suffix:
         raise ConfigError(f"{path} must end in {target.suffix}; write {path.with_suffix(target.suffix)}")
-    if path.is_dir():
-        raise ConfigError(f"{path} is a directory; give the name of a file")
     try:
+        if path.is_dir():
+            raise ConfigError(f"{path} is a directory; give the name of a file")
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{path}: its folder cannot be made ({error.strerror}); give another path") from error
     return path
+
+
+def check_example(model: nn.Module, inputs: Sequence[Tensor], about: About) -> None:
+    """Run ``model`` on its inputs, and compare what it takes and returns with what ``about`` says.
+
+    Raises:
+        ConfigError: it is not in float32, does not run, or has another number of classes or channels.
+    """
+    name, shapes = type(model).__name__, " and ".join("x".join(map(str, x.shape)) for x in inputs)
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if dtypes and torch.float32 not in dtypes:
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ConfigError(f"{name} is in {found}, and files are written in float32; pass copy.deepcopy(model).float()")
+    try:
+        outputs = run_network(model, inputs)
+    except Exception as error:  # a forward may raise anything
+        raise ConfigError(f"{name} does not run on the images {shapes}: {summarize(error)}; give others") from error
+    images, classes = about.preprocessing, len(about.classes)
+    if images is not None and inputs[0].dim() > 2 and images.channels != inputs[0].shape[-3]:
+        raise ConfigError(f"preprocessing has {images.channels} channels, and the images are {shapes}")
+    if is_detector(model) or not classes or len(outputs) != 1 or outputs[0].dim() != 2:
+        return
+    logits = outputs[0].shape[1]
+    if classes != logits and (classes, logits) != (2, 1):
+        raise ConfigError(f"classes has {classes} names, and {name} returns {logits} logits; give one name for each")
+
+
+@contextmanager
+def write_beside(place: Path) -> Generator[Path]:
+    """Yield where to write the file ``place``: in a new folder, whose files take their places if no error is raised.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".export-") as folder:
+            file = Path(folder) / place.name
+            yield file
+            parts = [part for part in Path(folder).iterdir() if part.is_file()]
+            for part in sorted(parts, key=lambda part: part == file):  # the file itself comes last
+                part.replace(place.with_name(part.name))
+    except OSError as error:
+        reason = error.strerror or summarize(error)
+        raise ConfigError(f"{place} cannot be written ({reason}); give another path, or make room") from error

@@ -38,7 +38,7 @@ def write_file(network: nn.Module, inputs: Sequence[Tensor], about: About, path:
                 varies = list_varying_axes(program)
                 written: Any = export(program, dynamo=True, input_names=[INPUT], verbose=False)
                 written.save(str(path), external_data=False)
-    except ExportError:
+    except (ExportError, OSError):
         raise
     except Exception as error:  # the exporter raises errors of many classes
         raise ExportError(f"PyTorch cannot write {type(network).__name__} as ONNX: {summarize(error)}") from error

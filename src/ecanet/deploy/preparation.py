@@ -1,6 +1,5 @@
 """Make the copy of a network that is exported: norms folded, every gate in the form of the target."""
 
-import copy
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -50,7 +49,7 @@ def prepare(model: nn.Module, form: Form, *, early: bool) -> Prepared:
 
     The factor 2 of lossless gates is moved into the layers before them where `ecanet.fold` can do so.
     """
-    network = copy.deepcopy(model).eval().requires_grad_(False)
+    network = inference.copy_model(model)
     if attached(network):
         with suppress(AttachError):  # a site without an affine of its own: its gate keeps one more multiplication
             fold(network)
@@ -109,7 +108,7 @@ def count_attention(model: nn.Module) -> int:
 
 def remove_attention(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` in which every attention module is the identity: the plain network."""
-    plain = copy.deepcopy(model).eval().requires_grad_(False)
+    plain = inference.copy_model(model)
     for name in find_attention(plain):
         parent, _, key = name.rpartition(".")
         setattr(plain.get_submodule(parent), key, nn.Identity())

@@ -1,7 +1,6 @@
 """`quantize`: write a network in int8 for another runtime, by that runtime's own tool, and say what it costs."""
 
 import importlib.util
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ecanet import inference
 from ecanet.deploy import quantize_executorch, quantize_onnx, quantize_openvino
 from ecanet.deploy.about import About
-from ecanet.deploy.exporting import check_place
+from ecanet.deploy.exporting import check_example, check_place, write_beside
 from ecanet.deploy.preparation import prepare
 from ecanet.deploy.programs import run_network
 from ecanet.deploy.targets import find_target
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, show_value
 from ecanet.networks import Preprocessing
 
 __all__ = ["QUANTIZERS", "Int8Report", "quantize"]
@@ -127,16 +127,17 @@ def quantize(
     images, labels = held_out
     _check_images(calibration, images, labels)
     place, about = check_place(Path(path), goal), About.of(classes, preprocessing)
-    prepared = prepare(model.cpu(), goal.form, early=goal.early)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".export-") as folder:
-        file = Path(folder) / place.name
+    model = inference.copy_model(model).cpu()
+    check_example(model, [images[:2]], about)
+    prepared = prepare(model, goal.form, early=goal.early)
+    with write_beside(place) as file:
         layers = quantizer.write(prepared.network, calibration, images[:SAMPLE], about, file)
-        written = sorted(Path(folder).iterdir())
+        written = list(file.parent.iterdir())
         run, size = quantizer.open(file), quantizer.batch or BATCH
         batches = [images[at : at + size] for at in range(0, len(images), size)]
         float_classes = torch.cat([run_network(prepared.network, [part])[0] for part in batches]).argmax(1)
         int8_classes = torch.cat([run(part) for part in batches]).argmax(1)
-        report = Int8Report(
+        return Int8Report(
             path=str(place),
             target=target,
             bytes=sum(part.stat().st_size for part in written),
@@ -148,9 +149,6 @@ def quantize(
             agreement=_count_share(float_classes == int8_classes),
             layers=dict(sorted(layers.items(), key=lambda one: -one[1])),
         )
-        for part in sorted(written, key=lambda part: part == file):  # the file itself comes last
-            part.replace(place.with_name(part.name))
-    return report
 
 
 def _find_quantizer(target: str) -> Quantizer:
@@ -165,6 +163,9 @@ def _find_quantizer(target: str) -> Quantizer:
 
 def _check_images(calibration: Tensor, images: Tensor, labels: Tensor) -> None:
     """Raise ConfigError unless there are images of one shape for both, with a label for each held-out one."""
+    for name, value in (("calibration", calibration), ("held_out", images), ("the labels of held_out", labels)):
+        if not isinstance(value, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"{name} must be a tensor, got {show_value(value)}")
     for name, value in (("calibration", calibration), ("held_out", images)):
         if value.dim() != 4 or value.dtype != torch.float32 or not len(value):
             raise ConfigError(

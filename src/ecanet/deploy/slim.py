@@ -1,6 +1,5 @@
 """Fold the gates of a trained network that barely vary into the layers beside them, within a budget."""
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -8,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ecanet import inference
 from ecanet.deploy.slim_fit import Constant, Frozen, find_constant_factor, fit
 from ecanet.deploy.slim_images import Images, check_count, split_images
 from ecanet.deploy.slim_judge import Answers, Decide, Share, answer, compare, mean_divergence, shift
@@ -69,12 +69,12 @@ def slim(
 
     Raises:
         ConfigError: an argument has another type, there are too few images for the budget, or the network's decisions
-            are not known.
-        AttachError: the network has no gates, cannot be run on the images, or folding changes outputs by more than
-            1e-5 of the largest.
+            are not known, or it has no weights yet.
+        AttachError: the network has no gates, cannot be run on the images, returns NaN for them, or folding changes
+            outputs by more than 1e-5 of the largest.
     """
     fitted, judged, others = split_images(model, images, budget, also)
-    result = copy.deepcopy(model).eval()
+    result = inference.copy_for_evaluation(model)
     to = next((p.device for p in result.parameters()), torch.device("cpu"))
     fitted, judged = ([images.to(to) for images in batches] for batches in (fitted, judged))
     others = {name: [images.to(to) for images in batches] for name, batches in others.items()}
@@ -86,10 +86,10 @@ def slim(
         trial.fold_constants()
         trial.judge(fitted, judged, others, decide)
         trial.fold(judged[0] if judged else fitted[0])
-    base = copy.deepcopy(model).eval()
+    base = inference.copy_for_evaluation(model)
     for name, shifted in shift(judged[:MOST_SHIFTED]).items() if report.changed else ():
         report.shifted[name] = compare(answer(base, shifted, decide), answer(result, shifted, decide)).share
-    return result, report
+    return result.eval(), report
 
 
 class Trial:
@@ -207,7 +207,12 @@ class Trial:
             folded.append(gate)
         self.report.gates = [*(g for g in folded if g not in self.report.gates), *self.report.gates]
         self.report.error = measure_error(before, run(self.model, example))
-        if not self.report.error <= LARGEST_ERROR:
+        if not math.isfinite(self.report.error):
+            raise AttachError(
+                f"{type(self.model).__name__} returns numbers that are not finite for these images; look for NaN in "
+                f"the images and the weights"
+            )
+        if self.report.error > LARGEST_ERROR:
             raise AttachError(
                 f"folding changes outputs of {type(self.model).__name__} by {self.report.error:.1g} of the largest, "
                 f"more than {LARGEST_ERROR:g}; slim it in float32 or wider"

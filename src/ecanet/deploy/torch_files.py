@@ -14,6 +14,8 @@ from ecanet.deploy.about import KEY, About
 from ecanet.deploy.programs import Session, flatten, list_varying_axes, quiet, trace
 from ecanet.errors import ExportError, summarize
 
+# The writers go through memory: on a full disk PyTorch's own writer of files ends the process without a word of Python.
+
 __all__ = ["open_export", "open_script", "write_export", "write_script"]
 
 jit: Any = torch.jit  # its functions have no types
@@ -29,7 +31,9 @@ def write_export(network: nn.Module, inputs: Sequence[Tensor], about: About, pat
         ExportError: `torch.export` cannot record it.
     """
     program = trace(network, inputs[0])
-    torch.export.save(program, str(path), extra_files={ABOUT: about.to_json()})
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={ABOUT: about.to_json()})
+    path.write_bytes(file.getvalue())
     batch, size = list_varying_axes(program)
     return {"torch": torch.__version__, "batch varies": batch, "size varies": size}
 
@@ -53,15 +57,14 @@ def write_script(network: nn.Module, inputs: Sequence[Tensor], about: About, pat
     Raises:
         ExportError: `torch.jit.trace` cannot record it.
     """
+    file = io.BytesIO()
     try:
         with quiet(), torch.no_grad():
-            jit.save(
-                jit.trace(network, tuple(inputs), check_trace=False),
-                str(path),
-                _extra_files={ABOUT: about.to_json().encode()},
-            )
+            traced = jit.trace(network, tuple(inputs), check_trace=False)
+            jit.save(traced, file, _extra_files={ABOUT: about.to_json().encode()})
     except Exception as error:  # the recorder raises errors of many classes
         raise ExportError(f"torch.jit.trace cannot record {type(network).__name__}: {summarize(error)}") from error
+    path.write_bytes(file.getvalue())
     return {"torch": torch.__version__, "batch varies": True, "size varies": True}
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from ecanet.errors import ConfigError
 from ecanet.inference.captured import CapturedNetwork, check_device
 from ecanet.inference.changes import Editor
-from ecanet.inference.comparison import copy_model, plan_changes
+from ecanet.inference.comparison import plan_changes
+from ecanet.inference.copying import copy_model
 
 __all__ = ["Optimization", "optimize"]
 
@@ -66,8 +67,8 @@ def optimize(model: nn.Module, *, example: object = None, graph: bool = False) -
 
     Raises:
         AttachError: ``model`` does not run on the example, or no example can be guessed.
-        ConfigError: ``model`` is no network, has nothing to fold or move, or its outputs would change; with ``graph``
-            it is not on a CUDA device.
+        ConfigError: ``model`` is no network, has no weights yet or nothing to fold or move, or its outputs would
+            change; with ``graph`` it is not on a CUDA device.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"optimize takes a network (a torch.nn.Module), got {model!r}")
