@@ -2,6 +2,7 @@
 
 import errno
 import resource
+import types
 
 import pytest
 import torch
@@ -177,3 +178,43 @@ def test_a_folder_that_takes_no_files_is_one_line(code, tmp_path, monkeypatch):
 def test_a_name_that_is_too_long_is_one_line(tmp_path):
     with pytest.raises(EcanetError, match="File name too long"):
         export(make(), tmp_path / f"{'x' * 300}.pt")
+
+
+def add_hook(model):
+    model.layer1.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+
+
+def exchange_activation(model):
+    next(m for m in model.modules() if isinstance(m, nn.Sequential)).append(nn.Softplus())
+
+
+def override_forward(model):
+    model.forward = types.MethodType(lambda self, x: type(self).forward(self, x.flip(1)), model)
+
+
+@pytest.mark.parametrize("change", [add_hook, exchange_activation, override_forward])
+def test_a_network_that_its_description_does_not_compute_is_not_saved(change, tmp_path):
+    torch.manual_seed(0)
+    model = ecanet.create_model("resnet8", num_classes=4)
+    ecanet.save_pretrained(model, tmp_path / "network")
+    before = sorted((file.name, file.stat().st_mtime_ns) for file in (tmp_path / "network").iterdir())
+    change(model)
+    with pytest.raises(EcanetError, match="computes something else than resnet8 with the same weights") as caught:
+        ecanet.save_pretrained(model, tmp_path / "network")
+    assert "\n" not in str(caught.value)
+    assert before == sorted((file.name, file.stat().st_mtime_ns) for file in (tmp_path / "network").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("build", "settings", "message"),
+    [
+        (lambda: 3, {}, "save_pretrained takes a network .* got 3"),
+        (lambda: ecanet.create_model("resnet8").to("meta"), {}, "has no data .* load its weights first"),
+        (BAD["lazy"][0], {}, BAD["lazy"][1]),
+        (lambda: ecanet.create_model("resnet8"), {"class_names": "cat"}, "a sequence of names, got 'cat'"),
+    ],
+)
+def test_what_cannot_be_saved_is_one_line(build, settings, message, tmp_path):
+    with pytest.raises(EcanetError, match=message):
+        ecanet.save_pretrained(build(), tmp_path / "network", **settings)
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,5 @@
 """Write a trained network into a folder, from which another process can load it."""
 
-import copy
 import json
 import shutil
 import tempfile
@@ -11,9 +10,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ecanet import networks
+from ecanet import inference, networks
 from ecanet.deploy.model_card import PICTURE, Measured, write_card
-from ecanet.errors import CheckpointError, ConfigError, EcanetError, summarize
+from ecanet.errors import CheckpointError, ConfigError, EcanetError, show_value, summarize
 from ecanet.models import get_origin
 from ecanet.networks import CONFIG, WEIGHTS, Preprocessing, Pretrained
 from ecanet.recipes import ModelConfig, to_dict
@@ -43,8 +42,8 @@ def save_pretrained(
     """Write the classifier ``model`` into ``folder``, from which `from_pretrained` loads it; return the description.
 
     The folder gets ``config.json``, ``model.safetensors`` with the tensors under the network's own names, and a model
-    card. Before anything is written there, the network is built again from these files, and every tensor and every gate
-    is compared. If an error is raised, the folder is as it was.
+    card. Before anything is written there, the network is built again from these files, and every tensor, every gate
+    and the outputs for one random image are compared. If an error is raised, the folder is as it was.
 
     Args:
         model: this library's network, or another's with gates attached by one call of `ecanet.attach`, or plain.
@@ -56,9 +55,15 @@ def save_pretrained(
         measured: what the card says about data, metrics and cost.
 
     Raises:
-        ConfigError: the network cannot be built again from its name, or the folder cannot be written.
+        ConfigError: the network cannot be built again from its name, has no weights yet or computes something else
+            than its description says (by a hook, by another activation), or the folder cannot be written.
         CheckpointError: a tensor is not finite, or a package is missing.
     """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"save_pretrained takes a network (a torch.nn.Module), got {show_value(model)}")
+    if isinstance(class_names, str):
+        raise ConfigError(f"class_names must be a sequence of names, got {show_value(class_names)}")
+    copied = inference.copy_model(model).cpu()
     # Once loaded, a network knows what it was loaded from.
     known = cast(Pretrained | None, vars(model).get("pretrained_config"))
     name = network if known is None or network is not None else known.network.name
@@ -66,7 +71,7 @@ def save_pretrained(
     if preprocessing is None:
         preprocessing = networks.find_preprocessing(config.name) if known is None else known.preprocessing
     if class_names is None:
-        class_names = _number_classes(model, config.name, preprocessing) if known is None else known.class_names
+        class_names = _number_classes(copied, config.name, preprocessing) if known is None else known.class_names
     description = Pretrained(
         library="ecanet",
         version=_find_version(),
@@ -84,7 +89,7 @@ def save_pretrained(
         with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".saving-") as temporary:
             made = Path(temporary)
             _write(made, model, description, measured)
-            _prove(made, model)
+            _prove(made, copied)
             folder.mkdir(exist_ok=True)
             for file in reversed(FILES):  # without its description, a half-written folder is refused
                 (folder / file).unlink(missing_ok=True)
@@ -122,7 +127,7 @@ def _find_timm_name(model: nn.Module) -> str | None:
 
 def _number_classes(model: nn.Module, name: str, made_for: Preprocessing) -> list[str]:
     """Return "0", "1", … for the logits of ``model``."""
-    single = copy.deepcopy(model).float()
+    single = inference.copy_model(model).float()
     _, classes = networks.find_head(single, name, (made_for.channels, made_for.size, made_for.size))
     return [str(label) for label in range(classes)]
 
@@ -181,10 +186,10 @@ def _list_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _prove(folder: Path, model: nn.Module) -> None:
-    """Load the network from ``folder`` and compare it with ``model``.
+    """Load the network from ``folder`` and compare it with ``model``: tensors, and the outputs for a random image.
 
     Raises:
-        ConfigError: it cannot be built from its description, or a tensor differs.
+        ConfigError: it cannot be built from its description, or a tensor or an output differs.
         CheckpointError: a tensor is not finite.
     """
     try:
@@ -199,3 +204,27 @@ def _prove(folder: Path, model: nn.Module) -> None:
     for name, value in mine.items():
         if not torch.equal(value.detach().cpu(), theirs[name]) or value.dtype != theirs[name].dtype:
             raise ConfigError(f"{name!r} of {config.network.name} is not the same after loading; report this as a bug")
+    images = config.preprocessing
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, images.channels, images.size, images.size, generator=generator).to(getattr(torch, config.dtype))
+    difference, allowed = _compare_outputs(model, again, x), torch.finfo(x.dtype).eps ** 0.5
+    if not difference <= allowed:
+        raise ConfigError(
+            f"this {type(model).__name__} computes something else than {config.network.name} with the same weights "
+            f"(off by {difference:.1e}): a hook, another activation or another forward cannot be saved"
+        )
+
+
+@torch.no_grad()
+def _compare_outputs(model: nn.Module, again: nn.Module, x: Tensor) -> float:
+    """Return the largest difference of the logits for ``x``, relative to the largest logit.
+
+    Raises:
+        ConfigError: ``model`` does not run.
+    """
+    try:
+        mine, theirs = cast(Tensor, model(x)).double(), cast(Tensor, again(x)).double()
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        shape = tuple(x.shape)
+        raise ConfigError(f"this {type(model).__name__} does not run on images {shape}: {summarize(error)}") from error
+    return float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
