@@ -119,11 +119,15 @@ class Inside(nn.Module):
 class GatedCall:
     """A child as the forward of its block sees it: its call is the child's call, and then the gate's.
 
-    All its attributes, its class among them, are the child's.
+    All its attributes, its class among them, are the child's. torch.compile first makes one without a child, and asks
+    for its class, its truth and its attributes.
     """
 
     def __init__(self, block: nn.Module, name: str, child: object):
-        vars(self).update(block=block, name=name, child=child)
+        # torch.compile of torch 2.11 knows no other way past `__setattr__`.
+        object.__setattr__(self, "block", block)
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "child", child)
 
     def __call__(self, *args: object, **kwargs: object) -> Tensor:
         """Return the gated output of the child."""
@@ -136,6 +140,8 @@ class GatedCall:
         return pass_gates(attributes["block"], attributes["name"], attributes["child"].forward(*args, **kwargs))
 
     def __getattr__(self, name: str) -> object:
+        if "child" not in vars(self):
+            raise AttributeError(name)
         return getattr(vars(self)["child"], name)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -151,15 +157,15 @@ class GatedCall:
         return vars(self)["child"][key]
 
     def __bool__(self) -> bool:
-        return bool(vars(self)["child"])
+        return "child" not in vars(self) or bool(vars(self)["child"])
 
     if not TYPE_CHECKING:
 
         @property
         def __class__(self):
             """The class of the child, for isinstance."""
-            attributes = vars(self)  # torch.compile makes an empty one first
-            return type(attributes["child"]) if attributes else GatedCall
+            attributes = vars(self)
+            return type(attributes["child"]) if "child" in attributes else GatedCall
 
 
 def pass_gates(block: nn.Module, name: str, x: Tensor) -> Tensor:
