@@ -98,8 +98,6 @@ def quantize(source: str, network: "ModelConfig | None", path: Path, to: str, da
     """
     from ecanet import deploy, training
     from ecanet.data import ClassificationData, check_classes
-    from ecanet.networks import Preprocessing
-    from ecanet.recipes import to_dict
 
     task = training.restore(None if network else source, model=network, data_name=data_name)
     if not task.recipe.data.name:
@@ -108,16 +106,17 @@ def quantize(source: str, network: "ModelConfig | None", path: Path, to: str, da
     if not isinstance(images, ClassificationData):
         raise ConfigError(f"{source} is a detector, and int8 is for classifiers; leave --int8 out")
     check_classes(task.recipe.data.name, images.spec, task.spec)
-    images.spec, spec = task.spec, task.spec
-    fields = to_dict(Preprocessing())
+    images.spec, takes = task.spec, training.describe_images(task)
+    calibration, _ = training.sample_images(images, CALIBRATION, train=True)
+    held_out, labels = training.sample_images(images, HELD_OUT, train=False)
     return deploy.quantize(
         task.model,
         path,
         target=to,
-        calibration=training.sample_images(images, CALIBRATION, train=True)[0],
-        held_out=training.sample_images(images, HELD_OUT, train=False),
-        classes=spec.class_names,
-        preprocessing=Preprocessing(**{name: getattr(spec, name) for name in fields}),
+        calibration=calibration.expand(-1, takes.channels, -1, -1),
+        held_out=(held_out.expand(-1, takes.channels, -1, -1), labels),
+        classes=task.spec.class_names,
+        preprocessing=takes,
     )
 
 
@@ -142,16 +141,7 @@ def load(
     else:
         print(f"{source} has random weights; --weights default takes its library's own", file=sys.stderr)
         return build(source, attention, kernel_sizes), (), networks.find_preprocessing(source)
-    spec = task.spec
-    images = networks.Preprocessing(
-        channels=spec.channels,
-        size=spec.size,
-        mean=spec.mean,
-        std=spec.std,
-        crop=spec.crop,
-        interpolation=spec.interpolation,
-    )
-    return task.model.eval(), spec.class_names, images
+    return task.model.eval(), task.spec.class_names, training.describe_images(task)
 
 
 def build(name: str, attention: str | None, kernel_sizes: str | None) -> "nn.Module":

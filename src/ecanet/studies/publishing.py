@@ -8,7 +8,7 @@ from ecanet import networks, training
 from ecanet.deploy import Measured, Metric, save_pretrained
 from ecanet.errors import ConfigError, DataError
 from ecanet.models import read_file
-from ecanet.networks import Preprocessing, Pretrained
+from ecanet.networks import Pretrained
 from ecanet.recipes import Recipe, to_dict
 from ecanet.report import UNITS, Report
 from ecanet.studies import cost
@@ -59,20 +59,12 @@ def publish(run: str | Path, folder: str | Path, *, which: str = "best") -> Pret
         notes=[_describe_choice(recipe, which, epoch)],
         picture=_find_picture(run),
     )
-    made_for = Preprocessing(
-        channels=spec.channels,
-        size=spec.size,
-        mean=spec.mean,
-        std=spec.std,
-        crop=spec.crop,
-        interpolation=spec.interpolation,
-    )
     return save_pretrained(
         task.model,
         folder,
         network=recipe.model,
         class_names=spec.class_names,
-        preprocessing=made_for,
+        preprocessing=training.describe_images(task),
         recipe=public,
         measured=measured,
     )

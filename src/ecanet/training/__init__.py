@@ -5,10 +5,10 @@ Read downward: `trainer` (`run`, `remake_report`), `weights` (takes them out of 
 decide together), `processes` (connects those that were started again), `stopping` (signals), `failures` (of the
 machine), `gates` (for the report), `states` (what a checkpoint must have), `checkpoints` (how a run writes and finds
 them), `loggers` (TensorBoard and others, by name), `detections` (`detect`), `trained` (`evaluate`, `predict`),
-`sampling` (a few images for int8), `tuning` (trains a changed network a little), `restoring` (`restore`), `preparation`
-(completes a recipe), `progress` (the output of a run while it trains), `tasks` (what a network learns and how it is
-scored), `graphs` (CUDA graphs of a network), `sharding` (weights shared by processes), `detectors` (this library's and
-torchvision's).
+`sampling` (a few images, and what images a network takes), `tuning` (trains a changed network a little), `restoring`
+(`restore`), `preparation` (completes a recipe), `progress` (the output of a run while it trains), `tasks` (what a
+network learns and how it is scored), `graphs` (CUDA graphs of a network), `sharding` (weights shared by processes),
+`detectors` (this library's and torchvision's).
 """
 
 from ecanet.training.detections import FoundObject, ImageDetections, detect
@@ -16,7 +16,7 @@ from ecanet.training.detectors import build_detector
 from ecanet.training.preparation import build_data, complete
 from ecanet.training.restoring import restore
 from ecanet.training.run_dirs import read_recipe
-from ecanet.training.sampling import sample_images
+from ecanet.training.sampling import describe_images, sample_images
 from ecanet.training.tasks import TASKS, Classification, Detection, Task
 from ecanet.training.trained import Prediction, evaluate, image_files, predict
 from ecanet.training.trainer import remake_report, run
@@ -35,6 +35,7 @@ __all__ = [
     "build_detector",
     "check_finished",
     "complete",
+    "describe_images",
     "detect",
     "evaluate",
     "fine_tune",

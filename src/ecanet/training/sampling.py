@@ -1,12 +1,33 @@
-"""Take a few images of a data set as a network sees them: to calibrate an int8 file, and to try it."""
+"""Say what images a network takes, and take a few of a data set: to calibrate an int8 file, and to try it."""
 
 import torch
 from torch import Tensor
 
 from ecanet.data import ClassificationData, Draw, FolderDataset, MemoryDataset, build_eval_transform, read_image
 from ecanet.errors import DataError
+from ecanet.networks import Preprocessing
+from ecanet.training.tasks import Classification, Task
 
-__all__ = ["sample_images"]
+__all__ = ["describe_images", "sample_images"]
+
+
+def describe_images(task: Task) -> Preprocessing:
+    """Return how an image becomes the input of ``task.model``, for those who have the network without the task.
+
+    A task repeats grey images for a network that takes three channels. Without it, each of them has the mean and the
+    standard deviation of grey.
+    """
+    spec = task.spec
+    channels = task.channels if isinstance(task, Classification) else spec.channels
+    times = channels // spec.channels
+    return Preprocessing(
+        channels=channels,
+        size=spec.size,
+        mean=spec.mean * times,
+        std=spec.std * times,
+        crop=spec.crop,
+        interpolation=spec.interpolation,
+    )
 
 
 def sample_images(images: ClassificationData, count: int, *, train: bool) -> tuple[Tensor, Tensor]:
