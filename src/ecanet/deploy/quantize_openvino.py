@@ -64,9 +64,20 @@ def _compile(openvino: Any, model: Any) -> Any:
 def _read_outputs(openvino: Any, model: Any, sample: Tensor) -> dict[str, Any]:
     """Return the output of each convolution and matrix product of ``model`` for the images, by the layer's name."""
     copy = model.clone()
-    layers = [node for node in copy.get_ops() if node.get_type_name() in LAYERS]
-    copy.add_outputs([node.output(0) for node in layers])
-    compiled = _compile(openvino, copy)
-    results = compiled(sample.numpy())
-    sources = [port.get_node().input(0).get_source_output().get_node() for port in copy.outputs]
-    return {node.get_friendly_name(): results[at] for at, node in enumerate(sources) if node.get_type_name() in LAYERS}
+    readers = {
+        node.get_friendly_name(): _find_reader(node) for node in copy.get_ops() if node.get_type_name() in LAYERS
+    }
+    copy.add_outputs([reader.output(0) for reader in readers.values()])
+    results = _compile(openvino, copy)(sample.numpy())
+    # An operation that is an output already, or that reads two layers, is not added again.
+    sources = [port.get_node().input_value(0).get_node().get_friendly_name() for port in copy.outputs]
+    return {name: results[sources.index(reader.get_friendly_name())] for name, reader in readers.items()}
+
+
+def _find_reader(layer: Any) -> Any:
+    """Return the operation that takes the output of ``layer``, which is the addition of the bias if there is one.
+
+    The CPU plugin computes other values in an int8 network, also in its logits, if the layer's own output is read.
+    """
+    readers = [port.get_node() for port in layer.output(0).get_target_inputs()]
+    return next((node for node in readers if node.get_type_name() != "Result"), layer)
