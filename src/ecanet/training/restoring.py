@@ -86,10 +86,11 @@ def find_source(
     images = recipe.data.but(name=data_name or recipe.data.name, root=data_dir or (recipe.data.root if same else None))
     if not own and has_photographs(images.name):
         images = images.but(eval_crop=networks.find_preprocessing(network.name).crop)
-    elif own and not recipe.data.name:  # a folder that does not know its data knows how it takes images
+    elif own and not (same and recipe.data.name) and not has_photographs(recipe.data.name):
+        # A folder that does not know its data, or a run on small images, still says how it takes other images.
         images = images.but(image_size=own.spec.size)
-        if has_photographs(images.name):
-            images = images.but(eval_crop=own.spec.crop, interpolation=own.spec.interpolation)
+        if has_photographs(images.name):  # which are not shifted as small images are
+            images = images.but(eval_crop=own.spec.crop, interpolation=own.spec.interpolation, crop_padding=0)
     # A checkpoint holds the weights, so the recipe's own are not loaded.
     network = network.but(weights=None) if source.path is not None else network
     recipe = complete(recipe.but(model=network, data=images, compile=False), trusted=False)
