@@ -1,6 +1,7 @@
 """`ecanet slim`: folds gates of a run, writes a report and weights, and reads folders of images without labels."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -87,3 +88,24 @@ def test_mistakes_are_one_line(made, tmp_path):
         assert done.exit_code != 0
         assert "\n" not in str(done.exception)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_line_and_the_old_report_stays(made, tmp_path):
+    (tmp_path / "slim.json").write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    try:
+        done = slim(made, "--budget", 0.95, "--out", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(done.exception, ConfigError)
+    assert "cannot be written (File too large)" in str(done.exception)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("slim.json", "old")]
+
+
+@pytest.mark.parametrize("name", ["slim.json", "slim.pth"])
+def test_a_folder_in_a_files_place_is_one_line(made, tmp_path, name):
+    (tmp_path / name).mkdir()
+    done = slim(made, "--budget", 0.95, "--out", tmp_path)
+    assert isinstance(done.exception, ConfigError)
+    assert "cannot be written (Is a directory)" in str(done.exception)

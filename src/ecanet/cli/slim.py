@@ -40,6 +40,7 @@ def slim(
     """
     check_folder(out)
     from ecanet import deploy, networks, training
+    from ecanet.report import write_file
 
     to = networks.find_device(device)
     task = training.restore(checkpoint, data_dir=data_dir)
@@ -59,10 +60,13 @@ def slim(
     if finetune:
         training.fine_tune(task, finetune, device=to)
         accuracy["fine-tuned"] = count_correct(task, held_out, to)
-    out.mkdir(parents=True, exist_ok=True)
     content = {"checkpoint": checkpoint, **report.to_dict(), "top1": accuracy}
-    (out / "slim.json").write_text(json.dumps(content, indent=1) + "\n")
-    training.write_network(task, out / "slim.pth")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        training.write_network(task, out / "slim.pth")
+        write_file(out / "slim.json", (json.dumps(content, indent=1) + "\n").encode())
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written ({error.strerror}); give another --out, or make room") from None
     if as_json:
         print_json(content)
         return
