@@ -112,7 +112,7 @@ def measure_relative_error(actual: Iterable[Tensor], oracle: Iterable[Tensor]) -
         ValueError: There are more tensors of one than of the other.
     """
     errors = [_relative_error(x, y) for x, y in zip(actual, oracle, strict=True)]
-    return float(torch.tensor([0.0, *errors], dtype=torch.float64).max())  # Python's max passes over NaN
+    return float(torch.tensor([0.0, *errors], dtype=torch.float64, device="cpu").max())  # Python's max passes over NaN
 
 
 def bound_relative_error(reference: Iterable[Tensor], oracle: Iterable[Tensor], dtype: torch.dtype) -> float:

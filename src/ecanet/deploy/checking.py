@@ -104,7 +104,7 @@ def compare_all(subject: Subject, session: Session) -> tuple[list[Comparison], l
         if is_detector(subject.model):
             inputs = list(subject.inputs)
         else:
-            inputs = [torch.randn(batch, shape[1], *side, generator=generator)]
+            inputs = [torch.randn(batch, shape[1], *side, generator=generator, device="cpu")]
             if (batch, side) != (len(subject.inputs[0]), shape[2:]) and not runs(reference, inputs):
                 notes.append(f"the network does not take {'x'.join(map(str, inputs[0].shape))}, so it was not checked")
                 continue

@@ -206,7 +206,9 @@ def _prove(folder: Path, model: nn.Module) -> None:
             raise ConfigError(f"{name!r} of {config.network.name} is not the same after loading; report this as a bug")
     images = config.preprocessing
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, images.channels, images.size, images.size, generator=generator).to(getattr(torch, config.dtype))
+    x = torch.randn(1, images.channels, images.size, images.size, generator=generator, device="cpu").to(
+        getattr(torch, config.dtype)
+    )
     difference, allowed = _compare_outputs(model, again, x), torch.finfo(x.dtype).eps ** 0.5
     if not difference <= allowed:
         raise ConfigError(

@@ -38,10 +38,10 @@ def split_images(
     fitted, judged = list[Tensor](), list[Tensor]()
     seen = taken = 0
     for batch in make_batches(images, "images"):
-        fits = torch.arange(seen, seen + len(batch)) % 2 == 0
+        fits = torch.arange(seen, seen + len(batch), device=batch.device) % 2 == 0
         fits &= fits.cumsum(0) <= MOST_FITTED - taken
-        fitted.append(batch[fits.to(batch.device)])
-        judged.append(batch[~fits.to(batch.device)])
+        fitted.append(batch[fits])
+        judged.append(batch[~fits])
         seen, taken = seen + len(batch), taken + int(fits.sum())
     fitted, judged = ([batch for batch in part if len(batch)] for part in (fitted, judged))
     named = cast("Mapping[str, object]", also or {})

@@ -197,7 +197,7 @@ def shift(batches: Sequence[Tensor]) -> dict[str, list[Tensor]]:
         return x + 0.3 * (x.mean((1, 2, 3), keepdim=True) - x)
 
     def noise(x: Tensor) -> Tensor:
-        return x + 0.1 * deviation * torch.randn(x.shape, generator=generator).to(x)
+        return x + 0.1 * deviation * torch.randn(x.shape, generator=generator, device="cpu").to(x)
 
     def blur(x: Tensor) -> Tensor:
         return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)

@@ -97,7 +97,7 @@ def run_nearby(copied: nn.Module, model: nn.Module, trace: Trace, plan: Plan) ->
     generator = torch.Generator().manual_seed(0)
     for parameter in nearby.parameters():
         if parameter.is_floating_point():
-            noise = torch.rand(parameter.shape, generator=generator).to(parameter) - 0.5
+            noise = torch.rand(parameter.shape, generator=generator, device="cpu").to(parameter) - 0.5
             parameter.data = parameter.data * (1 + 4 * torch.finfo(parameter.dtype).eps * noise)
     with small_example(nearby):
         return run_watched(nearby, trace, plan.compared)

@@ -45,9 +45,9 @@ def measure_affine(module: nn.Module, channels: int, axes: int) -> Affine | None
     if not any(len(tensor) == channels for tensor in own_tensors(module) if tensor.dim()):
         return None
     generator = torch.Generator().manual_seed(0)
-    sizes = torch.tensor([1e-3, 1.0, 1e3, 1e6], dtype=torch.float64).reshape(-1, *(1,) * (axes + 1))
-    x = sizes * torch.randn(4, channels, *(3,) * axes, generator=generator, dtype=torch.float64)
-    point = torch.ones(1, channels, *(3,) * axes, dtype=torch.float64)
+    sizes = torch.tensor([1e-3, 1.0, 1e3, 1e6], dtype=torch.float64, device="cpu").reshape(-1, *(1,) * (axes + 1))
+    x = sizes * torch.randn(4, channels, *(3,) * axes, generator=generator, dtype=torch.float64, device="cpu")
+    point = torch.ones(1, channels, *(3,) * axes, dtype=torch.float64, device="cpu")
     try:
         probe = copy.deepcopy(module).cpu().double().eval()
         for name, _ in module.named_children():
@@ -91,7 +91,7 @@ def folds(convolution: Convolution, norm: Affine) -> bool:
         return True
     axes = len(convolution.kernel_size)
     shape = (1, convolution.in_channels, *(2 * side + 1 for side in convolution.kernel_size))
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
     try:
         wide = copy.deepcopy(convolution).cpu().double().eval()
         with torch.no_grad():

@@ -120,13 +120,15 @@ def measure_change(gate: nn.Module, record: Record) -> float:
         return 0.0
     generator = torch.Generator().manual_seed(0)
     if record.replaced is not None and record.lossless:
-        x = torch.randn((2, record.channels, *record.shape), generator=generator).to(like.device, like.dtype)
+        x = torch.randn((2, record.channels, *record.shape), generator=generator, device="cpu").to(
+            like.device, like.dtype
+        )
         ours, theirs = (copy_module(module)(x.clone()) for module in (gate, record.replaced.to(x.device, x.dtype)))
         change = float((ours - theirs).abs().max())
         return change if change > 64 * torch.finfo(x.dtype).eps * float(x.abs().max()) else 0.0
     if isinstance(gate, ChannelAttention):
-        means = torch.randn((64, record.channels), generator=generator).to(like.device)
+        means = torch.randn((64, record.channels), generator=generator, device="cpu").to(like.device)
         factor = 2 if is_folded(gate, record) else 1
         return float((factor * gate.weigh(factor * means) - 1).abs().max())
-    x = torch.randn((2, record.channels, *record.shape), generator=generator).to(like.device, like.dtype)
+    x = torch.randn((2, record.channels, *record.shape), generator=generator, device="cpu").to(like.device, like.dtype)
     return float((gate(x) - x).abs().max())
