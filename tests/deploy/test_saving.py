@@ -291,6 +291,8 @@ BROKEN = {
     "grey": (change("colour_order", "grey"), "colour_order of 3 channels is 'RGB'"),
     "an unknown resize": (change("preprocessing/interpolation", "magic"), "interpolation must be"),
     "a dtype": (change("dtype", "int8"), "dtype must be"),
+    "a false dtype": (change("dtype", "float16"), "is float32, but config.json says float16"),
+    "a wider dtype": (change("dtype", "float64"), "is float32, but config.json says float64"),
     "a gate more": (change("sites/layer9.eca", {"attention": "ECA"}), "do not agree about 1 gates, first 'layer9.eca'"),
     "a gate less": (change("sites/layer1.0.eca", ...), "do not agree about 1 gates, first 'layer1.0.eca'"),
     "another gain": (change("sites/layer1.0.eca/gain", 2.0), "do not agree about 1 gates"),

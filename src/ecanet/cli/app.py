@@ -32,6 +32,7 @@ def app(
         raise ConfigError(f"--port must be from 1 to 65535, got {port}")
     if checkpoint is None and weights is None:
         raise ConfigError("nothing to show: give a run, or --model and --weights")
+    page.load_gradio()  # a missing package is said before weights are downloaded
     config = model_config(model, attention, kernel_sizes, weights)
     task = training.restore(checkpoint, model=config).to(networks.find_device(device))
     console.print(f"http://127.0.0.1:{port} (Ctrl-C ends it)")

@@ -12,6 +12,7 @@ from ecanet import inference
 from ecanet.attention import Attention, AugmentedConv2d
 from ecanet.deploy.forms import ExportedGate, Form, build_gate
 from ecanet.errors import AttachError, ConfigError
+from ecanet.models import is_pointwise
 from ecanet.surgery import attached, fold
 
 __all__ = ["Prepared", "count_attention", "prepare", "remove_attention"]
@@ -83,10 +84,7 @@ def put_gate(parent: nn.Module, name: str, gate: ExportedGate, *, early: bool) -
 
 def widens(convolution: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     """Return whether ``convolution`` is a 1 x 1 convolution with more channels out than in."""
-    if type(convolution) is not nn.Conv2d or convolution.groups > 1 or convolution.padding != (0, 0):
-        return False
-    pointwise = convolution.kernel_size == convolution.stride == (1, 1)
-    return pointwise and convolution.in_channels < convolution.out_channels
+    return convolution is not None and is_pointwise(convolution) and convolution.in_channels < convolution.out_channels
 
 
 def find_attention(model: nn.Module) -> list[str]:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ecanet.attention import Attention
 from ecanet.errors import CheckpointError, ConfigError, EcanetError, summarize
-from ecanet.models import load_checkpoint
+from ecanet.models import load_checkpoint, read_file
 from ecanet.networks.building import build
 from ecanet.networks.factories import check_class
 from ecanet.networks.loading import CONFIG, WEIGHTS, limit_numbers
@@ -170,6 +170,7 @@ def load_pretrained(folder: str | Path) -> tuple[nn.Module, Pretrained]:
     except (EcanetError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: its network cannot be built: {summarize(error)}") from error
     report = load_checkpoint(model, path)
+    _check_dtype(path, config.dtype)
     if not report.complete:
         wrong = (*report.mismatched, *report.missing, *report.unexpected)
         raise CheckpointError(
@@ -189,6 +190,16 @@ def load_pretrained(folder: str | Path) -> tuple[nn.Module, Pretrained]:
             "copy of the folder"
         )
     return model, config
+
+
+def _check_dtype(path: Path, dtype: str) -> None:
+    """Raise CheckpointError if a floating-point tensor of ``path`` has another dtype: loading has rounded it."""
+    for name, value in cast(dict[str, object], read_file(path)).items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != getattr(torch, dtype):
+            raise CheckpointError(
+                f"{path}: {name} is {str(value.dtype).removeprefix('torch.')}, but {CONFIG} says {dtype}; take another "
+                "copy of the folder"
+            )
 
 
 def list_gate_sites(model: nn.Module) -> dict[str, dict[str, object]]:

@@ -3,7 +3,6 @@
 Read downward: `page` (the page, by gradio), `answers` (what the network says of one image, with its gates and without).
 """
 
-from ecanet.studies.app.page import run
+from ecanet.studies.app.page import load_gradio, run
 
-__all__ = ["run"]
-"""Serve the page until it is stopped."""
+__all__ = ["load_gradio", "run"]
