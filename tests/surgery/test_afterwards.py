@@ -1,6 +1,6 @@
 """What people do to a network after attach: each tool keeps exactly one act of every gate, or is refused in one line.
 
-docs/attach.md has a table of these tools; `test_the_table_names_every_tool` holds the two together.
+docs/proof.md has a table of these tools; `test_the_table_names_every_tool` holds the two together.
 """
 
 import copy
@@ -26,7 +26,7 @@ import ecanet
 from ecanet.errors import ConfigError
 
 IMAGE = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-PAGE = Path(__file__).parents[2] / "docs" / "attach.md"
+PAGE = Path(__file__).parents[2] / "docs" / "proof.md"
 
 # torch.ao.quantization is about to move to torchao, which every call says.
 pytestmark = pytest.mark.filterwarnings(

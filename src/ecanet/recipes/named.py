@@ -193,7 +193,7 @@ def scenes() -> Recipe:
     """Return the recipe to try detection with: a small Mask R-CNN from scratch on generated scenes.
 
     It downloads nothing and takes about 15 minutes on one core. It reaches box AP50 0.9 and mask AP50 0.85
-    (docs/detection.md). ``--model faster_rcnn`` and ``--model retinanet`` train the other detectors.
+    (docs/detection-results.md). ``--model faster_rcnn`` and ``--model retinanet`` train the other detectors.
     """
     return Recipe(
         name="scenes",
