@@ -60,12 +60,13 @@ docs: $(READY)  ## build the documentation site in build/site; a broken link or 
 
 test-browser: $(READY)  ## the page of `ecanet app` in a headless Chromium (which must be installed, with its driver)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[app]' selenium
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/studies/test_app.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/studies/test_app_browser.py
 
 # The time in the files is that of the last commit, so that the same commit gives the same bytes.
 dist: $(READY)  ## build the wheel and the source archive, and check what an index would show
 	@rm -rf dist
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build hatchling twine
+	@$(BIN)/python hatch_build.py
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*
 

@@ -26,7 +26,7 @@ from ecanet.inference import fuse, optimize
 from ecanet.models import create_model, list_models, load_checkpoint
 from ecanet.surgery import attach, attached, detach, fold, parameter_groups
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 __all__ = [
     "ECA",

@@ -1,22 +1,12 @@
 """`ecanet app`: what the page says of an image, and the page itself in a real browser (`make test-browser`)."""
 
-import json
-import os
-import re
-import signal
-import subprocess
 import sys
-import time
-import urllib.request
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ecanet import recipes, training
 from ecanet.attention import Attention
 from ecanet.data.sources import SMALL_SETS
 from ecanet.errors import ConfigError, DataError
@@ -106,163 +96,31 @@ def test_without_gradio(monkeypatch, task):
         page.build(task)
 
 
-# the page, in a browser
+class FakePage:
+    """Stands for gradio's page: it notes in ``events`` what is done with it."""
 
-BROWSER = pytest.mark.browser
+    def __init__(self, events, error=None):
+        self.events, self.error = events, error
 
+    def launch(self, **settings):
+        self.events.append("launched")
+        if self.error:
+            raise self.error
 
-@contextmanager
-def serve(run, folder, port):
-    command = [
-        sys.executable,
-        "-m",
-        "ecanet",
-        "app",
-        str(run),
-        "--images",
-        str(folder),
-        "--no-browser",
-        "--port",
-        str(port),
-    ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True
-    )
-    try:
-        for _ in range(120):
-            time.sleep(1)
-            assert process.poll() is None, process.stdout.read()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/").close()
-                break
-            except OSError:
-                pass
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-        process.stdout.close()
+    def block_thread(self):
+        self.events.append("waits")
 
 
-@contextmanager
-def open_browser(width=1300, height=1100):
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},{height}"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    if Path("/usr/bin/chromium").exists():
-        options.binary_location = "/usr/bin/chromium"
-    driver = Path("/usr/bin/chromedriver")
-    browser = webdriver.Chrome(options, webdriver.ChromeService(str(driver)) if driver.exists() else None)
-    try:
-        yield browser
-    finally:
-        browser.quit()
+def test_the_address_is_said_once_the_page_is_there(monkeypatch, task):
+    events = []
+    monkeypatch.setattr(page, "build", lambda task, files: (FakePage(events), {}))
+    page.run(task, port=7999, say=events.append)
+    assert events == ["launched", "http://127.0.0.1:7999", "waits"]
 
 
-def wait_for(condition, seconds=60):
-    for _ in range(10 * seconds):
-        try:
-            if found := condition():
-                return found
-        except Exception:  # the page is being drawn anew
-            pass
-        time.sleep(0.1)
-    raise AssertionError("the page did not get there")
-
-
-def text(browser):
-    return browser.find_element("tag name", "body").text
-
-
-def read_labels_of(page):
-    """Return the classes with gates and without, in the order in which the page shows them, with their shares."""
-    with_gates, without = re.search(
-        r"\nClasses\n(.*?)\nClasses with every gate off\n(.*?)\nWhere", page, re.DOTALL
-    ).groups()
-    return with_gates, without
-
-
-def read_labels(browser):
-    return read_labels_of(text(browser))
-
-
-def upload(browser, path):
-    wait_for(lambda: browser.find_elements("css selector", "input[type=file]"))[0].send_keys(str(path))
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    pytest.importorskip("gradio")
-    folder = tmp_path_factory.mktemp("app")
-    report = training.run(recipes.find("quickstart").but(epochs=3), folder=folder / "run", device="cpu", quiet=True)
-    images = report.folder / "examples"
-    with serve(report.folder, images, 7871) as address:
-        yield address, sorted(images.glob("*.png"))
-
-
-@BROWSER
-def test_an_image_is_answered_and_no_other_server_is_asked(served):
-    address, images = served
-    with open_browser() as browser:
-        browser.get(address)
-        upload(browser, images[0])
-        wait_for(lambda: "100%" in text(browser) or text(browser).count("%") >= 10)
-        wait_for(lambda: len(browser.find_elements("css selector", "img")) >= 3)
-        time.sleep(1)
-        if target := os.environ.get("ECANET_SCREENSHOTS"):
-            browser.save_screenshot(str(Path(target) / "app.png"))
-        entries = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [entry["params"]["request"]["url"] for entry in entries if entry["method"] == "Network.requestWillBeSent"]
-    assert len(asked) > 5
-    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
-
-
-@BROWSER
-def test_the_slider_turns_gates_off(served):
-    address, images = served
-    with open_browser() as browser:
-        browser.get(address)
-        upload(browser, images[-1])
-        before = wait_for(lambda: text(browser).count("%") >= 10 and text(browser))
-        number = browser.find_element("css selector", "input[type=number]")
-        number.clear()
-        number.send_keys("9\n")
-        wait_for(lambda: text(browser) != before and len(set(read_labels(browser))) == 1)
-    assert len(set(read_labels_of(before))) == 2
-
-
-@BROWSER
-def test_a_picture_of_the_folder_is_chosen(served):
-    address, _ = served
-    with open_browser() as browser:
-        browser.get(address)
-        wait_for(lambda: browser.find_elements("css selector", "button.thumbnail-item"))[2].click()
-        wait_for(lambda: text(browser).count("%") >= 10)
-
-
-@BROWSER
-@pytest.mark.parametrize("kind", ["text", "huge"])
-def test_a_wrong_file_is_one_line(served, tmp_path, kind):
-    address, _ = served
-    path = tmp_path / "wrong.png"
-    path.write_bytes(b"no image" if kind == "text" else bytes(26 * 2**20))
-    with open_browser() as browser:
-        browser.get(address)
-        upload(browser, path)
-        wait_for(lambda: "Error" in text(browser) or ("rror" in browser.page_source and "toast" in browser.page_source))
-        assert "Traceback" not in text(browser)
-        assert text(browser).count("%") == 0
-
-
-@BROWSER
-def test_two_users_at_once(served):
-    address, images = served
-    with open_browser() as one, open_browser() as other:
-        for browser in (one, other):
-            browser.get(address)
-        upload(one, images[0])
-        upload(other, images[1])
-        for browser in (one, other):
-            wait_for(lambda browser=browser: text(browser).count("%") >= 10)
+def test_no_address_is_said_where_the_port_is_taken(monkeypatch, task):
+    events = []
+    monkeypatch.setattr(page, "build", lambda task, files: (FakePage(events, OSError("in use")), {}))
+    with pytest.raises(ConfigError, match=r"port 7999 cannot be used \(in use\); choose another --port"):
+        page.run(task, port=7999, say=events.append)
+    assert events == ["launched"]

@@ -35,5 +35,10 @@ def app(
     page.load_gradio()  # a missing package is said before weights are downloaded
     config = model_config(model, attention, kernel_sizes, weights)
     task = training.restore(checkpoint, model=config).to(networks.find_device(device))
-    console.print(f"http://127.0.0.1:{port} (Ctrl-C ends it)")
-    page.run(task, images=images, port=port, show=not no_browser)
+    page.run(
+        task,
+        images=images,
+        port=port,
+        show=not no_browser,
+        say=lambda address: console.print(f"{address} (Ctrl-C ends it)"),
+    )

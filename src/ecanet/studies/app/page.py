@@ -29,7 +29,14 @@ MOST_IMAGES = 200
 NOTHING_SENT = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-def run(task: Task, *, images: str | Path | None = None, port: int = 7860, show: bool = True) -> None:
+def run(
+    task: Task,
+    *,
+    images: str | Path | None = None,
+    port: int = 7860,
+    show: bool = True,
+    say: Callable[[str], object] = lambda _: None,
+) -> None:
     """Serve the page of the restored ``task`` at http://127.0.0.1:PORT until Ctrl-C.
 
     Args:
@@ -37,6 +44,7 @@ def run(task: Task, *, images: str | Path | None = None, port: int = 7860, show:
         images: a folder of images to offer.
         port: the port; if it is taken, the page is refused.
         show: open the page in the browser.
+        say: called with the page's address once it can be opened.
 
     Raises:
         ConfigError: gradio is not installed, or the port is taken.
@@ -45,9 +53,13 @@ def run(task: Task, *, images: str | Path | None = None, port: int = 7860, show:
     files = image_files(images)[:MOST_IMAGES] if images is not None else []
     page, settings = build(task, files)
     try:
-        page.launch(server_name="127.0.0.1", server_port=port, inbrowser=show, quiet=True, **settings)
+        page.launch(
+            server_name="127.0.0.1", server_port=port, inbrowser=show, quiet=True, prevent_thread_lock=True, **settings
+        )
     except OSError as error:
         raise ConfigError(f"port {port} cannot be used ({error}); choose another --port") from None
+    say(f"http://127.0.0.1:{port}")
+    page.block_thread()
 
 
 def build(task: Task, files: Sequence[Path] = ()) -> tuple[Any, dict[str, Any]]:
