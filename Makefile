@@ -71,8 +71,8 @@ dist: $(READY)  ## build the wheel and the source archive, and check what an ind
 	$(BIN)/python -m twine check --strict dist/*
 
 check: $(READY)  ## format, lint, types
-	$(BIN)/ruff format --check src tests benchmarks docs examples
-	$(BIN)/ruff check src tests benchmarks docs examples
+	$(BIN)/ruff format --check src tests benchmarks docs examples hatch_build.py
+	$(BIN)/ruff check src tests benchmarks docs examples hatch_build.py
 	$(BIN)/pyright
 
 clean:  ## remove the environment and all runs
