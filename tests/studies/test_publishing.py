@@ -71,7 +71,7 @@ def test_a_picture_of_the_gates_goes_along(runs, tmp_path):
 
 def test_the_commands_take_the_folder_as_a_run(runs, tmp_path, ecanet):
     code, out, err = ecanet("push", runs / "a", "--folder", tmp_path / "net")
-    assert (code, out) == (0, "resnet20 with eca: 9 gates, 3 classes\n"), err
+    assert (code, out) == (0, f"resnet20 with eca: 9 gates, 3 classes\nfolder {tmp_path / 'net'}\n"), err
     assert evaluate(tmp_path / "net", device="cpu") == evaluate(runs / "a", device="cpu")
     task, before = restore(tmp_path / "net"), restore(runs / "a")
     assert (task.spec, task.recipe) == (before.spec, before.recipe)

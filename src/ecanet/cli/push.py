@@ -40,5 +40,7 @@ def push(
         about = publish(run, made, which=which)
         made_of = f"{about.network.name} with {about.network.attention}"
         console.print(f"{made_of}: {len(about.sites)} gates, {len(about.class_names)} classes")
+        if folder is not None:
+            console.print(f"folder {folder}")
         if repo is not None:
             console.print(push_to_hub(made, repo, private=private or None, revision=revision))

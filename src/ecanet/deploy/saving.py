@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,6 +23,11 @@ CARD = "README.md"
 
 FILES = (WEIGHTS, CARD, PICTURE, CONFIG)
 """The files of the folder; the last one makes it whole."""
+
+WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+"""Names of the classes that hold a network as it is, and of their attribute that does."""
+
+SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 DType = Literal["float32", "float16", "bfloat16", "float64"]
 
@@ -47,6 +52,7 @@ def save_pretrained(
 
     Args:
         model: this library's network, or another's with gates attached by one call of `ecanet.attach`, or plain.
+            What torch.compile, DataParallel or DistributedDataParallel has wrapped is saved as it was before.
         folder: is made if it does not exist; files of an earlier call are replaced.
         network: the network's name, such as "torchvision:mobilenet_v2". This library's and timm's know their own.
         class_names: in the order of the logits. None takes their numbers.
@@ -63,6 +69,7 @@ def save_pretrained(
         raise ConfigError(f"save_pretrained takes a network (a torch.nn.Module), got {show_value(model)}")
     if isinstance(class_names, str):
         raise ConfigError(f"class_names must be a sequence of names, got {show_value(class_names)}")
+    model = _unwrap(model)
     copied = inference.copy_model(model).cpu()
     # Once loaded, a network knows what it was loaded from.
     known = cast(Pretrained | None, vars(model).get("pretrained_config"))
@@ -70,6 +77,7 @@ def save_pretrained(
     config = name if isinstance(name, ModelConfig) else _describe_network(model, name)
     if preprocessing is None:
         preprocessing = networks.find_preprocessing(config.name) if known is None else known.preprocessing
+    _check_channels(copied, preprocessing)
     if class_names is None:
         class_names = _number_classes(copied, config.name, preprocessing) if known is None else known.class_names
     description = Pretrained(
@@ -99,6 +107,47 @@ def save_pretrained(
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror or summarize(error)})") from None
     return description
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Return the network that torch.compile, DataParallel or DistributedDataParallel has wrapped as a whole.
+
+    Raises:
+        ConfigError: a part of it is wrapped, or it is spread over processes, so that its tensors are others'.
+    """
+    while (attribute := WRAPPERS.get(type(model).__name__)) is not None:
+        model = cast(nn.Module, getattr(model, attribute))
+    for name, module in cast("Iterable[tuple[str, nn.Module]]", model.named_modules()):
+        kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")]
+        if found := next((kind for kind in kinds if kind in WRAPPERS or kind in SHARDED), None):
+            raise ConfigError(
+                f"{name or 'the model'} is wrapped in {found}, so that its tensors have other names or shapes; build "
+                "the network anew and give it the whole state dict by ecanet.load_checkpoint, then save that"
+            )
+    return model
+
+
+def _check_channels(model: nn.Module, images: Preprocessing) -> None:
+    """Check that ``model`` takes images of as many channels as its preprocessing has.
+
+    Raises:
+        ConfigError: its first convolution takes another number, and it does not run on them.
+    """
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None or first.in_channels == images.channels:
+        return
+    x = torch.zeros(1, images.channels, images.size, images.size, dtype=first.weight.dtype, device="cpu")
+    try:
+        with torch.no_grad():
+            model(x)
+    except RuntimeError:
+        channels = first.in_channels
+        numbers = "(0.5,)" if channels == 1 else f"(0.5,) * {channels}"
+        raise ConfigError(
+            f"this {type(model).__name__} takes images of {channels} channel{'s' * (channels > 1)}, and its "
+            f"preprocessing has {images.channels}; say what yours were: preprocessing=ecanet.networks.Preprocessing("
+            f"channels={channels}, size={images.size}, mean={numbers}, std={numbers})"
+        ) from None
 
 
 def _describe_network(model: nn.Module, name: str | None) -> ModelConfig:
