@@ -64,7 +64,11 @@ def push_to_hub(
         private: whether a new repository is private; None is what its owner has chosen.
         revision: the branch; None is the main branch.
         token: of the hub. None takes the one that ``hf auth login`` has stored or ``HF_TOKEN`` holds.
-        network, class_names, preprocessing, recipe, measured: as for `save_pretrained`, for a network.
+        network: as for `save_pretrained`, as are the next four; all are for a network alone.
+        class_names: in the order of the logits.
+        preprocessing: of the images.
+        recipe: the settings of the run that trained it.
+        measured: the figures of the model card.
 
     Raises:
         ConfigError: the network cannot be saved, or the repository cannot be made or written.
