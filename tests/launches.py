@@ -1,4 +1,4 @@
-"""Count what one training step asks a GPU to do, without a GPU.
+"""Count what one training step, or one batch in evaluation, asks a GPU to do, without a GPU.
 
 On the meta device tensors have shapes and no values, so a network at its true size takes no time. PyTorch's operations
 are counted as they are dispatched, and Triton's kernels as they are launched.
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecanet import ops
-from ecanet.ops import dispatch
+from ecanet.ops import choices, convolution, dispatch
 from ecanet.ops.triton import launch
 from ecanet.ops.triton.launch import Launch
+from ecanet.studies.bench import traffic
 
 
 class StepCounts(NamedTuple):
@@ -98,3 +99,56 @@ def count_step(network: nn.Module, batch: int, size: int = 224) -> StepCounts:
     with force_kernels(), skip_convolutions(), record_launches() as launches, _Operations() as operations:
         network(x).sum().backward()
     return StepCounts(operations.seen, launches)
+
+
+class BatchCounts(NamedTuple):
+    """Kernels of a batch in evaluation on a GPU."""
+
+    kernels: Counter[str]
+    """By name; those of convolutions are ``convolution``, ``convolution_relu`` and ``ecanet::expansion``."""
+    moved: int
+    """Bytes that the other kernels read and write: whole tensors, without the max pooling."""
+
+
+def count_batch(network: nn.Module, batch: int, *, epilogues: bool, size: int = 224) -> BatchCounts:
+    """Count the kernels of one batch for a copy that `ecanet.optimize` has made, on the meta device, in bfloat16.
+
+    PyTorch adds the bias of a convolution on a GPU in a kernel of its own, which reads and writes the result. With
+    ``epilogues`` cuDNN's kernel with bias and ReLU is chosen wherever it may be.
+    """
+    kernels: Counter[str] = Counter()
+    biases = traffic.Traffic()
+
+    def convolve(self: nn.Conv2d, x: Tensor) -> Tensor:
+        y = _shape_output(x, self.weight, self.stride, self.padding, self.dilation)
+        kernels.update({"convolution": 1, "bias": self.bias is not None})
+        biases.read += y.nbytes * (self.bias is not None)
+        return y
+
+    def run_operator(given: convolution.Operands, geometry: convolution.Geometry) -> Tensor:
+        kernels.update({"convolution_relu": 1})
+        return _shape_output(given.x, given.weight, *geometry[:3])
+
+    network = network.to("meta", torch.bfloat16).to(memory_format=torch.channels_last).eval()
+    x = torch.empty(batch, 3, size, size, device="meta", dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    with pytest.MonkeyPatch.context() as patch, ops.prefer_impl("fused"), torch.no_grad():
+        for name in ("runs_on_gpu", "has_epilogues"):
+            patch.setattr(ops, name, lambda *args: True)
+        patch.setattr(choices, "is_chosen", lambda *args: epilogues)
+        patch.setattr(convolution, "run_operator", run_operator)
+        patch.setattr(nn.Conv2d, "forward", convolve)
+        patch.setattr(traffic, "NOT_COUNTED", (*traffic.NOT_COUNTED, "expansion"))
+        with traffic.count_operations(smallest=batch * 2**13) as others, _Operations() as operations:
+            network(x)
+    # views that PyTorch does not declare as such
+    kernels.update({name: n for name, n in operations.seen.items() if name not in ("_unsafe_view", "as_strided_")})
+    return BatchCounts(kernels, others.moved + 2 * biases.read)
+
+
+def _shape_output(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """Return the result of a convolution, without values."""
+    places = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    plane = [(side + 2 * p - d * (window - 1) - 1) // s + 1 for side, window, s, p, d in places]
+    shape = (len(x), len(weight), *plane)
+    return torch.empty(shape, device="meta", dtype=x.dtype, memory_format=torch.channels_last)

@@ -12,10 +12,14 @@ from training_steps import summarize_steps
 from variants import ECA, LEAN, PLAIN
 
 import ecanet
+from ecanet import ops
 
 
 def time_forms(setting: Setting) -> dict[str, object]:
-    """Time each form of inference for all networks, and for the copies that `ecanet.optimize` makes of ours."""
+    """Time each form of inference for all networks, and for the copies that `ecanet.optimize` makes of ours.
+
+    ``choices`` says for each kind of convolution whether it took bias and ReLU into its kernel, or why not.
+    """
     found = {name: network.eval() for name, network in variants.build(setting).items() if name != LEAN}
     found |= {f"optimized {kind}": ecanet.optimize(found[name]) for kind, name in (("eca", ECA), ("plain", PLAIN))}
     half = {name: copy.deepcopy(network).bfloat16() for name, network in found.items()}
@@ -29,7 +33,7 @@ def time_forms(setting: Setting) -> dict[str, object]:
     }
     figures["bfloat16, CUDA graph"] = time_graphs(forms["bfloat16"], setting)
     enqueueing = {name: measure_enqueueing(step, setting) for name, step in forms["bfloat16"].items()}
-    return figures | {"bfloat16, enqueue_ms": enqueueing}
+    return figures | {"bfloat16, enqueue_ms": enqueueing, "choices": ops.list_choices()}
 
 
 def make_step(network: nn.Module, images: Tensor, context: torch.autocast | None = None) -> Callable[[], Tensor]:

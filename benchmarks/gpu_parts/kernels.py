@@ -46,13 +46,15 @@ def profile_training(setting: Setting) -> dict[str, object]:
 
 
 def time_passes(setting: Setting) -> dict[str, dict[str, dict[str, float]]]:
-    """Return the microseconds and the bandwidth of each pass, and of the expansion beside a plain convolution."""
+    """Return the microseconds and the bandwidth of each pass, and of convolutions with and without what follows."""
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for channels, side in setting.shapes:
         shape = f"{channels}x{side}x{side}"
         figures[shape] = measure_bandwidth(make_passes(channels, side, setting), setting)
         if channels > 64 or not setting.on_gpu:
             figures[shape] |= measure_bandwidth(make_expansions(channels, side, setting), setting)
+        if side > 3:
+            figures[shape] |= measure_bandwidth(make_convolutions(channels, side, setting), setting)
     return figures
 
 
@@ -106,3 +108,19 @@ def make_expansions(channels: int, side: int, setting: Setting) -> dict[str, tup
         "expansion": (lambda: ops.expand(h, weight, None, gate, shortcut, "relu"), h.nbytes + 2 * shortcut.nbytes),
         "convolution alone": (lambda: nn.functional.conv2d(h, kernel), h.nbytes + shortcut.nbytes),
     }
+
+
+def make_convolutions(channels: int, side: int, setting: Setting) -> dict[str, tuple[Step, float]]:
+    """Return a 3x3 convolution with bias and ReLU by PyTorch's operations and, on a GPU, in cuDNN's one kernel."""
+    x, bias = draw(setting, setting.batch, channels, side, side), draw(setting, channels)
+    weight = draw(setting, channels, channels, 3, 3)
+    geometry = ops.Geometry((1, 1), (1, 1), (1, 1), 1)
+
+    def run_plain() -> Tensor:
+        return nn.functional.conv2d(x, weight, bias, *geometry).relu_()
+
+    found: dict[str, tuple[Step, float]] = {"3x3 convolution, then ReLU": (run_plain, 2 * x.nbytes)}
+    if setting.on_gpu:
+        fused = torch.cudnn_convolution_relu
+        found["3x3 convolution with ReLU"] = (lambda: fused(x, weight, bias, *geometry), 2 * x.nbytes)
+    return found

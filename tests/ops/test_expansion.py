@@ -15,7 +15,6 @@ from ecanet import ops
 from ecanet.attention import find_attention
 from ecanet.errors import ConfigError
 from ecanet.inference.blocks import InferenceBlock
-from ecanet.models import execution
 from ecanet.models.resnet import BOTTLENECK, ResNet
 from ecanet.models.slots import Slot
 from ecanet.ops import dispatch, proof
@@ -316,7 +315,7 @@ def gpu(monkeypatch, interpreter):
         monkeypatch.setattr(room, "runs_on_gpu", lambda x: True)
     monkeypatch.setattr(proof, "_passed", {})
     monkeypatch.setattr(expansion_proof, "TRIED", dict([next(iter(expansion_proof.TRIED.items()))]))
-    monkeypatch.setattr(execution, "rounds_to_tf32", lambda: False)
+    monkeypatch.setattr(ops, "rounds_to_tf32", lambda: False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -336,7 +335,7 @@ def test_kernel_is_used_after_one_proof(gpu, ran, monkeypatch):
         block(x)
     assert proofs == [(CPU, torch.float32)]
     assert len(ran) == tried + 2
-    monkeypatch.setattr(execution, "rounds_to_tf32", lambda: True)
+    monkeypatch.setattr(ops, "rounds_to_tf32", lambda: True)
     block(x)  # PyTorch's convolution uses tensor cores there, the kernel does not
     assert len(ran) == tried + 2
 

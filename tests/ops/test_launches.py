@@ -1,4 +1,4 @@
-"""A training step on a GPU: how many operations of PyTorch and launches of Triton it takes, counted without a GPU."""
+"""A training step and a batch in evaluation on a GPU: how many kernels they take, counted without a GPU."""
 
 import json
 import os
@@ -14,11 +14,13 @@ import ecanet
 
 pytest.importorskip("triton")
 
-from launches import count_step
+from launches import count_batch, count_step
 
 BOUNDS = {"plain": (18, 310), "eca": (34, 310)}
 """Most small operations and most launches of Triton in a training step of ResNet-50 at batch 256."""
 
+EVALUATION = {"PyTorch's convolutions": (222, 26.5), "with bias and ReLU in the convolution": (188, 9.0)}
+"""Most kernels of a batch for the optimized ECA-ResNet-50 at batch 256, and most MB an image beside convolutions."""
 
 PYTHON_TIME = 1.4
 """Most Python time of a step of ECA-ResNet-50, over that of torchvision's ResNet-50. Measured: 1.19 to 1.29."""
@@ -72,6 +74,22 @@ def test_every_gate_of_taps_is_one_node(attention, batch):
     counts = count_step(make_network(attention), batch)
     assert counts.small.total() == BOUNDS["plain"][0] + (16 if attention == "eca" else 0)
     assert counts.launches.total() == BOUNDS["plain"][1]
+
+
+@pytest.mark.slow
+def test_an_optimized_batch_stays_within_its_bounds():
+    """Print the table. cuDNN's kernel replaces three at each 3x3 convolution and the stem; the rest is the same."""
+    network, found = ecanet.optimize(ecanet.create_model("resnet50").eval()), {}
+    print(f"\n{'optimized ECA-ResNet-50, batch 256':40s} {'kernels':>8s} {'MB/image':>8s}")
+    for name, epilogues in zip(EVALUATION, (False, True), strict=True):
+        found[name] = counts = count_batch(network, 256, epilogues=epilogues)
+        kernels, megabytes = counts.kernels.total(), counts.moved / 256e6
+        print(f"{name:40s} {kernels:8d} {megabytes:8.1f}")
+        assert kernels <= EVALUATION[name][0]
+        assert megabytes <= EVALUATION[name][1]
+    before, after = (counts.kernels for counts in found.values())
+    assert before - after == {"convolution": 17, "bias": 17, "relu_": 17}
+    assert after - before == {"convolution_relu": 17}
 
 
 @pytest.mark.slow

@@ -39,7 +39,8 @@ def optimize(model: nn.Module, *, example: object = None, graph: bool = False) -
     ``mean(W h + b) = W mean(h) + b``: in a bottleneck it then reads a quarter of what it scales. Activations work in
     place where nobody else reads their input, in known residual blocks also gate and addition, and weights are
     channels-last. On a GPU and without gradients, one Triton kernel runs a 1x1 convolution with what follows it (gate,
-    addition, activation), after it has passed a check on that GPU.
+    addition, activation), after it has passed a check on that GPU. Any other convolution with a ReLU behind it is one
+    kernel of cuDNN, where that is right and faster on that GPU (`ops.list_choices`).
 
     It takes any network that runs on ``example``, with attention or without, built in or attached. What a layer is, is
     seen in a run and by probing, not by its class. The known residual blocks are those of ecanet, torchvision's ResNets

@@ -53,8 +53,10 @@ def run(parts: Parts, x: Tensor, shortcut_x: Tensor, second_output: bool = False
 
 
 def _run_layer(layer: Layer, x: Tensor) -> Tensor:
-    if layer.norm is None and layer.activation is not None and may_expand(x, layer.convolution, layer.activation):
-        return _expand(cast(nn.Conv2d, layer.convolution), x, None, None, ENDS[type(layer.activation)])
+    if layer.norm is None and layer.activation is not None:
+        y = _run_in_one_kernel(layer.convolution, x, None, None, layer.activation)
+        if y is not None:
+            return y
     z = layer.convolution(x)
     if layer.norm is not None:
         return normalize(z, layer.norm, cast(nn.Module, layer.activation))
@@ -90,18 +92,18 @@ def _end_folded(parts: Parts, convolution: nn.Module, h: Tensor, shortcut_x: Ten
     """
     gate = gate_of(parts.attention)
     early = gate is not None and widens(convolution)
-    # With nothing but a bias too: PyTorch's convolution on a GPU adds that in a pass of its own.
-    if (early or parts.attention is None) and may_expand(h, convolution, parts.end):
-        g = _factors(parts, predict_means(convolution, h)) if early else None
-        shortcut = None if parts.shortcut is None else parts.shortcut(shortcut_x)
-        return _expand(cast(nn.Conv2d, convolution), h, g, shortcut, ENDS[type(parts.end)])
     g = _factors(parts, predict_means(convolution, h)) if early else None
+    shortcut = None if parts.shortcut is None else parts.shortcut(shortcut_x)
+    if early or parts.attention is None:
+        y = _run_in_one_kernel(convolution, h, g, shortcut, parts.end)
+        if y is not None:
+            return y
     y = convolution(h)
     if g is None and gate is not None:
         g = _factors(parts, ops.reference.squeeze(y))
     if gate is None and parts.attention is not None:
         y = parts.attention(y)
-    return parts.end(_scale_and_add(y, g, None if parts.shortcut is None else parts.shortcut(shortcut_x)))
+    return parts.end(_scale_and_add(y, g, shortcut))
 
 
 def _factors(parts: Parts, p: Tensor) -> Tensor:
@@ -148,7 +150,21 @@ def predict_means(convolution: nn.Module, h: Tensor) -> Tensor:
         return F.linear(p, weight.to(p.dtype), None if bias is None else bias.to(p.dtype))
 
 
-# the Triton kernel of a last convolution
+# a convolution with everything after it in one kernel
+
+
+def _run_in_one_kernel(
+    convolution: nn.Module, h: Tensor, g: Tensor | None, shortcut: Tensor | None, end: nn.Module
+) -> Tensor | None:
+    """Return ``end(g * convolution(h) + shortcut)`` of one kernel, None if there is none for it.
+
+    With nothing but a bias too: PyTorch's convolution on a GPU adds that in a pass of its own.
+    """
+    if may_expand(h, convolution, end):
+        return _expand(cast(nn.Conv2d, convolution), h, g, shortcut, ENDS[type(end)])
+    if g is None and may_convolve_relu(h, convolution, end):
+        return _convolve_relu(cast(nn.Conv2d, convolution), h, shortcut)
+    return None
 
 
 def may_expand(h: Tensor, convolution: nn.Module, end: nn.Module) -> bool:
@@ -157,34 +173,46 @@ def may_expand(h: Tensor, convolution: nn.Module, end: nn.Module) -> bool:
     `ops.prefer_impl` decides where it is used. Without it the kernel runs on a GPU after its proof, but not in float32
     where PyTorch's convolution may round to TF32: the kernel keeps full precision and would be slower.
     """
-    if not is_pointwise(convolution) or type(end) not in ENDS or type(h) not in (Tensor, nn.Parameter):
+    if not is_pointwise(convolution) or type(end) not in ENDS or not may_take_kernels(h, convolution.weight):
         return False
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or ops.find_mode_obstacle():
+    if not h.is_contiguous(memory_format=torch.channels_last):
         return False
-    dtype, weight = compute_dtype(h), convolution.weight
-    cast_by_autocast = torch.is_autocast_enabled(h.device.type)
-    fits = {dtype, h.dtype, weight.dtype} <= set(ops.proof.DTYPES) and (cast_by_autocast or weight.dtype == h.dtype)
-    dense = h.is_contiguous(memory_format=torch.channels_last)
-    if not dense or not fits:
-        return False
-    requested = ops.get_requested_impl()
+    requested, dtype = ops.get_requested_impl(), compute_dtype(h)
     if requested is not None:
         return requested == "fused"
-    if not ops.runs_on_gpu(h) or (dtype == torch.float32 and rounds_to_tf32()):
+    if not ops.runs_on_gpu(h) or (dtype == torch.float32 and ops.rounds_to_tf32()):
         return False
     return ops.proof.is_proven(h.device, dtype, "expansion")
 
 
-def rounds_to_tf32() -> bool:
-    """Return whether PyTorch's convolutions on a GPU may round float32 inputs to TF32, which is its default."""
-    convolutions = cast(object, getattr(torch.backends.cudnn, "conv"))  # noqa: B009 - unknown to type checkers
-    return getattr(convolutions, "fp32_precision") == "tf32"  # noqa: B009
+def may_convolve_relu(h: Tensor, convolution: nn.Module, end: nn.Module) -> bool:
+    """Return whether cuDNN may run ``convolution`` of ``h``, bias, addition and ReLU in one kernel, if it is faster."""
+    if type(convolution) is not nn.Conv2d or type(end) is not nn.ReLU:
+        return False
+    if isinstance(convolution.padding, str) or convolution.padding_mode != "zeros":
+        return False
+    if not may_take_kernels(h, convolution.weight) or h.dim() != 4 or not h.numel():
+        return False
+    return ops.get_requested_impl() != "lean" and ops.runs_on_gpu(h) and ops.has_epilogues()
+
+
+def may_take_kernels(h: Tensor, weight: Tensor) -> bool:
+    """Return whether a convolution of ``h`` may run in a kernel without gradients that compilers do not know."""
+    if type(h) not in (Tensor, nn.Parameter) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    fits = {compute_dtype(h), h.dtype, weight.dtype} <= set(ops.proof.DTYPES)
+    return fits and (is_autocast_on(h) or weight.dtype == h.dtype) and not ops.find_mode_obstacle()
 
 
 def compute_dtype(h: Tensor) -> torch.dtype:
     """Return the dtype in which a convolution of ``h`` is computed: autocast's where that is on."""
+    return torch.get_autocast_dtype(h.device.type) if is_autocast_on(h) else h.dtype
+
+
+def is_autocast_on(h: Tensor) -> bool:
+    """Return whether autocast is on for the device of ``h``; the meta device has none."""
     device = h.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _expand(
@@ -194,6 +222,16 @@ def _expand(
     bias = None if convolution.bias is None else convolution.bias.to(dtype)
     shortcut = None if shortcut is None else shortcut.contiguous(memory_format=torch.channels_last)
     return ops.expand(h.to(dtype), convolution.weight.to(dtype), bias, g, shortcut, end)
+
+
+def _convolve_relu(convolution: nn.Conv2d, h: Tensor, shortcut: Tensor | None) -> Tensor | None:
+    dtype = compute_dtype(h)
+    bias = None if convolution.bias is None else convolution.bias.to(dtype)
+    shortcut = None if shortcut is None else shortcut.to(dtype)
+    geometry = ops.Geometry(
+        convolution.stride, cast("tuple[int, ...]", convolution.padding), convolution.dilation, convolution.groups
+    )
+    return ops.convolve_relu(h.to(dtype), convolution.weight.to(dtype), bias, shortcut, geometry)
 
 
 # blocks in a network

@@ -1,8 +1,9 @@
-"""Remember which kernels have passed their proof on this machine, so that later processes need not repeat it.
+"""Remember what was found out about kernels on this machine, so that later processes need not repeat it.
 
-A record is a file in the user's cache folder. Its name and its content say all that the proof depends on: the device,
-its driver, the versions of torch and Triton, the source of the kernels, the dtype. Only a success is recorded. A file
-that is damaged, or that another user owns, counts as none.
+A record is a file in the user's cache folder. Its name and its content say all that the finding depends on: the device,
+its driver, the versions of torch and Triton, the source of the kernels, the dtype. Of the proofs only a success is
+recorded; a choice between two forms of an operation is recorded with what was chosen. A file that is damaged, or that
+another user owns, counts as none.
 """
 
 import functools
@@ -17,25 +18,49 @@ from typing import cast
 
 import torch
 
-__all__ = ["has_passed", "record_success"]
+__all__ = ["has_passed", "read_choice", "record_choice", "record_success"]
 
 
 def has_passed(device: torch.device, dtype: torch.dtype, kernels: str) -> bool:
     """Return whether these kernels are recorded to have passed on this machine."""
-    content = describe_proof(device, dtype, kernels)
-    if content is None:
-        return False
-    try:
-        path = find_record(content)
-        if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
-            return False
-        return path.read_bytes() == content
-    except (OSError, RuntimeError):  # a user may have no home: that is a RuntimeError
-        return False
+    return read_result(device, dtype, kernels) == b""
 
 
 def record_success(device: torch.device, dtype: torch.dtype, kernels: str) -> None:
     """Record that these kernels have passed. Where the file cannot be written, the next process repeats the proof."""
+    write_result(device, dtype, kernels, b"")
+
+
+def read_choice(device: torch.device, dtype: torch.dtype, kind: str) -> str | None:
+    """Return what was chosen for this kind of work on this machine, None if nothing is recorded."""
+    found = read_result(device, dtype, kind)
+    if found is None or len(found) < 2 or not (found.startswith(b"\n") and found.endswith(b"\n")):
+        return None
+    return found.decode(errors="replace").strip()
+
+
+def record_choice(device: torch.device, dtype: torch.dtype, kind: str, choice: str) -> None:
+    """Record what was chosen for this kind of work: one line."""
+    write_result(device, dtype, kind, f"\n{choice}\n".encode())
+
+
+def read_result(device: torch.device, dtype: torch.dtype, kernels: str) -> bytes | None:
+    """Return what the record has behind all that it depends on, None without a right record."""
+    content = describe_proof(device, dtype, kernels)
+    if content is None:
+        return None
+    try:
+        path = find_record(content)
+        if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
+            return None
+        found = path.read_bytes()
+    except (OSError, RuntimeError):  # a user may have no home: that is a RuntimeError
+        return None
+    return found.removeprefix(content) if found.startswith(content) else None
+
+
+def write_result(device: torch.device, dtype: torch.dtype, kernels: str, result: bytes) -> None:
+    """Write a record, if that is possible."""
     content = describe_proof(device, dtype, kernels)
     if content is None:
         return
@@ -43,14 +68,14 @@ def record_success(device: torch.device, dtype: torch.dtype, kernels: str) -> No
         path = find_record(content)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
+            file.write(content + result)
         Path(file.name).replace(path)  # complete or not at all, whichever processes write at once
     except (OSError, RuntimeError):
         return
 
 
 def find_record(content: bytes) -> Path:
-    """Return the file of the record with this content."""
+    """Return the file of the record that begins with this content."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ecanet", "proofs")
     return cache / f"{hashlib.sha256(content).hexdigest()[:32]}.json"
 
