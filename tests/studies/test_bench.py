@@ -310,7 +310,7 @@ def test_the_command(ecanet, monkeypatch, result, tmp_path):
     assert options == {"device": "cpu", "quick": True, "compiled": None, "batch_sizes": [2, 4]}
     assert json.loads((tmp_path / "new" / "result.json").read_text()) == result
     assert (tmp_path / "new" / "result.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"result.json", "result.png"}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"result.json", "result.png", "result.html"}
     rows = [line for line in out.splitlines() if re.match(rf" ({'|'.join(NETWORKS)}|\d+x\d+x\d+ +\w+ \w+) +\d", line)]
     assert len(rows) == 2 * len(NETWORKS) + 4
     assert max(map(len, rows)) <= 80
@@ -318,7 +318,7 @@ def test_the_command(ecanet, monkeypatch, result, tmp_path):
     for r in bench_pages.select_rows(result["ratios"], phase="training"):
         assert f"  {r['first']} / {r['second']}: {r['median']:.3f}" in out
     assert out.splitlines()[-1].startswith(
-        f"took {result['seconds']:.0f} s; result new/result.json, plot new/result.png"
+        f"took {result['seconds']:.0f} s; result new/result.json, page new/result.html"
     )
 
 

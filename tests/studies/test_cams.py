@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import mobilenet_v2, resnet18
@@ -177,7 +176,7 @@ def test_titles_fit_and_are_no_formulas(name):
     heat = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
     on, off = (cams.Map(heat=heat, answer=answer, probability=1.0) for answer in (0, 1))
     pair = cams.Pair(title=f"is {name}", image=torch.zeros(1, 8, 8), explained=0, gated=on, plain=off)
-    figure = drawings.draw_cams([pair, pair], spec)
+    figure = drawings.draw_cams([pair, pair], spec).to_figure()
     figure.draw_without_rendering()
     shown = spec.class_names[0] if len(name) < 25 else f"{name[:23]}…"
     titles = [axes.title for axes in figure.axes]
@@ -195,7 +194,7 @@ def test_titles_fit_and_are_no_formulas(name):
 def quick_figures(monkeypatch):
     """Leave the other figures of the page empty, which take seconds."""
     for name in ("draw_classes", "draw_spread", "draw_kernels"):
-        monkeypatch.setattr(pages, name, lambda *_: Figure())
+        monkeypatch.setattr(pages, name, lambda *_: drawings.Drawing(panels=[lambda axes: None]))
 
 
 @pytest.mark.usefixtures("quick_figures")

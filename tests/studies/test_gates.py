@@ -1,5 +1,6 @@
 """`ecanet inspect`: its records of gates whose behaviour is known beforehand, and its page."""
 
+import html
 import json
 from dataclasses import replace
 
@@ -234,7 +235,8 @@ def test_from_a_checkpoint_to_a_page(trained_folder, tmp_path):
     kernel = found.task.model.get_submodule("layer2.0.eca.conv").weight.flatten().tolist()
     assert rows[1]["kernel"] == pytest.approx(kernel)
     page = (tmp_path / "inspect.html").read_text()
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 3 + 3 + 1 + 1  # classes and image have one for each gate, spread and kernels one
+    assert page.count("<td data-name='gate'>") == 3
     assert picture.name in page
 
 
@@ -261,7 +263,9 @@ def test_class_names_are_drawn_as_they_are(name):
     """A name is no formula, and one with an underscore in front is in the legend like any other."""
     model = nn.Sequential(SEVar2(4))
     found = records.record_gates(model, [(images(4), torch.tensor([0, 1, 0, 1]))], 2)
-    figure = drawings.draw_classes(found, {0: name, 1: "other"})
+    drawing = drawings.draw_classes(found, {0: name, 1: "other"})
+    assert html.escape(figures.shorten(name)) in drawing.to_html()
+    figure = drawing.to_figure()
     assert figures.to_png(figure).startswith(b"\x89PNG")
     figure.draw_without_rendering()
     (legend,) = figure.legends

@@ -10,7 +10,7 @@ import ecanet
 from ecanet.attention import ATTENTIONS
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import ModelConfig
-from ecanet.studies.paper import costs, figures, pages, speed, tables
+from ecanet.studies.paper import costs, pages, speed, tables
 from ecanet.studies.paper.cells import Cell, compare_with_printed
 from ecanet.studies.paper.printed import FOOTNOTES, TABLES
 from ecanet.studies.paper.rows import name_checkpoint
@@ -290,12 +290,6 @@ def test_the_footnote_numbers_of_a_row_lead_to_its_footnotes(name):
     for line, row in zip(rows, TABLES[name].rows, strict=True):
         numbers = line.split("|")[-2].split()
         assert [texts[number] for number in numbers] == [FOOTNOTES[note] for note in row.notes]
-
-
-def test_pictures():
-    for png in (figures.draw_figure_1(), figures.draw_figure_4()):
-        assert png.startswith(b"\x89PNG")
-        assert len(png) > 10_000
 
 
 def test_mistakes_are_named(tmp_path):

@@ -23,7 +23,7 @@ def bench(
     model: ModelName = None,
     attention: Annotated[str | None, typer.Option(help="Comma-separated attentions (eca).", show_default=False)] = None,
     image_size: Annotated[int | None, typer.Option(help="Height and width in pixels.", show_default=False)] = None,
-    out: Annotated[Path, typer.Option(help="JSON file, with a plot next to it.")] = Path("bench.json"),
+    out: Annotated[Path, typer.Option(help="JSON file; a page and a plot go beside it.")] = Path("bench.json"),
 ) -> None:
     """Time ECA-ResNet-50 and its peers, or a --model with gates.
 
@@ -48,11 +48,11 @@ def bench(
             image_size=image_size,
             say=console.print,
         )
-    picture = bench.write(result, out)
+    page = bench.write(result, out)
     bench.show(result, console)
     if result["compile_seconds"]:
         console.print(f"compiling took {sum(result['compile_seconds'].values()):.0f} s")
-    console.print(f"took {result['seconds']:.0f} s; result {out}, plot {picture}")
+    console.print(f"took {result['seconds']:.0f} s; result {out}, page {page}")
 
 
 def parse_batch_sizes(text: str) -> list[int]:

@@ -164,13 +164,11 @@ def inspect(
         image=image,
         cam=cam,
     )
-    table = Table("gate", "channels", "mean", "spread: classes", "images", "saturated", "dead")
+    columns, rows = gates.list_rows(inspection)
+    table = Table(*columns)
     table.columns[0].overflow = "fold"
-    for gate in inspection.records:
-        spread = f"{gate.spread:.3f}" if inspection.classes else "-"  # a detector's images have no single class
-        numbers = (f"{float(gate.mean.mean()):.3f}", spread, f"{float(gate.deviation.mean()):.3f}")
-        shares = (f"{gate.saturated:.1%}", str(int(gate.dead.sum())))
-        table.add_row(gate.name, str(gate.channels), *numbers, *shares)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     for gate in inspection.records:
         for alarm in gate.find_alarms():

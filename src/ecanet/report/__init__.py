@@ -8,7 +8,7 @@ its numbers), `machine` (describes machine and software), `files` (writes a file
 from ecanet.report import figures, pictures
 from ecanet.report.artifacts import Artifacts, DetectionExample, Example, GateSummary
 from ecanet.report.files import describe_disk, replace_file, write_file
-from ecanet.report.html_page import page
+from ecanet.report.html_page import make_table, page
 from ecanet.report.machine import environment
 from ecanet.report.report import UNITS, Report
 
@@ -22,6 +22,7 @@ __all__ = [
     "describe_disk",
     "environment",
     "figures",
+    "make_table",
     "page",
     "pictures",
     "replace_file",

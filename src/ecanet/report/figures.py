@@ -2,8 +2,9 @@
 # The annotations of matplotlib leave many arguments open:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -18,14 +19,20 @@ from torch import Tensor
 from ecanet.report.artifacts import GateSummary
 
 __all__ = [
+    "GREY",
+    "INK",
     "NOT_METRICS",
     "PALETTE",
     "find_limits",
+    "make_axes",
     "plot_confusion",
     "plot_curves",
     "plot_gates",
     "plot_precision_recall",
     "shorten",
+    "show_legend",
+    "show_plots",
+    "style_axes",
     "to_pil",
     "to_png",
     "to_svg",
@@ -33,6 +40,9 @@ __all__ = [
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Colours that the colour-blind can tell apart (Okabe and Ito, 2008), on a light page and on a dark one."""
+
+GREY = "#808080"
+"""For what is there to compare with; it can be seen on a light page and on a dark one."""
 
 INK = "#010203"
 """A black that nothing else has: in SVG it becomes the colour of the page's text."""
@@ -60,7 +70,7 @@ def plot_curves(history: Sequence[Mapping[str, float]]) -> str:
     epochs = [row["epoch"] for row in history]
     drawings: list[str] = []
     for title, names in panels:
-        figure, axes = _make_axes(4, 3, title=title, xlabel="epoch")
+        figure, axes = make_axes(4, 3, title=title, xlabel="epoch")
         curves = {name.replace("_", " "): [row[name] for row in history] for name in names}
         for name, values in curves.items():
             axes.plot(epochs, values, marker="o", markersize=3, label=name)
@@ -117,7 +127,7 @@ def plot_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) 
     classes = len(class_names)
     numbered = classes <= MAX_NUMBERED_CLASSES
     side = 2 + 0.38 * classes if numbered else 8
-    figure, axes = _make_axes(side, side, xlabel="predicted", ylabel="true")
+    figure, axes = make_axes(side, side, xlabel="predicted", ylabel="true")
     axes.grid(visible=False)
     # One colour that is more or less opaque suits a light page and a dark one.
     colour = torch.tensor([0x00, 0x72, 0xB2]) / 255
@@ -146,7 +156,7 @@ def shorten(name: str) -> str:
 
 def plot_precision_recall(curves: Mapping[str, Sequence[float]]) -> str:
     """Return precision against recall as SVG, one line per name; precisions are at recall 0, 0.01, …, 1."""
-    figure, axes = _make_axes(5, 3.5, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    figure, axes = make_axes(5, 3.5, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     for name, precisions in curves.items():
         axes.plot([at / 100 for at in range(len(precisions))], precisions, label=shorten(name))
     axes.legend(frameon=False)
@@ -169,7 +179,7 @@ def plot_gates(gates: Sequence[GateSummary]) -> str:
         weights.plot([at - 0.3, at + 0.3], [middle, middle], color="white", linewidth=1.5)
         deviations.bar(at, float(torch.tensor(gate["deviation"]).mean()), 0.6, color=PALETTE[1])
     if max(max(gate["mean"]) for gate in gates) > 0.8:  # lossless gates begin at 1
-        weights.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        weights.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     weights.set(ylabel="mean weight of a channel")
     deviations.set(ylabel="between images")
     deviations.set_xticks(range(len(gates)), [gate["name"] for gate in gates], rotation=60, ha="right", fontsize=7)
@@ -178,14 +188,41 @@ def plot_gates(gates: Sequence[GateSummary]) -> str:
     return to_svg(figure)
 
 
-def _make_axes(width: float, height: float, **settings: Any) -> tuple[Figure, Any]:
+def make_axes(width: float, height: float, **settings: Any) -> tuple[Figure, Any]:
     """Return a figure of ``width`` x ``height`` inches and its axes (matplotlib's Axes), in this page's style."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes: Any = figure.subplots()
-    axes.set_prop_cycle(color=PALETTE)
-    axes.grid(alpha=0.3)
+    style_axes(axes)
     axes.set(**settings)
     return figure, axes
+
+
+def style_axes(axes: Any) -> None:
+    """Give ``axes`` (matplotlib's) the palette, with dashed lines from the seventh colour on, and a faint grid."""
+    axes.set_prop_cycle(color=[*PALETTE, *PALETTE], linestyle=["-"] * len(PALETTE) + ["--"] * len(PALETTE))
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def show_plots(drawings: Iterable[Figure]) -> str:
+    """Return figures as HTML, in a row that wraps where the page is narrow."""
+    return f"<div class=plots>{''.join(map(to_svg, drawings))}</div>"
+
+
+def show_legend(lines: Iterable[Line2D]) -> str:
+    """Return the labels of ``lines`` (matplotlib's) as HTML, each after a piece of its line."""
+    styles = {"-": "solid", "--": "dashed", ":": "dotted"}
+    entries = [
+        f"<span><i style='border-color: {_find_colour(line)}; border-style: {styles[str(line.get_linestyle())]}'></i>"
+        f"{html.escape(str(line.get_label()))}</span>"
+        for line in lines
+    ]
+    return f"<p class=legend>{''.join(entries)}</p>"
+
+
+def _find_colour(line: Line2D) -> str:
+    colour = str(line.get_color())
+    return "currentColor" if colour == INK else colour
 
 
 # figures and images as files

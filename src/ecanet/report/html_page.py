@@ -1,11 +1,12 @@
 """The layout that all of the package's HTML pages share."""
 
-from collections.abc import Mapping, Sequence
+import html
+from collections.abc import Iterable, Mapping, Sequence
 
 from ecanet.recipes import Recipe
 from ecanet.report.settings import show_settings
 
-__all__ = ["Section", "page"]
+__all__ = ["Section", "make_table", "page"]
 
 Section = tuple[str, str, str]
 """A heading, a note below it, and a body in HTML."""
@@ -17,12 +18,13 @@ def page(
     subtitle: str,
     tiles: Sequence[tuple[str, str]],
     sections: Sequence[Section],
-    recipe: Recipe,
+    recipe: Recipe | None = None,
     environment: Mapping[str, object],
 ) -> str:
     """Return one HTML page that needs no other file.
 
     ``tiles`` are the values at the top, each with its label. Everything is escaped except the bodies of ``sections``.
+    The settings of a ``recipe`` are the last section.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -32,6 +34,26 @@ def page(
         title=title,
         subtitle=subtitle,
         tiles=tiles,
-        sections=[*sections, ("Recipe", "", show_settings(recipe))],
+        sections=[*sections, *([("Recipe", "", show_settings(recipe))] if recipe else [])],
         environment=environment,
     )
+
+
+def make_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table in HTML; on a narrow page each row becomes a block with the column's name before each value.
+
+    >>> make_table(["gate", "mean"], [["a<b", 0.5]])[-78:]
+    "<tr><td data-name='gate'>a&lt;b</td><td data-name='mean'>0.5</td></tr></table>"
+    """
+    names = [html.escape(column) for column in columns]
+    head = "".join(f"<th>{name}</th>" for name in names)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f"<td data-name='{name}'>{html.escape(str(cell))}</td>" for name, cell in zip(names, row, strict=True)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    kind = "'rows many'" if len(names) > 7 else "rows"  # tables of many columns become blocks on wider pages already
+    return f"<table class={kind}><tr>{head}</tr>{body}</table>"

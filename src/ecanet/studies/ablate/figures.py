@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ecanet.report import figures
 from ecanet.studies.ablate.comparison import Result
 from ecanet.studies.ablate.grid import Ablation
 from ecanet.studies.ablate.metrics import Metric
 
-__all__ = ["draw", "spread_labels"]
+__all__ = ["draw", "draw_panels", "spread_labels"]
 
 
 def draw(ablation: Ablation) -> Figure:
@@ -22,34 +23,56 @@ def draw(ablation: Ablation) -> Figure:
     """
     figure = Figure(figsize=(11, 1.8 + 0.32 * len(ablation.results)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    figures.style_axes(left)
+    figures.style_axes(right)
     _draw_differences(left, ablation.results, ablation.metric)
     _draw_scores(right, ablation.results, ablation.metric)
     return figure
+
+
+def draw_panels(ablation: Ablation) -> list[Figure]:
+    """Return the two panels as figures of their own, for a page on which they wrap."""
+    height = max(3.2, 1.2 + 0.34 * len(ablation.results))
+    drawn: list[Figure] = []
+    for draw_one in (_draw_differences, _draw_scores):
+        figure, axes = figures.make_axes(4.8, height)
+        draw_one(axes, ablation.results, ablation.metric)
+        drawn.append(figure)
+    return drawn
 
 
 def _draw_differences(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
     """Draw one dot for each seed, the mean, and its 95 % interval, from the first variant at the top downward."""
     plain, *others = results
     for y, result in enumerate(reversed(others)):
-        color = "tab:red" if result.significant else "tab:gray"
+        color = figures.PALETTE[1] if result.significant else figures.GREY
         dots = [score - plain.by_seed[seed] for seed, score in result.by_seed.items()]
         axes.scatter(dots, [y] * len(dots), s=14, alpha=0.5, color=color)
         if result.difference is not None:
-            axes.errorbar(result.difference.mean, y, xerr=result.difference.half, fmt="D", color=color, capsize=4)
-    axes.axvline(0, color="black", linewidth=1)
+            axes.errorbar(
+                result.difference.mean,
+                y,
+                xerr=result.difference.half,
+                fmt="D" if result.significant else "o",
+                color=color,
+                capsize=4,
+            )
+    axes.axvline(0, color=figures.INK, linewidth=1)
     names = [
         ", ".join((result.variant.label.replace(" (", "\n("), *result.variant.same_as)) for result in reversed(others)
     ]
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - 0.4)
-    axes.set_xlabel(f"paired difference to the plain network ({metric.points}); red: significant")
+    # Right-aligned, so that it has the room below the names, too.
+    label = f"paired difference to the plain network\n({metric.points}; diamonds: significant)"
+    axes.set_xlabel(label, x=1, horizontalalignment="right")
 
 
 def _draw_scores(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
     parameters = [result.variant.cost.parameters / 1e6 for result in results]
     means = [result.score.mean for result in results]
     for x, result in zip(parameters, results, strict=True):
-        axes.errorbar(x, result.score.mean, yerr=result.score.half, fmt="o", color="tab:blue")
+        axes.errorbar(x, result.score.mean, yerr=result.score.half, fmt="o", color=figures.PALETTE[0])
     axes.set(xlabel="parameters (millions)", ylabel=metric.heading)
     axes.margins(x=0.3)
     if max(parameters) > 10 * min(parameters):
@@ -64,7 +87,7 @@ def _draw_scores(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
             textcoords=("offset points", "data"),
             va="center",
             fontsize=7,
-            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "tab:gray"},
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": figures.GREY},
         )
 
 

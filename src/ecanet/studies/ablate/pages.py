@@ -2,12 +2,10 @@
 
 import json
 
-from matplotlib.figure import Figure
-
 from ecanet.recipes import to_dict
-from ecanet.report import environment, figures, page, write_file
+from ecanet.report import environment, figures, make_table, page, write_file
 from ecanet.studies.ablate.comparison import Estimate, Result
-from ecanet.studies.ablate.figures import draw
+from ecanet.studies.ablate.figures import draw, draw_panels
 from ecanet.studies.ablate.grid import Ablation
 from ecanet.studies.ablate.metrics import Metric
 from ecanet.studies.ablate.variants import name_network
@@ -17,11 +15,10 @@ __all__ = ["explain", "format_estimate", "to_html", "to_json", "to_markdown", "w
 
 def write(ablation: Ablation) -> None:
     """Write ablation.md, ablation.json, ablation.png and ablation.html into the ablation's folder."""
-    figure = draw(ablation)
     write_file(ablation.folder / "ablation.md", to_markdown(ablation))
     write_file(ablation.folder / "ablation.json", to_json(ablation))
-    write_file(ablation.folder / "ablation.png", figures.to_png(figure))
-    write_file(ablation.folder / "ablation.html", to_html(ablation, figure))
+    write_file(ablation.folder / "ablation.png", figures.to_png(draw(ablation)))
+    write_file(ablation.folder / "ablation.html", to_html(ablation))
 
 
 def to_markdown(ablation: Ablation) -> str:
@@ -123,30 +120,22 @@ def _estimate_to_dict(estimate: Estimate) -> dict[str, float | None]:
     return {"mean": estimate.mean, "half_width": estimate.half}
 
 
-def to_html(ablation: Ablation, figure: Figure) -> str:
+def to_html(ablation: Ablation) -> str:
     """Return one HTML page that needs no other file: the table, the figure, and every run."""
-    metric = ablation.metric
-    head = "".join(f"<th>{name}</th>" for name in _list_columns(ablation))
-    body = "".join(
-        "<tr>" + "".join(f"<td>{cell}</td>" for cell in _format_row(result, metric)) + "</tr>"
+    metric, recipe, networks = ablation.metric, ablation.recipe, len(ablation.results)
+    table = make_table(_list_columns(ablation), [_format_row(result, metric) for result in ablation.results])
+    by_seed = [
+        [result.variant.name, *(f"{score:.{metric.digits}f}" for score in result.by_seed.values())]
         for result in ablation.results
-    )
-    seeds = "".join(f"<th>seed {seed}</th>" for seed in ablation.seeds)
-    by_seed = "".join(
-        f"<tr><td>{result.variant.name}</td>"
-        + "".join(f"<td>{score:.{metric.digits}f}</td>" for score in result.by_seed.values())
-        + "</tr>"
-        for result in ablation.results
-    )
-    recipe, networks = ablation.recipe, len(ablation.results)
+    ]
     return page(
         title=f"Ablation of {name_network(recipe)} on {recipe.data.name}",
         subtitle=f"recipe {recipe.name}, {recipe.epochs} epochs, {len(ablation.seeds)} seeds",
         tiles=[(str(networks), "networks"), (str(networks * len(ablation.seeds)), "runs")],
         sections=[
-            ("Table", explain(ablation), f"<table><tr>{head}</tr>{body}</table>"),
-            ("Picture", "", figures.to_svg(figure)),
-            ("Each run", metric.caption, f"<table><tr><th></th>{seeds}</tr>{by_seed}</table>"),
+            ("Picture", "", figures.show_plots(draw_panels(ablation))),
+            ("Table", explain(ablation), table),
+            ("Each run", metric.caption, make_table(["variant", *(f"seed {s}" for s in ablation.seeds)], by_seed)),
         ],
         recipe=recipe,
         environment=environment(),

@@ -150,7 +150,7 @@ def _add_classifier(gradio: Any, task: Classification, image: Any) -> None:
 def _add_detector(gradio: Any, task: Task, image: Any) -> None:
     """Add the objects of a detector, and a slider for the lowest score."""
     threshold = gradio.Slider(0.05, 0.95, value=0.5, step=0.05, label="Lowest score")
-    picture = gradio.Image(label="Objects", interactive=False)
+    picture = gradio.Image(label="Objects", interactive=False, buttons=["fullscreen", "download"])
     table = gradio.Dataframe(headers=["object", "score"], label="Objects", interactive=False)
 
     def show(path: str | None, lowest: float) -> tuple[object, ...]:

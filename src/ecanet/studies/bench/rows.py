@@ -1,6 +1,9 @@
-"""The rows of the benchmark's result, as they are written to JSON."""
+"""The rows of the benchmark's result, as they are written to JSON, and how they are chosen and written in words."""
 
-from typing import NotRequired, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import NotRequired, TypedDict, TypeVar, cast
+
+Row = TypeVar("Row", bound=Mapping[str, object])
 
 
 class Spread(TypedDict):
@@ -77,3 +80,31 @@ class Result(TypedDict):
     ratios: list[RatioRow]
     copy: list[CopyRow]
     seconds: float
+
+
+def select_rows(rows: Sequence[Row], **values: object) -> list[Row]:
+    """Return the rows that have these ``values``."""
+    return [row for row in rows if all(row.get(key) == value for key, value in values.items())]
+
+
+def list_batch_sizes(result: Result) -> list[int]:
+    """Return the batch sizes in the order in which they were timed."""
+    return list(dict.fromkeys(row["batch_size"] for row in result["networks"]))
+
+
+def format_headline(result: Result) -> str:
+    """Return the network, the settings and the machine in one line."""
+    found = result["environment"]
+    return (
+        f"{found['model']}, {found['image_size']} pixels, {found['dtype']}; {found['device']}, "
+        f"{found['threads']} thread{'s' * (cast(int, found['threads']) > 1)}, torch {found['torch']}"
+    )
+
+
+def format_three_digits(x: float) -> str:
+    """Return ``x`` with three digits, or more if it is 1000 or larger.
+
+    >>> format_three_digits(1234.5), format_three_digits(12.345), format_three_digits(0.5)
+    ('1234', '12.3', '0.50')
+    """
+    return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"

@@ -1,17 +1,19 @@
 """Write what an inspection found: numbers, figures and one HTML page."""
 
+import html
 import json
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from torch import Tensor
 
 from ecanet.errors import ConfigError
 from ecanet.recipes import ModelConfig
-from ecanet.report import environment, figures, page, write_file
+from ecanet.report import environment, figures, make_table, page, write_file
 from ecanet.studies.gates.drawings import (
+    Drawing,
     Effect,
     draw_cams,
     draw_classes,
@@ -23,11 +25,13 @@ from ecanet.studies.gates.drawings import (
 from ecanet.studies.gates.inspection import Inspection, inspect
 from ecanet.training import restore
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 PICTURES = ("image.png", "classes.png", "weights.png", "spread.png", "cams.png", "kernels.png")
 """The pictures that an inspection may write."""
+
+TABLE = (
+    "Mean weight; standard deviation between the classes' means, and between images, averaged over the channels; share "
+    "of the weights near the ends of the range; channels whose weight is always near 0."
+)
 
 
 def run(
@@ -88,8 +92,8 @@ def write(found: Inspection, folder: Path) -> None:
     if (folder / "inspect.json").exists():
         for name in PICTURES:
             (folder / name).unlink(missing_ok=True)
-    for name, figure in drawn.items():
-        write_file(folder / f"{name}.png", figures.to_png(figure, dpi=110))
+    for name, drawing in drawn.items():
+        write_file(folder / f"{name}.png", figures.to_png(drawing.to_figure(), dpi=110))
     write_file(folder / "inspect.json", to_json(found))
     write_file(folder / "inspect.html", to_html(found, drawn))
 
@@ -159,10 +163,28 @@ def to_number(x: float) -> float | None:
     return x if isfinite(x) else None
 
 
-def to_html(found: Inspection, drawn: Mapping[str, "Figure"]) -> str:
+def list_rows(found: Inspection) -> tuple[list[str], list[list[str]]]:
+    """Return the names of the columns, and one row for each gate, as the terminal and the page show them."""
+    columns = ["gate", "channels", "mean", "spread: classes", "images", "saturated", "dead"]
+    rows = [
+        [
+            gate.name,
+            str(gate.channels),
+            f"{float(gate.mean.mean()):.3f}",
+            f"{gate.spread:.3f}" if found.classes else "-",  # a detector's images have no single class
+            f"{float(gate.deviation.mean()):.3f}",
+            f"{gate.saturated:.1%}",
+            str(int(gate.dead.sum())),
+        ]
+        for gate in found.records
+    ]
+    return columns, rows
+
+
+def to_html(found: Inspection, drawn: Mapping[str, Drawing]) -> str:
     """Return one page that needs no other file."""
     recipe, spec = found.task.recipe, found.task.spec
-    alarms = [f"<li>{one.name}: {alarm}</li>" for one in found.records for alarm in one.find_alarms()]
+    alarms = [f"<li>{html.escape(one.name)}: {alarm}</li>" for one in found.records for alarm in one.find_alarms()]
     effect = "The number is the change in the likeliest class's log-odds against holding that gate at its mean weights."
     notes = {
         "image": (f"One image: {found.answer}", effect),
@@ -187,7 +209,8 @@ def to_html(found: Inspection, drawn: Mapping[str, "Figure"]) -> str:
         "kernels": ("Learned kernels", "ECA's weights for each channel's neighbours; 0 is the channel itself."),
     }
     sections = [("Alarms", "", f"<ul>{''.join(alarms)}</ul>" if alarms else "<p>None.</p>")]
-    sections += [(*notes[name], figures.to_svg(drawn[name])) for name in notes if name in drawn]
+    sections += [("Table", TABLE, make_table(*list_rows(found)))]
+    sections += [(*notes[name], drawn[name].to_html()) for name in notes if name in drawn]
     return page(
         title=f"The gates of {recipe.model.name} with {recipe.model.attention}",
         subtitle=f"on {recipe.data.name}, {found.images:,} held-out images of {len(spec.class_names)} classes",

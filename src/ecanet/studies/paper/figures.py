@@ -9,38 +9,45 @@ from ecanet.studies.paper.printed import FIGURE_4, TABLE_3
 
 __all__ = ["draw_figure_1", "draw_figure_4"]
 
+OURS = figures.PALETTE[1]
+"""The colour of ECA-Net, and of ECA-Net101 where there are two."""
 
-def draw_figure_1() -> bytes:
-    """Return a PNG like Figure 1, from Table 3's printed numbers: Top-1 against parameters, with FLOPs as area."""
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="Parameters (M)", ylabel="Top-1 (%)")
+MARKERS = ("o", "s", "D")
+"""Shapes of the points: another one for each turn of the palette."""
+
+
+def draw_figure_1() -> Figure:
+    """Return a figure like Figure 1, from Table 3's printed numbers: Top-1 against parameters, with FLOPs as area."""
+    figure, axes = figures.make_axes(4.8, 4.4, xlabel="Parameters (M)", ylabel="Top-1 (%)")
     resnets = [row.printed for row in TABLE_3.rows if row.printed["Backbone"].startswith("R-")]
+    others = [colour for colour in figures.PALETTE if colour != OURS]
     for i, method in enumerate(dict.fromkeys(row["Method"] for row in resnets)):
         rows = [row for row in resnets if row["Method"] == method]
         x, y, flops = ([float(row[c].rstrip("MG")) for row in rows] for c in ("#Param", "Top-1", "FLOPs"))
-        color = "tab:red" if "ECA" in method else f"C{i + (i > 2)}"  # C3 is the same red
-        axes.plot(x, y, linewidth=1, alpha=0.6, color=color)
-        axes.scatter(x, y, s=[60 * f for f in flops], alpha=0.5, color=color)
-        axes.scatter([], [], s=40, alpha=0.5, color=color, label=method)  # for the legend: one size for all methods
-        if method in ("ResNet", "ECA-Net (ours)"):
+        color, marker = (OURS, "o") if "ECA" in method else (others[i % len(others)], MARKERS[i // len(others)])
+        axes.plot(x, y, linewidth=1, alpha=0.6, color=color, linestyle="-")
+        axes.scatter(x, y, s=[14 * f for f in flops], alpha=0.6, color=color, marker=marker, linewidths=0)
+        axes.scatter([], [], s=30, alpha=0.6, color=color, marker=marker, label=method)  # one size for all methods
+        if method == "ECA-Net (ours)":
             for row, x_value, y_value in zip(rows, x, y, strict=True):
-                axes.annotate(row["Backbone"], (x_value, y_value), ha="center", va="center", fontsize=7)
-    axes.legend(loc="lower right", fontsize=8, title="area: FLOPs", title_fontsize=8)
+                place = {"xytext": (-8, 5), "textcoords": "offset points"}  # nothing is above a curve's left end
+                axes.annotate(row["Backbone"], (x_value, y_value), ha="right", fontsize=8, **place)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, title="area: FLOPs", title_fontsize=8, frameon=False)
     axes.margins(0.12)
-    return figures.to_png(figure)
+    return figure
 
 
-def draw_figure_4() -> bytes:
-    """Return a PNG like Figure 4, from its digitised points: Top-1 against k, with adaptive k and SENet as lines."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="Kernel size k", ylabel="Top-1 (%)")
-    for color, name in (("tab:blue", "ECA-Net50"), ("tab:red", "ECA-Net101")):
+def draw_figure_4() -> Figure:
+    """Return a figure like Figure 4, from its digitised points: Top-1 against k, with adaptive k and SENet as lines."""
+    figure, axes = figures.make_axes(4.8, 4.4, xlabel="Kernel size k", ylabel="Top-1 (%)")
+    for color, name in ((figures.PALETTE[0], "ECA-Net50"), (OURS, "ECA-Net101")):
         rows = [row.printed for row in FIGURE_4.rows if row.printed["Backbone"] == name]
         top1 = {row["k"]: float(row["Top-1"]) for row in rows}
         sizes = [k for k in top1 if k.isdigit()]
-        axes.plot([int(k) for k in sizes], [top1[k] for k in sizes], "o-", color=color, label=f"{name}, fixed k")
+        line = {"color": color, "marker": "o", "linestyle": "-"}
+        axes.plot([int(k) for k in sizes], [top1[k] for k in sizes], label=f"{name}, fixed k", **line)
         axes.axhline(top1["adaptive"], color=color, linestyle="--", linewidth=1, label=f"{name}, adaptive k")
         axes.axhline(top1["SENet"], color=color, linestyle=":", linewidth=1, label=name.replace("ECA-Net", "SENet"))
     axes.set_xticks([3, 5, 7, 9])
-    figure.legend(fontsize=8, ncols=2, loc="outside lower center")
-    return figures.to_png(figure)
+    figure.legend(fontsize=8, ncols=2, loc="outside lower center", frameon=False)
+    return figure
