@@ -56,7 +56,7 @@ def gates():
 
     return [
         GateRecord(
-            name=f"backbone.features.stage{at}.block_with_a_long_name.eca", gain=1.0, ceiling=1.0,
+            name=f"backbone.stage{at}{5 * '.a_long_name'}.eca", gain=1.0, ceiling=1.0,
             counts=torch.tensor([4, 4]), class_means=draw(2, 64), mean=draw(64), deviation=0.1 * draw(64),
             lowest=draw(64), highest=draw(64), saturated=0.0, kernel=torch.randn(3 + 2 * at, generator=generator),
         )

@@ -23,7 +23,7 @@ def bench(
     model: ModelName = None,
     attention: Annotated[str | None, typer.Option(help="Comma-separated attentions (eca).", show_default=False)] = None,
     image_size: Annotated[int | None, typer.Option(help="Height and width in pixels.", show_default=False)] = None,
-    out: Annotated[Path, typer.Option(help="JSON file; a page and a plot go beside it.")] = Path("bench.json"),
+    out: Annotated[Path, typer.Option(help="JSON file, with a page next to it.")] = Path("bench.json"),
 ) -> None:
     """Time ECA-ResNet-50 and its peers, or a --model with gates.
 

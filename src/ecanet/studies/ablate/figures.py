@@ -63,9 +63,7 @@ def _draw_differences(axes: Axes, results: Sequence[Result], metric: Metric) -> 
     ]
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - 0.4)
-    # Right-aligned, so that it has the room below the names, too.
-    label = f"paired difference to the plain network\n({metric.points}; diamonds: significant)"
-    axes.set_xlabel(label, x=1, horizontalalignment="right")
+    axes.set_xlabel(f"paired difference to the plain network\n({metric.points}; diamonds: significant)")
 
 
 def _draw_scores(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
