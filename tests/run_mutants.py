@@ -38,8 +38,8 @@ def dies(mutant: dict[str, str]) -> bool:
         shutil.copytree(ROOT / "benchmarks", f"{folder}/benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("docs", "examples"):
             shutil.copytree(ROOT / name, f"{folder}/{name}", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("pyproject.toml", "zensical.toml", "README.md", "SECURITY.md", "CONTRIBUTING.md"):
-            shutil.copy(ROOT / name, folder)
+        for path in (*ROOT.glob("*.md"), *ROOT.glob("*.toml"), ROOT / "Makefile"):
+            shutil.copy(path, folder)
         path = Path(folder, mutant["file"])
         source = path.read_text()
         if source.count(mutant["find"]) != 1:

@@ -52,6 +52,7 @@ OFFLINE = {
     'encoder_weights="imagenet"': "encoder_weights=None",
     'from_pretrained("microsoft/resnet-18")': "from_config(SMALL_CONFIG)",
     'weights="DEFAULT"': "weights=None",
+    '"quickstart", loggers="mlflow"': 'recipes.find("quickstart"), loggers="csv"',
     'weights="torchvision"': "weights=None",
 }
 """What downloads, and what stands in for it."""
@@ -122,6 +123,8 @@ def stand_ins(page: str) -> dict[str, object]:
         "plain": Network().state_dict(),
         "image": torch.rand(2, 3, 64, 64),
         "images": torch.rand(2, 3, 64, 64),
+        "others": torch.rand(6, 3, 64, 64),
+        "labels": torch.arange(6) % 2,
         "names": [str(n) for n in range(1000)],
         "MyGate": MyGate,
         "MyAttention": MyAttention,
@@ -151,10 +154,7 @@ def run_page(page: Path) -> int:
     count = 0
     for snippet in find_snippets(page):
         if snippet.language == "python" and not any(snippet.code.startswith(begin) for begin in NO_CONNECTION):
-            names = {
-                **stand_ins(snippet.page),
-                **{key: value for key, value in names.items() if key not in ("model", "ecanet")},
-            }
+            names = {**stand_ins(snippet.page), **names}
             run_block(snippet, names)
             count += 1
     return count

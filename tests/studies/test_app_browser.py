@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from browsing import open_browser, text, wait_for
 from ecanet import recipes, training
 from ecanet.data.scenes import SceneConfig, make_scenes
 
@@ -55,38 +56,6 @@ def serve(run, folder, port):
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
         process.stdout.close()
-
-
-@contextmanager
-def open_browser(width=1300, height=1100):
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},{height}"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    if Path("/usr/bin/chromium").exists():
-        options.binary_location = "/usr/bin/chromium"
-    driver = Path("/usr/bin/chromedriver")
-    browser = webdriver.Chrome(options, webdriver.ChromeService(str(driver)) if driver.exists() else None)
-    try:
-        yield browser
-    finally:
-        browser.quit()
-
-
-def wait_for(condition, seconds=60):
-    for _ in range(10 * seconds):
-        try:
-            if found := condition():
-                return found
-        except Exception:  # the page is being drawn anew
-            pass
-        time.sleep(0.1)
-    raise AssertionError("the page did not get there")
-
-
-def text(browser):
-    return browser.find_element("tag name", "body").text
 
 
 def read_labels_of(page):
