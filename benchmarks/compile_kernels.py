@@ -195,13 +195,13 @@ def list_expansions(dtype: str) -> Iterator[Kernel]:
         tiles = expansion.choose_tiles(rows, inner, 4 * inner, DTYPES[dtype])
         sizes = {"BLOCK_R": tiles.rows, "BLOCK_C": tiles.channels, "BLOCK_K": tiles.inner}
         within = positions >= tiles.rows
-        flags = {"BIAS": True, "GATE": True, "SHORTCUT": True, "ACTIVATION": 1, "WITHIN": within}
+        flags = {"BIAS": True, "GATE": True, "SHORTCUT": True, "OFFSET": True, "ACTIVATION": 1, "WITHIN": within}
         yield Kernel(
             name=f"_expand {tiles.rows}x{tiles.channels}x{tiles.inner}",
             function=expansion._expand,
             dtype=dtype,
             channels_last=True,
-            tensors={"h": dtype, "w": dtype, "b": dtype, "g": "fp32", "s": dtype, "y": dtype},
+            tensors={"h": dtype, "w": dtype, "b": dtype, "g": "fp32", "s": dtype, "o": dtype, "y": dtype},
             constants={**flags, "FAR": False, "WIDEN": False, **sizes},
             options={"num_warps": tiles.warps, "num_stages": 3},
             extra={"inputs": inner, "rows": rows, "gate": "two samples a tile" if within else "gathered"},

@@ -119,10 +119,10 @@ def count_batch(network: nn.Module, batch: int, *, epilogues: bool, size: int = 
     kernels: Counter[str] = Counter()
     biases = traffic.Traffic()
 
-    def convolve(self: nn.Conv2d, x: Tensor) -> Tensor:
-        y = _shape_output(x, self.weight, self.stride, self.padding, self.dilation)
-        kernels.update({"convolution": 1, "bias": self.bias is not None})
-        biases.read += y.nbytes * (self.bias is not None)
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        y = _shape_output(x, weight, *geometry[:3])
+        kernels.update({"convolution": 1, "bias": bias is not None})
+        biases.read += y.nbytes * (bias is not None)
         return y
 
     def run_operator(given: convolution.Operands, geometry: convolution.Geometry) -> Tensor:
@@ -137,7 +137,7 @@ def count_batch(network: nn.Module, batch: int, *, epilogues: bool, size: int = 
             patch.setattr(ops, name, lambda *args: True)
         patch.setattr(choices, "is_chosen", lambda *args: epilogues)
         patch.setattr(convolution, "run_operator", run_operator)
-        patch.setattr(nn.Conv2d, "forward", convolve)
+        patch.setattr(nn.functional, "conv2d", convolve)
         patch.setattr(traffic, "NOT_COUNTED", (*traffic.NOT_COUNTED, "expansion"))
         with traffic.count_operations(smallest=batch * 2**13) as others, _Operations() as operations:
             network(x)

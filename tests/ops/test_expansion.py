@@ -56,11 +56,11 @@ def case(shape, dtype, seed=0):
     return h, weight, bias, surround_with_nan(random(n, channels).sigmoid() + 0.5), shortcut
 
 
-def oracle(h, weight, bias, gate, shortcut, activation):
+def oracle(h, weight, bias, gate, shortcut, activation, offset=None):
     """Return the result in float64 by PyTorch's convolution, and the largest error that rounding explains.
 
-    A float32 sum of K products errs by at most K roundings of their absolute sum; bias, gate, shortcut and a spare one
-    add four. Then follows one rounding to the output's dtype, to nearest. The interpreter truncates bfloat16 instead.
+    A float32 sum of K products errs by at most K roundings of their absolute sum; bias, gate, shortcut and offset add
+    four. Then follows one rounding to the output's dtype, to nearest. The interpreter truncates bfloat16 instead.
     """
     h, weight, dtype = h.double(), weight.double(), h.dtype
     y, terms = F.conv2d(h, weight[..., None, None]), F.conv2d(h.abs(), weight.abs()[..., None, None])
@@ -70,13 +70,15 @@ def oracle(h, weight, bias, gate, shortcut, activation):
         y, terms = y * gate.double()[..., None, None], terms * gate.double().abs()[..., None, None]
     if shortcut is not None:
         y, terms = y + shortcut.double(), terms + shortcut.double().abs()
+    if offset is not None:
+        y, terms = y + offset.double()[:, None, None], terms + offset.double().abs()[:, None, None]
     y = {"relu": y.relu(), "relu6": F.relu6(y), None: y}[activation]
     truncates = expansion.INTERPRETED and dtype == torch.bfloat16
     return y, bound_sums(y, terms, (h.shape[1] + 4) / 2, dtype, truncates=truncates)
 
 
-def assert_within_rounding(actual, given, activation):
-    expected, allowed = oracle(*given, activation)
+def assert_within_rounding(actual, given, activation, offset=None):
+    expected, allowed = oracle(*given, activation, offset)
     assert find_elementwise_excess("y", actual, expected, allowed) is None
     assert actual.dtype == given[0].dtype
     assert actual.is_contiguous(memory_format=LAST)
@@ -90,6 +92,16 @@ def test_error_is_within_rounding(shape, dtype):
     for parts, activation in forms[: 2 if shape[2] > 100 or shape[3] > 10 else None]:
         given = (h, weight, *(x if name in parts else None for name, x in zip("bgs", rest, strict=True)))
         assert_within_rounding(expansion.expand(*given, activation), given, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_offset_is_added_after_the_gate(dtype):
+    """It is the bias of the shortcut's own convolution, so the gate does not scale it."""
+    given = case((3, 5, 70, 5, 3), dtype)
+    offset = surround_with_nan(3 * draw((70,), torch.Generator("cpu").manual_seed(1)).to(dtype))
+    assert_within_rounding(expansion.expand(*given, "relu", offset), given, "relu", offset)
+    alone = (*given[:2], None, None, None)
+    assert_within_rounding(expansion.expand(*alone, None, offset), alone, None, offset)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -178,6 +190,7 @@ def test_errors_name_what_does_not_fit(monkeypatch):
         (h, weight, bias, gate, shortcut.contiguous()): "shortcut is not channels-last",
         (h, weight.to("meta")): f"tensors are on {h.device} and meta",
         (h, weight.clone().requires_grad_()): "it has no gradient; use it under torch.no_grad",
+        (h, weight, bias, gate, shortcut, None, bias[:4]): r"offset must be \(5,\)",
         (h, weight, bias, gate, shortcut, "gelu"): "unknown activation 'gelu'; choose 'relu', 'relu6' or None",
     }.items():
         with pytest.raises(ConfigError, match=f"expand does not apply: {why}"):
@@ -207,11 +220,21 @@ def bottleneck(attention):
     return ResNet(BOTTLENECK, (1,), slot, num_classes=2, in_channels=3).get_submodule("layer1.0")
 
 
+def make_shortcut(stride, *before):
+    return nn.Sequential(*before, nn.Conv2d(6, 16, 1, stride, bias=False), nn.BatchNorm2d(16))
+
+
 BLOCKS = {
     "eca": (lambda: bottleneck("eca"), 64, 2),
     "se": (lambda: bottleneck("se"), 64, 2),
     "none": (lambda: bottleneck("none"), 64, 2),
     "torchvision": (lambda: torchvision.models.resnet.Bottleneck(16, 4), 16, 2),
+    "shortcut": (lambda: torchvision.models.resnet.Bottleneck(6, 4, 2, make_shortcut(2)), 6, 2),
+    "shortcut of three": (
+        lambda: torchvision.models.resnet.Bottleneck(6, 4, 1, make_shortcut(1, nn.AvgPool2d(3, 1, 1))),
+        6,
+        2,
+    ),
     "inverted": (lambda: torchvision.models.mobilenetv2.InvertedResidual(5, 5, 1, 6), 5, 2),
     "inverted, nothing added": (lambda: torchvision.models.mobilenetv2.InvertedResidual(5, 7, 1, 6), 5, 2),
     "cbam": (lambda: bottleneck("cbam"), 64, 1),
@@ -251,6 +274,19 @@ def test_block_gives_the_same_with_and_without_the_kernel(name, ran):
     assert actual.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("name", ["eca", "shortcut", "shortcut of three", "inverted"])
+@torch.no_grad()
+def test_the_kernel_takes_the_bias_of_the_shortcut(name, ran):
+    """PyTorch would add it in a pass of its own. The shortcut without a convolution has none."""
+    block, x = make_optimized(name)
+    with ops.prefer_impl("fused"):
+        block(x)
+    offset = ran[-1][6]
+    assert (offset is None) == (name == "inverted")
+    if offset is not None:
+        assert any(offset is one.bias for one in block.shortcut if isinstance(one, nn.Conv2d))
+
+
 @torch.no_grad()
 def test_autocast_keeps_the_gate_in_float32(ran):
     block, x = make_optimized("eca")
@@ -258,12 +294,12 @@ def test_autocast_keeps_the_gate_in_float32(ran):
         expected = block(x)
         with ops.prefer_impl("fused"):
             actual = block(x)
-    *_, (h, weight, bias, gate, shortcut, _) = ran
+    *_, (h, weight, bias, gate, shortcut, _, offset) = ran
     assert h.dtype == weight.dtype == actual.dtype == expected.dtype == torch.bfloat16
     assert gate.dtype == torch.float32
     assert shortcut.dtype in (torch.float32, torch.bfloat16)
     given = (h, weight.flatten(1), bias, gate.flatten(1), shortcut)
-    assert_within_rounding(actual, given, "relu")
+    assert_within_rounding(actual, given, "relu", offset)
     # each of the three convolutions, gate, product and sum rounds once; the interpreter truncates
     assert (actual - expected).norm() <= 6 * torch.finfo(torch.bfloat16).eps * expected.norm()
 
@@ -276,11 +312,11 @@ def test_a_bfloat16_copy_needs_no_casts(ran):
     with ops.prefer_impl("fused"):
         actual = block(x)
     assert actual.dtype == torch.bfloat16
-    for (h, weight, bias, gate, shortcut, end), y in zip(ran, [None, actual], strict=True):
+    for (h, weight, bias, gate, shortcut, end, offset), y in zip(ran, [None, actual], strict=True):
         assert {t.dtype for t in (h, weight, bias) if t is not None} == {torch.bfloat16}
         if y is not None:
             assert gate.dtype == torch.float32
-            assert_within_rounding(y, (h, weight.flatten(1), bias, gate.flatten(1), shortcut), end)
+            assert_within_rounding(y, (h, weight.flatten(1), bias, gate.flatten(1), shortcut), end, offset)
 
 
 def test_kernel_does_not_run_where_it_does_not_apply(ran):
@@ -343,8 +379,9 @@ def test_kernel_is_used_after_one_proof(gpu, ran, monkeypatch):
 WRONG = {
     "a gate 0.1 % off": lambda f: lambda h, w, b, g, *rest: f(h, w, b, None if g is None else 1.001 * g, *rest),
     "no bias": lambda f: lambda h, w, b, *rest: f(h, w, None, *rest),
-    "no shortcut": lambda f: lambda h, w, b, g, s, a: f(h, w, b, g, None, a),
-    "relu for relu6": lambda f: lambda *args: f(*args[:-1], "relu" if args[-1] else None),
+    "no shortcut": lambda f: lambda h, w, b, g, s, *rest: f(h, w, b, g, None, *rest),
+    "no offset": lambda f: lambda *args: f(*args[:6]),
+    "relu for relu6": lambda f: lambda *args: f(*args[:5], "relu" if args[5] else None, *args[6:]),
     "no number": lambda f: lambda *args: f(*args) * float("nan"),
 }
 

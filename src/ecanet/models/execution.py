@@ -54,7 +54,9 @@ def run(parts: Parts, x: Tensor, shortcut_x: Tensor, second_output: bool = False
 
 def _run_layer(layer: Layer, x: Tensor) -> Tensor:
     if layer.norm is None and layer.activation is not None:
-        y = _run_in_one_kernel(layer.convolution, x, None, None, layer.activation)
+        if may_expand(x, layer.convolution, layer.activation):
+            return _expand(cast(nn.Conv2d, layer.convolution), x, None, None, layer.activation)
+        y = _convolve_relu(layer.convolution, x, None, layer.activation)
         if y is not None:
             return y
     z = layer.convolution(x)
@@ -93,11 +95,14 @@ def _end_folded(parts: Parts, convolution: nn.Module, h: Tensor, shortcut_x: Ten
     gate = gate_of(parts.attention)
     early = gate is not None and widens(convolution)
     g = _factors(parts, predict_means(convolution, h)) if early else None
+    alone = early or parts.attention is None
+    if alone and may_expand(h, convolution, parts.end):
+        shortcut, offset = _split_bias(parts.shortcut, shortcut_x)
+        return _expand(cast(nn.Conv2d, convolution), h, g, shortcut, parts.end, offset)
     shortcut = None if parts.shortcut is None else parts.shortcut(shortcut_x)
-    if early or parts.attention is None:
-        y = _run_in_one_kernel(convolution, h, g, shortcut, parts.end)
-        if y is not None:
-            return y
+    y = _convolve_relu(convolution, h, shortcut, parts.end) if alone and g is None else None
+    if y is not None:
+        return y
     y = convolution(h)
     if g is None and gate is not None:
         g = _factors(parts, ops.reference.squeeze(y))
@@ -153,22 +158,10 @@ def predict_means(convolution: nn.Module, h: Tensor) -> Tensor:
 # a convolution with everything after it in one kernel
 
 
-def _run_in_one_kernel(
-    convolution: nn.Module, h: Tensor, g: Tensor | None, shortcut: Tensor | None, end: nn.Module
-) -> Tensor | None:
-    """Return ``end(g * convolution(h) + shortcut)`` of one kernel, None if there is none for it.
-
-    With nothing but a bias too: PyTorch's convolution on a GPU adds that in a pass of its own.
-    """
-    if may_expand(h, convolution, end):
-        return _expand(cast(nn.Conv2d, convolution), h, g, shortcut, ENDS[type(end)])
-    if g is None and may_convolve_relu(h, convolution, end):
-        return _convolve_relu(cast(nn.Conv2d, convolution), h, shortcut)
-    return None
-
-
 def may_expand(h: Tensor, convolution: nn.Module, end: nn.Module) -> bool:
     """Return whether one kernel shall run ``convolution`` of ``h``, the gate, the addition and ``end``.
+
+    With nothing but a bias too: PyTorch's convolution on a GPU adds that in a pass of its own.
 
     `ops.prefer_impl` decides where it is used. Without it the kernel runs on a GPU after its proof, but not in float32
     where PyTorch's convolution may round to TF32: the kernel keeps full precision and would be slower.
@@ -215,17 +208,34 @@ def is_autocast_on(h: Tensor) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
+def _split_bias(shortcut: nn.Module | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the shortcut of ``x`` without the bias of the convolution that ends it, and that bias, or None."""
+    if shortcut is None:
+        return None, None
+    layers = [one for one in shortcut if type(one) is not nn.Identity] if type(shortcut) is nn.Sequential else []
+    last = layers[-1] if layers else None
+    if type(last) is not nn.Conv2d or last.padding_mode != "zeros":
+        return shortcut(x), None
+    for layer in layers[:-1]:
+        x = layer(x)
+    return F.conv2d(x, last.weight, None, last.stride, last.padding, last.dilation, last.groups), last.bias
+
+
 def _expand(
-    convolution: nn.Conv2d, h: Tensor, g: Tensor | None, shortcut: Tensor | None, end: ops.Activation
-) -> Tensor:
+    convolution: nn.Conv2d, h: Tensor, g: Tensor | None, shortcut: Tensor | None, end: nn.Module,
+    offset: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     dtype = compute_dtype(h)
     bias = None if convolution.bias is None else convolution.bias.to(dtype)
     shortcut = None if shortcut is None else shortcut.contiguous(memory_format=torch.channels_last)
-    return ops.expand(h.to(dtype), convolution.weight.to(dtype), bias, g, shortcut, end)
+    return ops.expand(h.to(dtype), convolution.weight.to(dtype), bias, g, shortcut, ENDS[type(end)], offset)
 
 
-def _convolve_relu(convolution: nn.Conv2d, h: Tensor, shortcut: Tensor | None) -> Tensor | None:
-    dtype = compute_dtype(h)
+def _convolve_relu(convolution: nn.Module, h: Tensor, shortcut: Tensor | None, end: nn.Module) -> Tensor | None:
+    """Return ``end(convolution(h) + shortcut)`` of cuDNN's one kernel, None where PyTorch's operations shall run."""
+    if not may_convolve_relu(h, convolution, end):
+        return None
+    convolution, dtype = cast(nn.Conv2d, convolution), compute_dtype(h)
     bias = None if convolution.bias is None else convolution.bias.to(dtype)
     shortcut = None if shortcut is None else shortcut.to(dtype)
     geometry = ops.Geometry(

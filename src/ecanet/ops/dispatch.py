@@ -255,15 +255,16 @@ def list_implementations() -> tuple[Passes, ...]:
 
 
 def expand(
-    h: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor | None, shortcut: Tensor | None, activation: Activation
-) -> Tensor:
+    h: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor | None, shortcut: Tensor | None, activation: Activation,
+    offset: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Run a block's last 1x1 convolution with gate, addition and activation in one Triton kernel.
 
     See `triton.expansion.expand` for the equation, shapes and errors.
     """
     from ecanet.ops.triton import expansion  # Triton is optional and slow to import
 
-    return expansion.expand(h, weight, bias, g, shortcut, activation)
+    return expansion.expand(h, weight, bias, g, shortcut, activation, offset)
 
 
 def find_mode_obstacle() -> str | None:

@@ -1,8 +1,9 @@
-"""A block's last 1x1 convolution with everything after it: ``act(gate * (weight h + bias) + shortcut)``, for inference.
+"""A block's last 1x1 convolution with what follows it, for inference: ``act(gate * (weight h + bias) + shortcut)``.
 
 A 1x1 convolution of a channels-last tensor is a matrix product: its rows are the positions of all samples, its columns
 the channels. Where the gate is known before the convolution, gate, shortcut and activation are applied to the sums
-before they are written. So h, weight and shortcut are read, y is written, and there is no other traffic.
+before they are written. So h, weight and shortcut are read, y is written, and there is no other traffic. A shortcut
+with a convolution of its own leaves its bias to the kernel (``offset``), because PyTorch adds it in another pass.
 """
 
 # ruff: noqa: N803
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ecanet.errors import ConfigError
 from ecanet.ops.reference import Activation
+from ecanet.ops.triton.kernels import load_channels
 from ecanet.ops.triton.tiles import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,11 +40,12 @@ BAND = tl.constexpr(8)
 
 @triton.jit
 def _expand(
-    h_ptr, w_ptr, b_ptr, g_ptr, s_ptr, y_ptr, rows, inner, channels, positions,
-    BIAS: tl.constexpr, GATE: tl.constexpr, SHORTCUT: tl.constexpr, ACTIVATION: tl.constexpr, WITHIN: tl.constexpr,
-    FAR: tl.constexpr, WIDEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    h_ptr, w_ptr, b_ptr, g_ptr, s_ptr, o_ptr, y_ptr, rows, inner, channels, positions,
+    BIAS: tl.constexpr, GATE: tl.constexpr, SHORTCUT: tl.constexpr, OFFSET: tl.constexpr, ACTIVATION: tl.constexpr,
+    WITHIN: tl.constexpr, FAR: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Store ``y = act(g (h w^T + b) + s)``. WITHIN: a tile has rows of at most two samples.
+    """Store ``y = act(g (h w^T + b) + s + o)``. WITHIN: a tile has rows of at most two samples.
 
     FAR: offsets need 64 bits, which take several times as many instructions.
     """
@@ -69,8 +72,7 @@ def _expand(
         if WIDEN:  # the interpreter cannot multiply bfloat16; the products are exact in float32
             h, w = h.to(tl.float32), w.to(tl.float32)
         y = tl.dot(h, w, y, input_precision="ieee")
-    if BIAS:
-        y += tl.load(b_ptr + c, mask=known, other=0.0).to(tl.float32)[None, :]
+    y += load_channels(b_ptr, 0, c, channels, BIAS, tl.float32)
     if GATE:
         if WITHIN:
             n, following = start // positions, tl.minimum(start // positions + 1, rows // positions - 1)
@@ -83,6 +85,7 @@ def _expand(
             )
     if SHORTCUT:
         y += s.to(tl.float32)
+    y += load_channels(o_ptr, 0, c, channels, OFFSET, tl.float32)
     if ACTIVATION != 0:
         y = tl.where(y <= 0, 0.0, y)  # this keeps NaN; tl.maximum would not
         if ACTIVATION == 2:
@@ -120,8 +123,9 @@ def choose_tiles(rows: int, inner: int, channels: int, dtype: torch.dtype) -> Ti
 
 
 def run_expansion(
-    h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, shortcut: Tensor | None, activation: str | None
-) -> Tensor:
+    h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, shortcut: Tensor | None,
+    activation: str | None, offset: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return what `expand` does, without its checks."""
     y = _fake_expansion(h, weight)
     if not y.numel():
@@ -134,8 +138,9 @@ def run_expansion(
     with torch.cuda.device_of(h):
         _expand[(programs, 1, 1)](
             h, weight.flatten(1).contiguous(), None if bias is None else bias.contiguous(),
-            None if gate is None else gate.flatten(1).contiguous(), shortcut, y, rows, inner, channels, positions,
-            BIAS=bias is not None, GATE=gate is not None, SHORTCUT=shortcut is not None,
+            None if gate is None else gate.flatten(1).contiguous(), shortcut,
+            None if offset is None else offset.contiguous(), y, rows, inner, channels, positions,
+            BIAS=bias is not None, GATE=gate is not None, SHORTCUT=shortcut is not None, OFFSET=offset is not None,
             ACTIVATION=ACTIVATIONS[activation], WITHIN=positions >= block.rows, FAR=rows * max(inner, channels) >= NEAR,
             WIDEN=INTERPRETED and h.dtype == torch.bfloat16,
             BLOCK_R=block.rows, BLOCK_C=block.channels, BLOCK_K=block.inner, num_warps=block.warps, num_stages=3,
@@ -169,17 +174,19 @@ def expand(
     gate: Tensor | None = None,
     shortcut: Tensor | None = None,
     activation: Activation = "relu",
+    offset: Tensor | None = None,
 ) -> Tensor:
-    """Return ``act(gate * (weight h + bias) + shortcut)``: a 1x1 convolution and the end of its block, in one kernel.
+    """Return ``act(gate * (weight h + bias) + shortcut + offset)``: a 1x1 convolution and the end of its block.
 
-    ``h`` is (N, K, H, W), ``weight`` (C, K) or (C, K, 1, 1) in the same dtype. ``bias`` (C,), ``gate`` (N, C) or
-    (N, C, 1, 1) and ``shortcut`` (N, C, H, W) may have other dtypes. Sums run in float32 and are rounded once, at the
-    end. The result is (N, C, H, W), channels-last, and has no gradient.
+    ``h`` is (N, K, H, W), ``weight`` (C, K) or (C, K, 1, 1) in the same dtype. ``bias`` and ``offset`` (C,), ``gate``
+    (N, C) or (N, C, 1, 1) and ``shortcut`` (N, C, H, W) may have other dtypes. Sums run in float32 and are rounded
+    once, at the end. The result is (N, C, H, W), channels-last, and has no gradient.
 
     Raises:
         ConfigError: A shape, dtype, device or memory format does not fit, or an input requires a gradient.
     """
-    obstacle = _find_mismatch(h, weight, bias, gate, shortcut) or _find_obstacle(h, weight, bias, gate, shortcut)
+    given = h, weight, bias, gate, shortcut, offset
+    obstacle = _find_mismatch(*given) or _find_obstacle(*given)
     if activation not in ACTIVATIONS:
         obstacle = f"unknown activation {activation!r}; choose 'relu', 'relu6' or None"
     if obstacle is not None:
@@ -187,11 +194,11 @@ def expand(
     # a compiler, or a dispatch mode such as FlopCounterMode, must see an operator; the launcher itself starts faster
     needs_operator = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     launch = torch.ops.ecanet.expansion if needs_operator else run_expansion
-    return launch(h, weight, bias, gate, shortcut, activation)
+    return launch(h, weight, bias, gate, shortcut, activation, offset)
 
 
 def _find_mismatch(
-    h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, shortcut: Tensor | None
+    h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, shortcut: Tensor | None, offset: Tensor | None
 ) -> str | None:
     """Return which shape does not fit, None if all do."""
     if h.dim() != 4:
@@ -202,6 +209,7 @@ def _find_mismatch(
         "bias": (bias, [(channels,)]),
         "gate": (gate, [(n, channels), (n, channels, 1, 1)]),
         "shortcut": (shortcut, [(n, channels, *plane)]),
+        "offset": (offset, [(channels,)]),
     }
     for name, (x, shapes) in expected.items():
         if x is not None and tuple(x.shape) not in shapes:
@@ -210,10 +218,10 @@ def _find_mismatch(
 
 
 def _find_obstacle(
-    h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, shortcut: Tensor | None
+    h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, shortcut: Tensor | None, offset: Tensor | None
 ) -> str | None:
     """Return why the kernel does not support tensors whose shapes fit, None if it does."""
-    given = [x for x in (h, weight, bias, gate, shortcut) if x is not None]
+    given = [x for x in (h, weight, bias, gate, shortcut, offset) if x is not None]
     if not (h.is_cuda or INTERPRETED or h.device.type == "meta"):
         return f"it needs CUDA tensors, got one on {h.device}"
     if any(x.device != h.device for x in given):

@@ -10,7 +10,8 @@ from ecanet.ops.triton import expansion
 from ecanet.ops.triton.expansion import INTERPRETED
 from ecanet.testing import bound_sums, find_elementwise_excess
 
-Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""h, weight, bias, gate, shortcut and offset."""
 
 
 class Case(NamedTuple):
@@ -20,13 +21,14 @@ class Case(NamedTuple):
     gated: bool
     added: bool
     activation: Activation
+    offset: bool = False
 
 
 USUAL = (Case(True, True, True, "relu"), Case(True, False, True, "relu"))
 
 TRIED = {
-    (3, 19, 37, 5, 3): (*USUAL, Case(True, True, False, "relu6"), Case(False, False, True, None)),
-    (2, 64, 208, 14, 14): USUAL,
+    (3, 19, 37, 5, 3): (*USUAL, Case(True, True, False, "relu6"), Case(False, False, True, None, True)),
+    (2, 64, 208, 14, 14): (*USUAL, Case(True, True, True, "relu", True)),
     (3, 128, 96, 7, 7): USUAL[:1],
     (3, 144, 208, 93, 61): USUAL,
 }
@@ -37,9 +39,9 @@ def find_discrepancy(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return how the kernel is wrong on ``device``, None if it is not."""
     for shape, cases in TRIED.items():
         for case in cases:
-            given = make_inputs(shape, case, device, dtype)
-            y = expansion.run_expansion(*given, case.activation)
-            expected, allowed = compute_exactly(*given, case.activation)
+            *given, offset = make_inputs(shape, case, device, dtype)
+            y = expansion.run_expansion(*given, case.activation, offset)
+            expected, allowed = compute_exactly(*given, case.activation, offset)
             excess = find_elementwise_excess("y", y, expected, allowed)
             if excess is not None:
                 return f"{excess} ({case}, {shape}, {dtype})"
@@ -47,7 +49,7 @@ def find_discrepancy(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def make_inputs(shape: tuple[int, ...], case: Case, device: torch.device, dtype: torch.dtype) -> Operands:
-    """Return random h, weight, bias, gate and shortcut, None for those that the case has not.
+    """Return random h, weight, bias, gate, shortcut and offset, None for those that the case has not.
 
     They come from a generator of their own, so that the global random state is unchanged.
     """
@@ -62,16 +64,18 @@ def make_inputs(shape: tuple[int, ...], case: Case, device: torch.device, dtype:
     h, weight, bias = draw(n, inner, *plane), draw(channels, inner), draw(channels)
     gate, shortcut = draw(n, channels, wide=True).sigmoid(), draw(n, channels, *plane)
     return (
-        h, weight, bias if case.biased else None, gate if case.gated else None, shortcut if case.added else None
+        h, weight, bias if case.biased else None, gate if case.gated else None, shortcut if case.added else None,
+        draw(channels) if case.offset else None,
     )  # fmt: skip
 
 
 def compute_exactly(
-    h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, shortcut: Tensor | None, activation: Activation
-) -> tuple[Tensor, Tensor]:
+    h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, shortcut: Tensor | None,
+    activation: Activation, offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the result in float64, and how far from it a result may be that is summed in float32 and rounded once.
 
-    Each of the K products, and bias, gate, shortcut and a spare one, may lose an eps of the absolute values summed.
+    Each of the K products, and bias, gate, shortcut and offset, may lose an eps of the absolute values summed.
     """
     x, w = h.movedim(1, -1).double(), weight.double()
     y, terms = x @ w.t(), x.abs() @ w.abs().t()
@@ -83,6 +87,8 @@ def compute_exactly(
     if shortcut is not None:
         addend = shortcut.movedim(1, -1).double()
         y, terms = y + addend, terms + addend.abs()
+    if offset is not None:
+        y, terms = y + offset.double(), terms + offset.double().abs()
     y = y if activation is None else y.clamp(0, 6 if activation == "relu6" else None)
     truncates = INTERPRETED and h.dtype == torch.bfloat16  # the interpreter does not round to bfloat16, it truncates
     allowed = bound_sums(y, terms, h.shape[1] + 4, h.dtype, truncates=truncates)
