@@ -45,7 +45,7 @@ def main(target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(ROOT / "docs", target, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     for page in list(target.rglob("*.md")):
-        page.write_text(copy_linked_files(page.read_text(), target))
+        page.write_text(name_pages(copy_linked_files(page.read_text(), target)))
     (target / "reference").mkdir()
     for name, text in write_reference().items():
         (target / "reference" / f"{name}.md").write_text(text)
@@ -60,6 +60,20 @@ def copy_linked_files(text: str, target: Path) -> str:
         return f"](files/{match[1]})"
 
     return re.sub(r"\]\(\.\./([^)#]+)(?:#[^)]*)?\)", replace, text)
+
+
+def name_pages(text: str) -> str:
+    """Return ``text`` in which a link called like its file (``slim.md``) is called like its page.
+
+    >>> name_pages("See [hub.md](hub.md#any-network).")
+    'See [Networks for other people](hub.md#any-network).'
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        title = (ROOT / "docs" / match[1]).read_text().split("\n", 1)[0].removeprefix("# ")
+        return f"[{title}]({match[2]})"
+
+    return re.sub(r"\[([\w.-]+\.md)\]\((\1[^)]*)\)", replace, text)
 
 
 def _copy(path: str, target: Path) -> None:

@@ -50,6 +50,18 @@ def test_links_lead_somewhere(site):
     assert links > 50
 
 
+def test_links_are_called_like_their_pages(site):
+    for page in site.glob("*.md"):
+        assert re.findall(r"\[[\w.-]+\.md\]\((?!files/)", page.read_text()) == []
+
+
+def test_the_page_of_measurements_has_every_file_of_results():
+    page = (ROOT / "docs" / "measured.md").read_text()
+    files = [path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")]
+    assert files
+    assert [name for name in files if f"(../benchmarks/results/{name})" not in page] == []
+
+
 def test_the_reference_has_every_public_name(site):
     text = "".join(page.read_text() for page in (site / "reference").glob("*.md"))
     named = re.findall(r"^::: ecanet\.(\S+)$", text, re.MULTILINE)

@@ -6,7 +6,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import click
 import pytest
 import typer
 from PIL import Image
@@ -19,6 +18,7 @@ from tiny_runs import TINY, add_tiny, run
 
 by_name = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 GROUP = typer.main.get_command(app)
+UsageError = typer.BadParameter.__base__  # newer versions of Typer have a click of their own
 
 NOT_RUN = {
     r"weights default|torchvision:(mobilenet|resnet)\S*( |$)(?!.*weights (none|\S+\.pth))": "downloads weights",
@@ -58,18 +58,18 @@ def find_fault(command: Command) -> str:
     """Return what the parser says against a command; a command that is only named needs no arguments."""
     try:
         parse(GROUP, "ecanet", fill_in(command.words))
-    except click.exceptions.Exit:  # --help
+    except typer.Exit:  # --help
         return ""
-    except click.UsageError as error:
-        named = command.inline and isinstance(error, click.MissingParameter)
+    except UsageError as error:
+        named = command.inline and type(error).__name__ == "MissingParameter"
         return "" if named else error.format_message()
     return ""
 
 
-def parse(command: click.Command, name: str, words: list[str], parent: click.Context | None = None) -> None:
+def parse(command, name, words, parent=None):
     """Parse a command line and that of its subcommand, without running anything."""
     context = command.make_context(name, list(words), parent)
-    if isinstance(command, click.Group):
+    if hasattr(command, "commands"):
         rest = [*context._protected_args, *context.args]
         if rest:
             name, found, words = command.resolve_command(context, rest)
@@ -83,7 +83,7 @@ def test_every_option_that_a_sentence_names_exists(page):
     assert named <= known
 
 
-def walk(command: click.Command) -> list[click.Command]:
+def walk(command):
     return [command, *(c for sub in getattr(command, "commands", {}).values() for c in walk(sub))]
 
 
