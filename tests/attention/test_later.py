@@ -16,7 +16,7 @@ import ecanet
 from drawn_modules import check_padding, image
 from ecanet.attention import ATTENTIONS, GCT, Fca, SimAM
 from ecanet.attention.base import GatedAttention
-from ecanet.attention.statistics import compute_styles
+from ecanet.attention.moments import compute_styles
 from ecanet.errors import AttachError, ConfigError
 from later_attentions import BUILD, LOOPS, PAIRS, PLANES, cosine, made
 from tensors import to_layout

@@ -118,6 +118,7 @@ def test_lean_passes_in_groups_of_samples(group, large, last, monkeypatch):
     """Groups of one and of two samples, reduced by a native operation for each sample or by several for the group."""
     monkeypatch.setattr(ops.lean, "GROUP_ELEMENTS", group)
     monkeypatch.setattr(ops.lean, "LARGE_SAMPLE_ELEMENTS", large)
+    monkeypatch.setattr(ops.lean, "LARGE_SAMPLE_MOMENTS", large)
     tensors, norm, gate = case((5, 17, 9, 11), last, torch.float64)
     tensors[0] += torch.arange(5)[:, None, None, None]  # samples with means of their own
     norm, gate = norm.double(), gate.double()

@@ -76,6 +76,16 @@ def test_every_gate_of_taps_is_one_node(attention, batch):
     assert counts.launches.total() == BOUNDS["plain"][1]
 
 
+@pytest.mark.parametrize("attention", ["gct", "srm"])
+def test_gates_on_moments_make_no_further_pass_over_memory(attention):
+    """The kernels that read or write whole tensors run as often as for ECA, and no operation of PyTorch does more."""
+    eca, found = (count_step(make_network(name), 256) for name in ("eca", attention))
+    for kernel in ("_moments", "_apply", "_reduce", "_grads"):
+        assert found.launches[kernel] == eca.launches[kernel]
+    assert found.launches.total() < eca.launches.total()  # the rest of the algebra is PyTorch's, on N x C numbers
+    assert found.large == eca.large
+
+
 @pytest.mark.slow
 def test_an_optimized_batch_stays_within_its_bounds():
     """Print the table. cuDNN's kernel replaces three at each 3x3 convolution and the stem; the rest is the same."""

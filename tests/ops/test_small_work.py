@@ -6,6 +6,7 @@ from torch import nn
 
 import ecanet
 from ecanet import ops
+from ecanet.errors import ConfigError
 from ecanet.ops import dispatch, proof
 from ecanet.ops.dispatch import SMALL
 from ecanet.ops.tail import uses_batch_statistics
@@ -94,3 +95,27 @@ def test_the_limit_is_on_the_right_side_of_common_batches(batch, small):
     assert len(sizes) == 53
     limits = min(sizes) * batch, max(sizes) * batch
     assert limits[1] < SMALL if small else limits[0] >= SMALL
+
+
+@pytest.mark.parametrize(("batch", "passes"), [(255, 0), (256, 1)])
+def test_small_tails_with_gates_on_moments_are_pytorchs_operations_on_a_cpu(monkeypatch, batch, passes):
+    """The four passes would take up to twice as long; a request for them is kept."""
+    ran, right = [], ops.lean.moments
+    monkeypatch.setattr(ops.lean, "moments", lambda *args: ran.append(1) or right(*args))
+    z, gate = torch.randn(batch, 4, 16, 16, requires_grad=True), ecanet.attention.SRM(4).describe_gate()
+    results = [ops.residual_tail(z, nn.BatchNorm2d(4), gate, torch.ones_like(z))]
+    assert len(ran) == passes
+    with ops.prefer_impl("lean"):
+        results.append(ops.residual_tail(z, nn.BatchNorm2d(4), gate, torch.ones_like(z)))
+    assert len(ran) == passes + 1
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), z)[0] for y in results), rtol=1e-3, atol=1e-4)
+
+
+def test_small_tails_with_gates_on_moments_keep_the_errors_and_the_empty_batch():
+    norm, gate = nn.BatchNorm2d(4), ecanet.attention.GCT(4).describe_gate()
+    with pytest.raises(ConfigError, match="more than one value per channel, got 1"):
+        ops.residual_tail(torch.randn(1, 4, 1, 1), norm, gate)
+    before = {key: value.clone() for key, value in norm.state_dict().items() if "running" in key}
+    assert ops.residual_tail(torch.randn(0, 4, 3, 3), norm, gate).shape == (0, 4, 3, 3)
+    assert all(torch.equal(norm.state_dict()[key], value) for key, value in before.items())

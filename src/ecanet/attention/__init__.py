@@ -2,9 +2,9 @@
 
 Read downward: `recording` (what the gates of a network do on images), `names` (the table that ``attention=`` looks
 names up in), `long_range` (non-local, A2, attention-augmented convolution), `positions` (SimAM, coordinate attention,
-ELA, EMA), `frequencies` (FcaNet's gate), `statistics` (eSE, ASR, GCT, SRM), `others` (CBAM, GC, GSoP), `gates`
-(squeeze, gate, scale: ECA, SE and their variants), `base` (what every attention module is). To
-understand ECA, begin with `gates`.
+ELA, EMA), `moments` (GCT, SRM), `frequencies` (FcaNet's gate), `statistics` (eSE, ASR), `others` (CBAM, GC, GSoP),
+`gates` (squeeze, gate, scale: ECA, SE and their variants), `base` (what every attention module is). To understand ECA,
+begin with `gates`.
 """
 
 from ecanet.attention.base import Attention
@@ -21,6 +21,7 @@ from ecanet.attention.gates import (
     adaptive_kernel_size,
 )
 from ecanet.attention.long_range import AugmentedConv2d, DoubleAttention, NonLocal
+from ecanet.attention.moments import GCT, SRM, MomentsAttention
 from ecanet.attention.names import (
     ATTENTIONS,
     AttentionKind,
@@ -40,7 +41,7 @@ from ecanet.attention.recording import (
     record_gates,
     run_with_held_gates,
 )
-from ecanet.attention.statistics import ASR, ESE, GCT, SRM, StatisticsAttention
+from ecanet.attention.statistics import ASR, ESE, StatisticsAttention
 
 __all__ = [
     "ASR",
@@ -67,6 +68,7 @@ __all__ = [
     "Gate",
     "GateRecord",
     "GlobalContext",
+    "MomentsAttention",
     "NonLocal",
     "SEVar1",
     "SEVar2",

@@ -14,9 +14,10 @@ from torch import nn
 from ecanet.attention.frequencies import Fca
 from ecanet.attention.gates import ECA, ECANS, SE, SEGC, SEVar1, SEVar2, SEVar3
 from ecanet.attention.long_range import AugmentedConv2d, DoubleAttention, NonLocal
+from ecanet.attention.moments import GCT, SRM
 from ecanet.attention.others import CBAM, GlobalContext, GSoP
 from ecanet.attention.positions import ELA, EMA, CoordinateAttention, SimAM
-from ecanet.attention.statistics import ASR, ESE, GCT, SRM
+from ecanet.attention.statistics import ASR, ESE
 from ecanet.errors import ConfigError, summarize
 
 AttentionLike = str | Callable[..., nn.Module]

@@ -6,7 +6,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from ecanet.errors import ConfigError
-from ecanet.models import Stage, gate_of, is_eager, run, runnable_parts
+from ecanet.models import Stage, is_eager, run, runnable_parts, tail_gate_of
 
 __all__ = ["FusedBlock", "fuse"]
 
@@ -52,7 +52,7 @@ def can_fuse(module: nn.Module) -> bool:
     if type(module).__module__ not in ("torchvision.models.resnet", "timm.models.resnet"):
         return False
     parts = runnable_parts(module)
-    return parts is not None and (parts.attention is None or gate_of(parts.attention) is not None)
+    return parts is not None and (parts.attention is None or tail_gate_of(parts.attention) is not None)
 
 
 def _has_attached_gates(model: nn.Module) -> bool:
@@ -65,7 +65,7 @@ class FusedBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run the block by its parts where that is allowed, else by its original forward; same shapes as that one."""
         parts = runnable_parts(self) if is_eager(x) else None
-        if parts is None or (parts.attention is not None and gate_of(parts.attention) is None):
+        if parts is None or (parts.attention is not None and tail_gate_of(parts.attention) is None):
             return super().forward(x)
         return run(parts, x, x)[0]
 

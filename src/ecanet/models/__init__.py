@@ -10,7 +10,7 @@ that stand elsewhere), `slots` (which attention a block holds), `kernel_sizes` (
 
 from typing import TYPE_CHECKING
 
-from ecanet.models.block import DescribesItself, Layer, Parts, describe, gate_of, runnable_parts
+from ecanet.models.block import DescribesItself, Layer, Parts, describe, gate_of, runnable_parts, tail_gate_of
 from ecanet.models.checkpoints import LoadReport, load_checkpoint, load_state_dict, rename
 from ecanet.models.downloads import get_cache_folder, quiet_loggers
 from ecanet.models.examples import is_detector, small_example
@@ -62,6 +62,7 @@ __all__ = [
     "run",
     "runnable_parts",
     "small_example",
+    "tail_gate_of",
 ]
 
 

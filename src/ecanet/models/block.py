@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from ecanet import ops
-from ecanet.attention import Attention, ChannelAttention
+from ecanet.attention import Attention, ChannelAttention, MomentsAttention
 
 
 class Layer(NamedTuple):
@@ -159,6 +159,13 @@ def _state(modules: Iterable[nn.Module]) -> list[tuple[object, ...]]:
 def is_gate(attention: nn.Module) -> TypeGuard[ChannelAttention]:
     """Return whether ``attention`` is a `ChannelAttention` with that class's own forward."""
     return isinstance(attention, ChannelAttention) and type(attention).forward is ChannelAttention.forward
+
+
+def tail_gate_of(attention: nn.Module | None) -> ops.Gate | None:
+    """Return the gate that the tail of a block can compute in ``attention``'s place; None if it must be called."""
+    if isinstance(attention, MomentsAttention) and type(attention).forward is MomentsAttention.forward:
+        return attention.describe_gate()
+    return gate_of(attention)
 
 
 def gate_of(attention: nn.Module | None) -> Callable[[Tensor], Tensor] | None:

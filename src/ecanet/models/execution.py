@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ecanet import ops
-from ecanet.models.block import ENDS, DescribesItself, Layer, Parts, describe, gate_of, runnable_parts
+from ecanet.models.block import ENDS, DescribesItself, Layer, Parts, describe, gate_of, runnable_parts, tail_gate_of
 
 NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
 """Norms at the end of a shortcut that the tail can apply."""
@@ -42,7 +42,7 @@ def run(parts: Parts, x: Tensor, shortcut_x: Tensor, second_output: bool = False
         y = _end_folded(parts, last.convolution, x, shortcut_x)
         return y, y
     z = last.convolution(x)
-    gate = gate_of(parts.attention)
+    gate = tail_gate_of(parts.attention)
     if parts.attention is not None and gate is None:  # of another form: it must see the whole tensor
         y = parts.attention(last.norm(z))
         y = parts.end(y if parts.shortcut is None else y.add(parts.shortcut(shortcut_x)))

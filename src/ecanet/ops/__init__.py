@@ -39,7 +39,7 @@ from ecanet.ops.dispatch import (
     uses_kernels,
 )
 from ecanet.ops.inputs import check_input
-from ecanet.ops.reference import Activation, Gate
+from ecanet.ops.reference import Activation, Gate, MomentsGate
 from ecanet.ops.tracing import is_exporting, is_jit_tracing, is_traced, record_as_one_node
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "Gate",
     "Geometry",
     "Impl",
+    "MomentsGate",
     "call_state",
     "check_input",
     "compiles_to_kernels",

@@ -5,15 +5,25 @@ Sums run in float32 or wider, autocast is off, and the output has the input's dt
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ecanet.ops.tracing import is_traced, record_as_one_node
 
-Gate = Callable[[Tensor], Tensor]
-"""A function from channel means (N, C) to channel weights (N, C)."""
+
+class MomentsGate(NamedTuple):
+    """A gate on the mean and the variance of each plane, which the passes of a residual tail compute anyway."""
+
+    weigh: Callable[[Tensor, Tensor | None], Tensor]
+    """From ``x`` (N, C, ...) and a mask or None to channel weights (N, C): the specification."""
+    weigh_moments: Callable[[Tensor, Tensor, int], Tensor]
+    """From mean and biased variance of each plane (N, C), and its number of positions, to the same weights."""
+
+
+Gate = Callable[[Tensor], Tensor] | MomentsGate
+"""A function from channel means (N, C) to channel weights (N, C), or a gate that needs variances too."""
 
 Activation = Literal["relu", "relu6"] | None
 """The activation at the end of a residual block; None is the identity."""
@@ -64,10 +74,24 @@ def scale(x: Tensor, g: Tensor) -> Tensor:
     return (x.to(g.dtype) * g).to(x.dtype)
 
 
+def weigh(x: Tensor, gate: Gate, mask: Tensor | None = None) -> Tensor:
+    """Return the channel weights (N, C) that ``gate`` gives for ``x`` (N, C, ...)."""
+    return gate.weigh(x, mask) if isinstance(gate, MomentsGate) else gate(squeeze(x, mask))
+
+
 def squeeze_scale(x: Tensor, gate: Gate, mask: Tensor | None = None) -> Tensor:
     """Return ``x * gate(mean(x))``, the three steps of channel attention on ``x`` (N, C, ...)."""
     with disable_autocast(x):
-        return scale(x, gate(squeeze(x, mask)))
+        return scale(x, weigh(x, gate, mask))
+
+
+def find_constant_planes(mean: Tensor, variance: Tensor) -> Tensor:
+    """Return where ``variance`` (N, C) is no more than the rounding of sums around ``mean`` can leave.
+
+    A mean summed in this precision is off by a few eps. So the mean squared distance from it of equal values is not
+    zero but up to ``(few eps mean)^2``. The deviation, its root, would have a gradient of 1 in a random direction.
+    """
+    return variance <= (8 * torch.finfo(mean.dtype).eps * mean).square()
 
 
 def residual_tail(

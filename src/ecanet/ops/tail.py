@@ -5,6 +5,9 @@
     g = gate(gamma (m - mu) / sqrt(var + eps) + beta)   # the argument is the squeeze of norm(z), without another pass
     y = act(A (z - mu) + B + shortcut)                  # second pass: A = g gamma / sqrt(var + eps), B = g beta
 
+A `MomentsGate` also takes the variances of norm(z)'s planes, ``v gamma^2 / (var + eps)``. Their gradient reaches z in
+the backward's last pass, together with that of the norm's own variance.
+
 The backward takes two more passes: `nodes` contains all four. Ordinary autograd differentiates the algebra.
 
 The law of total variance is ``var = mean_n v + mean_n (m - mu)^2``. All its terms are positive, so nothing cancels,
@@ -22,14 +25,22 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from ecanet.errors import ConfigError
 from ecanet.ops import nodes
 from ecanet.ops.passes import Form, Passes
-from ecanet.ops.reference import Activation, Gate, accumulation_dtype, disable_autocast
+from ecanet.ops.reference import (
+    Activation,
+    Gate,
+    MomentsGate,
+    accumulation_dtype,
+    disable_autocast,
+    find_constant_planes,
+)
 
 
 def squeeze_scale(x: Tensor, gate: Gate, passes: Passes) -> Tensor:
     """Return ``x * gate(mean(x))``: a tail without norm, shortcut and activation."""
     with disable_autocast(x):
-        m, _, link = nodes.compute_moments(x, passes, 1)
-        return nodes.apply_tail(x, link, None, None, Form(a=gate(m).to(m.dtype).expand_as(m)), passes)[0]
+        m, v, link = nodes.compute_moments(x, passes, _find_order(gate))
+        g = _weigh(gate, m, v, m, None, x)
+        return nodes.apply_tail(x, link, None, None, Form(a=g.to(m.dtype).expand_as(m)), passes)[0]
 
 
 def residual_tail(
@@ -48,34 +59,48 @@ def residual_tail(
         return whole
     with disable_autocast(z):
         recomputed = activation if passes.recomputes_sign and shortcut is None else None
-        branch = _fold_norm(z, norm, passes, gate is not None, recomputed)
+        branch = _fold_norm(z, norm, passes, 0 if gate is None else _find_order(gate), recomputed)
         a, b = branch.a.expand_as(branch.m), branch.b.expand_as(branch.m)
         if gate is not None:
-            g = gate(torch.addcmul(b, a, branch.m - branch.mu)).to(a.dtype)
+            p = torch.addcmul(b, a, branch.m - branch.mu)
+            g = _weigh(gate, branch.m, branch.v, p, branch.a, z).to(a.dtype)
             a, b = g * a, g * b
         form = Form(a=a, b=b, mu=branch.mu, activation=activation)
         if shortcut is None or shortcut_norm is None:
             return nodes.apply_tail(z, branch.link, shortcut, None, form, passes, second_output)
-        side = _fold_norm(shortcut, shortcut_norm, passes, False, None)
+        side = _fold_norm(shortcut, shortcut_norm, passes, 0, None)
         form = Form(a=a, b=b + side.b, mu=branch.mu, shortcut_a=side.a, shortcut_mu=side.mu, activation=activation)
         return nodes.apply_tail(z, branch.link, shortcut, side.link, form, passes, second_output)
 
 
+def _find_order(gate: Gate) -> int:
+    """Return how many moments of each plane ``gate`` needs."""
+    return 2 if isinstance(gate, MomentsGate) else 1
+
+
+def _weigh(gate: Gate, m: Tensor, v: Tensor, p: Tensor, a: Tensor | None, z: Tensor) -> Tensor:
+    """Return the weights of ``gate`` for planes ``a z + ...`` with means p, where z has the moments m and v."""
+    if not isinstance(gate, MomentsGate):
+        return gate(p)
+    v = v.masked_fill(find_constant_planes(m.detach(), v.detach()), 0)
+    return gate.weigh_moments(p, v if a is None else a.square() * v, z[:1, :1].numel() if len(z) else 1)
+
+
 class _AffineNorm(NamedTuple):
-    """A norm as ``norm(z) = a (z - mu) + b``, the means m of z's planes, and the link to their autograd node."""
+    """A norm as ``norm(z) = a (z - mu) + b``, the moments m and v of z's planes, and the link to their node."""
 
     link: nodes.GradientLink
     m: Tensor  # N C
+    v: Tensor  # N C; 0 if only the means were needed
     mu: Tensor  # C
     a: Tensor  # C
     b: Tensor  # C
 
 
-def _fold_norm(z: Tensor, norm: nn.Module, passes: Passes, needs_means: bool, recomputed: Activation) -> _AffineNorm:
-    """Return ``norm`` for this ``z``. In training its running statistics are updated."""
+def _fold_norm(z: Tensor, norm: nn.Module, passes: Passes, order: int, recomputed: Activation) -> _AffineNorm:
+    """Return ``norm`` for this ``z``, of whose moments the gate needs ``order``; update its running statistics."""
     by_batch = uses_batch_statistics(norm)
-    order = 2 if by_batch else int(needs_means)
-    m, v, link = nodes.compute_moments(z, passes, order, recomputed)
+    m, v, link = nodes.compute_moments(z, passes, 2 if by_batch else order, recomputed)
     wide = accumulation_dtype(z.dtype)
     known = cast(_BatchNorm, norm)  # or torchvision's FrozenBatchNorm2d, which has the same attributes as buffers
     if by_batch:
@@ -87,7 +112,7 @@ def _fold_norm(z: Tensor, norm: nn.Module, passes: Passes, needs_means: bool, re
     if weight is not None:
         a = a * weight.to(wide)
     b = torch.zeros_like(a) if bias is None else bias.to(wide)
-    return _AffineNorm(link, m, mu, a, b)
+    return _AffineNorm(link, m, v, mu, a, b)
 
 
 def uses_batch_statistics(norm: nn.Module) -> bool:
