@@ -6,7 +6,8 @@ network is). First every file's outputs are compared with PyTorch's. Then all fi
 process, with one thread; the time is the processor's, so that other programs on the machine count little, and a ratio
 is of two times of one round.
 
-    OMP_NUM_THREADS=1 python benchmarks/deploy.py           # run what is missing; write the JSON file and the plot
+    OMP_NUM_THREADS=1 python benchmarks/deploy.py           # run all; write JSON after each batch size, and the plot
+    python benchmarks/deploy.py --variants plain eca        # of these alone; the other rows of the file stay
     python benchmarks/deploy.py --plot                      # draw from the JSON file, print the table
     python benchmarks/deploy.py --quick --out DIR           # ResNet-8 in two rounds, to see that everything runs
 
@@ -42,9 +43,12 @@ COMMAND = "OMP_NUM_THREADS=1 python benchmarks/deploy.py"
 
 
 def main() -> int:
-    """Run what is missing and return the exit code."""
+    """Run what is asked for and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["mobilenet_v2", "resnet50"])
+    parser.add_argument(
+        "--variants", nargs="+", default=VARIANTS, choices=VARIANTS, help="beside plain, which runs too"
+    )
     parser.add_argument("--plot", action="store_true", help="draw from the JSON file and print the table")
     parser.add_argument("--quick", action="store_true", help="ResNet-8 at 32 px in two rounds, into the folder --out")
     parser.add_argument("--out", type=Path, help="folder for the JSON file and the plot")
@@ -56,8 +60,11 @@ def main() -> int:
         if options.quick and options.out is None:
             parser.error("--quick needs --out: its figures mean nothing and must not replace the published ones")
         for name in ["resnet8"] if options.quick else options.networks:
-            found[name] = run(name, 32 if options.quick else 224, dict.fromkeys(ROUNDS, 2) if options.quick else ROUNDS)
-            write_file(results, json.dumps(found, indent=1))
+            variants = [one for one in VARIANTS if one == "plain" or one in options.variants]
+            for batch, rounds in ROUNDS.items():
+                new = run(name, variants, 32 if options.quick else 224, batch, 2 if options.quick else rounds)
+                found[name] = join(found.get(name), new)
+                write_file(results, json.dumps(found, indent=1))
     draw(found, plot)
     print(make_table(found))
     return 0
@@ -72,17 +79,22 @@ def build(name: str, variant: str) -> nn.Module:
     return ecanet.create_model(name, attention=attention).eval()
 
 
-def run(name: str, side: int, rounds: dict[int, int]) -> dict[str, Any]:
-    """Return sizes, errors and times of every variant of a network in every runtime."""
+def run(name: str, variants: list[str], side: int, batch: int, rounds: int) -> dict[str, Any]:
+    """Return sizes, errors and times of the ``variants`` of a network in every runtime, for one batch size."""
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for batch, count in rounds.items():
-            x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
-            steps, found = prepare_steps(name, x, Path(folder))
-            rows += list_rows(take_turns(steps, count), found, batch)
+        x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+        steps, found = prepare_steps(name, variants, x, Path(folder))
+        rows = list_rows(take_turns(steps, rounds), found, batch)
     machine = environment() | {"command": COMMAND, "threads": 1, "time": "processor time", "image size": side}
     return {"environment": machine, "rows": rows}
+
+
+def join(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """Return ``new`` with the rows of ``old`` that it does not have, whose ratios are to the plain network of old."""
+    have = {(row["batch"], row["runtime"], row["variant"]) for row in new["rows"]}
+    kept = [row for row in (old or {"rows": []})["rows"] if (row["batch"], row["runtime"], row["variant"]) not in have]
+    return new | {"rows": [*kept, *new["rows"]]}
 
 
 def take_turns(steps: dict[Any, Any], rounds: int) -> dict[Any, list[float]]:
@@ -111,7 +123,9 @@ def list_rows(times: dict[Any, list[float]], found: dict[Any, Any], batch: int) 
     return rows
 
 
-def prepare_steps(name: str, x: torch.Tensor, folder: Path) -> tuple[dict[Any, Any], dict[Any, Any]]:
+def prepare_steps(
+    name: str, variants: list[str], x: torch.Tensor, folder: Path
+) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """Return a function for each runtime and variant that runs ``x`` there, and what is known of the file.
 
     Raises:
@@ -119,7 +133,7 @@ def prepare_steps(name: str, x: torch.Tensor, folder: Path) -> tuple[dict[Any, A
     """
     steps: dict[Any, Any] = {}
     found: dict[Any, Any] = {}
-    for variant in VARIANTS:
+    for variant in variants:
         network = build(name, variant)
         with torch.no_grad():
             expected = network(x)
@@ -155,7 +169,7 @@ def make_table(found: dict[str, Any]) -> str:
     for name, content in found.items():
         rows = {(row["runtime"], row["variant"], row["batch"]): row for row in content["rows"]}
         for runtime in ("eager", *RUNTIMES):
-            for variant in (one for one in VARIANTS if (runtime, one, 1) in rows):
+            for variant in (one for one in VARIANTS if all((runtime, one, batch) in rows for batch in ROUNDS)):
                 cells = [name, RUNTIMES.get(runtime, "PyTorch"), variant]
                 cells.append(f"{rows[runtime, variant, 1]['bytes'] / 1e6:.1f}")
                 for batch in ROUNDS:

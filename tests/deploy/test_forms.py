@@ -53,6 +53,16 @@ def test_a_form_computes_the_gate(name, form):
             assert_within_budget(f"{name} as {form}", written(x), gate(x), oracle, roundings=4)
 
 
+@pytest.mark.parametrize(("channels", "weights"), [(64, 64 * 64), (320, 320 * 320), (321, 5), (512, 5)])
+def test_mixed_gives_narrow_gates_alone_a_matrix(channels, weights):
+    gate = lively(ECA(channels, 5))
+    written = build_gate(gate, "mixed")
+    assert sum(p.numel() for p in written.parameters()) == weights
+    x = torch.randn(2, channels, 3, 3, generator=torch.Generator().manual_seed(2))
+    oracle = copy.deepcopy(gate).double()(x.double())
+    assert_within_budget("mixed", written(x), gate(x), oracle, roundings=4)
+
+
 def test_a_form_holds_copies():
     gate = lively(ECA(8, 3))
     written = build_gate(gate, "conv2d")

@@ -14,24 +14,12 @@ from ecanet.attention import ECA, ESE, SE
 from ecanet.deploy.slim_fit import Sums, find_constant_factor
 from ecanet.deploy.slim_judge import Share, answer, compare, count_needed, find_upper_limit, mean_divergence
 from ecanet.errors import AttachError, ConfigError
+from slim_networks import IMAGES, draw, make_model
 
 
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def make_model(scales=(0.1, 1.0, 5.0), attention="eca", seed=0):
-    """A resnet8 whose gates vary as much as ``scales`` say."""
-    torch.manual_seed(seed)
-    model = ecanet.create_model("resnet8", attention=attention, num_classes=5).eval()
-    gates = [module for module in model.modules() if isinstance(module, ECA | SE)]
-    for gate, scale in zip(gates, scales, strict=True):
-        for parameter in gate.parameters():
-            parameter.data = scale * draw(*parameter.shape, seed=seed).abs()
-    return model
-
-
-IMAGES = draw(60, 3, 8, 8) * torch.linspace(0.2, 3, 60)[:, None, None, None]
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr("ecanet.deploy.slim_tune.STEPS", 4)
 
 
 # the parts
@@ -148,6 +136,11 @@ def test_a_larger_budget_folds_more_and_the_flattest_first():
     report = ecanet.slim(model, IMAGES, budget=0.9)[1]
     assert report.gates[0].name == "layer1.0.eca"
     assert set(report.shifted) == {"translation", "brightness", "contrast", "noise", "blur"}
+
+
+def test_images_one_by_one_are_joined():
+    together, alone = (ecanet.slim(make_model(), x, budget=0.3)[1] for x in (IMAGES, list(IMAGES.split(1))))
+    assert together.to_dict() == alone.to_dict()
 
 
 class Constantly(nn.Module):

@@ -7,7 +7,8 @@ README), `quantize` (`quantize`: int8, by `quantize_onnx`, `quantize_openvino` a
 `preparation` (the copy that is exported), `forms` (the operations of a gate), `about` (what a file says about its
 images and classes), `reports` (what an export did); and for `slim`, which folds gates that barely vary into the layers
 beside them: `slim`, `slim_report` (what became of each gate), `slim_images` (checks and splits the images),
-`slim_judge` (which decisions change, without labels), `slim_fit` (the constant that stands for a gate best).
+`slim_tune` (makes the constants of several gates better together), `slim_judge` (which decisions change, without
+labels), `slim_fit` (the constant that stands for a gate best).
 """
 
 from ecanet.deploy.checking import time_in_turns

@@ -15,7 +15,7 @@ from ecanet.ops import ChannelGate
 
 __all__ = ["FORMS", "ExportedGate", "Form", "build_gate", "make_band"]
 
-Form = Literal["conv1d", "conv2d", "banded", "matrix"]
+Form = Literal["conv1d", "conv2d", "mixed", "banded", "matrix"]
 Layer = TypeVar("Layer", nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
@@ -93,9 +93,19 @@ class ConstantForm(nn.Module):
         return self.get_buffer("factors")
 
 
-FORMS: dict[Form, type[nn.Module]] = {
+MOST_BANDED = 320
+"""Most channels of a gate that "mixed" writes as a matrix: the widest for which it was measured, with 0.4 MB."""
+
+
+def build_mixed(gate: ChannelGate, channels: int) -> nn.Module:
+    """Return the banded form of a narrow gate, and the 2-D convolution of a wide one."""
+    return BandedForm(gate, channels) if channels <= MOST_BANDED else Conv2dForm(gate, channels)
+
+
+FORMS: dict[Form, Callable[[ChannelGate, int], nn.Module]] = {
     "conv1d": Conv1dForm,
     "conv2d": Conv2dForm,
+    "mixed": build_mixed,
     "banded": BandedForm,
     "matrix": MatrixForm,
 }

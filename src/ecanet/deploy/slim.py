@@ -12,6 +12,7 @@ from ecanet.deploy.slim_fit import Constant, Frozen, find_constant_factor, fit
 from ecanet.deploy.slim_images import Images, check_count, split_images
 from ecanet.deploy.slim_judge import Answers, Decide, Share, answer, compare, mean_divergence, shift
 from ecanet.deploy.slim_report import GateReport, SlimReport
+from ecanet.deploy.slim_tune import copy_affines, restore_affines, tune
 from ecanet.errors import AttachError
 from ecanet.surgery import Scaling, find_scalings
 
@@ -19,6 +20,8 @@ __all__ = ["slim"]
 
 MOST_SHIFTED = 8
 """Batches of images that are shifted for the report."""
+UNTUNED = 0.25
+"""Part of the budget that may change on the images to fit with before constants are tuned, which takes time."""
 LARGEST_ERROR = 1e-5
 """Largest error of folding, relative to the largest output."""
 
@@ -36,14 +39,17 @@ def slim(
     A trained gate may give nearly the same factors for every image. Then a constant does as well, and a norm or
     convolution beside the gate takes it for free. The procedure needs no labels:
 
-    1. Half of the images, 2,048 at most, give the scale and bias of each gate and channel that fit the gate's output
+    1. Half of the images, 4,096 at most, give the scale and bias of each gate and channel that fit the gate's output
        best (least squares), and the order of the gates: by the Kullback-Leibler divergence of the network's class
        probabilities when that gate alone is constant.
-    2. All others judge. Gates become constant one after the other, until the share of changed decisions may
-       exceed the budget: its one-sided upper 95 % confidence limit (Clopper-Pearson) decides. The first gate that
-       exceeds it and all after it are kept. As the order is fixed before and the first failure ends the procedure,
-       the confidence holds for the result as a whole.
-    3. Constants move into the layer before the gate (scale and bias) or, where that is an activation, into the
+    2. Gates become constant one after the other. As soon as decisions change on the images of step 1, the scales and
+       biases of all that are constant, and those of the norms, are tuned together on these each time, so that the
+       divergence becomes small.
+    3. All other images judge, until the share of changed decisions may exceed the budget: its one-sided upper 95 %
+       confidence limit (Clopper-Pearson) decides. The first gate that exceeds it and all after it are kept. As nothing
+       in steps 1 and 2 depends on the judging images and the first failure ends the procedure, the confidence holds
+       for the result as a whole.
+    4. Constants move into the layer before the gate (scale and bias) or, where that is an activation, into the
        convolution behind it (no bias if that pads with zeros). A gate with neither is kept: its constant would cost a
        pass over memory, as the gate does.
 
@@ -53,7 +59,7 @@ def slim(
     Args:
         model: a trained network, which is not changed.
         images: unlabeled images (N, ...) on any device, or batches of them, normalized as in training. Every second
-            one judges, and after 4,096 all. They stay in memory.
+            one judges, and after 8,192 all. They stay in memory.
         budget: largest share of decisions that may change, between 0 and 1. Its proof needs 299 judged images at 0.01.
         also: further sets of images by name (other weather, another camera, noise), all of which judge as well: the
             budget holds on each. A gate may be constant on ``images`` and not on these.
@@ -99,7 +105,16 @@ class Trial:
         self.model, self.scalings, self.report = model, scalings, report
         self.reports = {one: GateReport(name=one.name, attention=type(one.module).__name__) for one in scalings}
         self.constants: dict[Scaling, Constant] = {}
+        self.standing: dict[Scaling, Frozen] = {}
+        """What stands in the place of each gate that is constant now."""
         self.chosen: list[Scaling] = []
+        self.fitted: list[Tensor] = []
+        self.said: list[Answers] = []
+        """What the network with all its gates says to ``fitted``."""
+        self.found: dict[Scaling, Constant] = {}
+        """The constants of the least squares."""
+        self.affines = copy_affines(model)
+        """The scales and biases of the norms before any tuning."""
 
     def fold_constants(self) -> None:
         """Choose the gates that are constant by construction, and note those that cannot be folded."""
@@ -110,7 +125,8 @@ class Trial:
                 gate.reason = one.obstacle
                 self.report.gates.append(gate)
             elif factor is not None:
-                self.constants[one] = Constant(scale=factor, bias=torch.zeros_like(factor), spread=0.0)
+                zero = torch.zeros_like(factor)
+                self.constants[one] = Constant(scale=factor, bias=zero, spread=0.0, size=zero, biased=False)
                 gate.spread, gate.reason = 0.0, "it does not depend on the image"
                 self.choose(one)
 
@@ -122,7 +138,8 @@ class Trial:
     def put_constant(self, one: Scaling) -> None:
         """Let the constant stand where the gate stands."""
         like = next((p for p in self.model.parameters() if p.is_floating_point()), torch.zeros(()))
-        one.put(self.model, Frozen(self.constants[one], like))
+        self.standing[one] = Frozen(self.constants[one], like)
+        one.put(self.model, self.standing[one])
 
     def judge(
         self,
@@ -142,13 +159,14 @@ class Trial:
         check_count(self.report.budget, judged, others)
         biased = {one.module: one.before is not None or one.takes_bias for one in open_gates}
         found = fit(self.model, biased, fitted)
-        self.constants |= {one: found[one.module] for one in open_gates}
-        before = answer(self.model, fitted, decide)
+        self.found = {one: found[one.module] for one in open_gates}
+        self.constants |= self.found
+        self.fitted, self.said = fitted, answer(self.model, fitted, decide)
         for one in open_gates:
             gate = self.reports[one]
             self.put_constant(one)
             gate.spread = self.constants[one].spread
-            gate.divergence = mean_divergence(before, answer(self.model, fitted, decide))
+            gate.divergence = mean_divergence(self.said, answer(self.model, fitted, decide))
             one.put(self.model, one.module)
         ordered = sorted(open_gates, key=lambda one: cast(float, self.reports[one].divergence))
         self.freeze_in_order(ordered, {"": judged, **others}, decide)
@@ -166,7 +184,9 @@ class Trial:
             if over:
                 gate.reason = f"{over} before it exceeds the budget"
                 continue
+            earlier = dict(self.constants), copy_affines(self.model)
             self.put_constant(one)
+            self.tune([*self.chosen, one])
             shares = self.compare_sets(before, sets, decide)
             gate.together = shares[""]
             worst = max(shares, key=lambda name: shares[name].limit)
@@ -176,11 +196,39 @@ class Trial:
                 self.keep(shares)
                 continue
             one.put(self.model, one.module)
+            self.go_back(*earlier)
             over = gate.name
             where = f" on {worst}" if worst else ""
             gate.reason = (
                 f"with it {shares[worst].share:.2%}, at most {shares[worst].limit:.2%} of decisions change{where}"
             )
+
+    def go_back(self, constants: dict[Scaling, Constant], affines: Mapping[nn.Parameter, Tensor]) -> None:
+        """Undo the last tuning: it was for a gate that is kept."""
+        self.constants = constants
+        restore_affines(affines)
+        for one in self.chosen:
+            self.put_constant(one)
+
+    def tune(self, gates: Sequence[Scaling]) -> None:
+        """Make the constants of ``gates`` and the norms better together, on the images that do not judge.
+
+        Each tuning begins with the constants of the least squares and the network's own norms: small steps over few
+        images, one tuning after the other, would fit these images too closely.
+        """
+        if any(said.log_probabilities is None for said in self.said):
+            return  # the user's function says which decisions differ, and not by how much
+        if compare(self.said, answer(self.model, self.fitted, None)).share <= self.report.budget * UNTUNED:
+            return
+        restore_affines(self.affines)
+        changing = [one for one in gates if not self.constants[one].still]
+        for one in changing:
+            self.constants[one] = self.found[one]
+            self.put_constant(one)
+        if changing:
+            moving = {self.standing[one]: one for one in changing}
+            tuned = tune(self.model, {at: self.constants[one] for at, one in moving.items()}, self.fitted, self.said)
+            self.constants |= {moving[at]: constant for at, constant in tuned.items()}
 
     def compare_sets(
         self, before: Mapping[str, list[Answers]], sets: Mapping[str, list[Tensor]], decide: Decide | None

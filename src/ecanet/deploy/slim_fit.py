@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,15 @@ class Constant:
     bias: Tensor
     spread: float
     """Standard deviation of a channel's factor over the images, averaged over the channels."""
+    size: Tensor
+    """Root mean square of each channel of the gate's input (C)."""
+    biased: bool
+    """Whether the layer that is to take the constant can take a bias."""
+
+    @property
+    def still(self) -> bool:
+        """True if the gate was constant on all images, so that nothing is lost."""
+        return self.spread <= STILL
 
 
 class Frozen(nn.Module):
@@ -91,15 +100,16 @@ class Sums:
         spread = float(variance.where(number > 0, 0).sqrt().mean())
         x, y, xx, xy = self.moments / self.count
         zero = torch.zeros_like(x)
-        if spread <= STILL:
-            return Constant(scale=mean, bias=zero, spread=spread)
+        found = Constant(scale=mean, bias=zero, spread=spread, size=xx.sqrt(), biased=biased)
+        if found.still:
+            return found
         through_zero = torch.where(xx > 0, xy / xx.where(xx > 0, 1), mean)
         if not biased:
-            return Constant(scale=through_zero, bias=zero, spread=spread)
+            return replace(found, scale=through_zero)
         inner = xx - x * x
         varies = inner > 1e-12 * xx  # else the channel is one number, and a line through it is not determined
         scale = torch.where(varies, (xy - x * y) / inner.where(varies, 1), through_zero)
-        return Constant(scale=scale, bias=torch.where(varies, y - scale * x, zero), spread=spread)
+        return replace(found, scale=scale, bias=torch.where(varies, y - scale * x, zero))
 
 
 @torch.no_grad()

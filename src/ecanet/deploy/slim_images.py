@@ -15,8 +15,8 @@ Images = Tensor | Iterable[Tensor]
 """Images (N, ...) as the network takes them, or batches of such."""
 
 BATCH = 128
-MOST_FITTED = 2048
-"""More images hardly change a scale and a bias, and judge instead."""
+MOST_FITTED = 4096
+"""More images hardly change what is tuned, and judge instead."""
 
 
 def split_images(
@@ -43,9 +43,20 @@ def split_images(
         fitted.append(batch[fits])
         judged.append(batch[~fits])
         seen, taken = seen + len(batch), taken + int(fits.sum())
-    fitted, judged = ([batch for batch in part if len(batch)] for part in (fitted, judged))
     named = cast("Mapping[str, object]", also or {})
-    return fitted, judged, {str(name): make_batches(value, str(name)) for name, value in named.items()}
+    others = {str(name): join(make_batches(value, str(name))) for name, value in named.items()}
+    return join(fitted), join(judged), others
+
+
+def join(batches: Sequence[Tensor]) -> list[Tensor]:
+    """Return the images of ``batches`` in fewer and larger batches; images of another size begin a new one."""
+    groups: list[list[Tensor]] = []
+    for batch in batches:
+        if groups and batch.shape[1:] == groups[-1][0].shape[1:] and sum(map(len, groups[-1])) + len(batch) <= BATCH:
+            groups[-1].append(batch)
+        elif len(batch):
+            groups.append([batch])
+    return [torch.cat(group) for group in groups]
 
 
 def make_batches(images: object, name: str) -> list[Tensor]:

@@ -11,7 +11,17 @@ from torch.nn import functional as F
 
 from ecanet.errors import ConfigError
 
-__all__ = ["Answers", "Decide", "Share", "answer", "compare", "count_needed", "mean_divergence", "shift"]
+__all__ = [
+    "Answers",
+    "Decide",
+    "Share",
+    "answer",
+    "compare",
+    "count_needed",
+    "mean_divergence",
+    "read_log_probabilities",
+    "shift",
+]
 
 CONFIDENCE = 0.95
 
@@ -95,19 +105,28 @@ def answer(model: nn.Module, batches: Sequence[Tensor], decide: Decide | None) -
             Answers(decisions=check_decisions(decide(one), x), log_probabilities=None)
             for one, x in zip(outputs, batches, strict=True)
         ]
+    logs = [log.clamp(min=-100).cpu() for log in find_log_probabilities(outputs)]
+    return [Answers(decisions=log.argmax(1), log_probabilities=log) for log in logs]
+
+
+def read_log_probabilities(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+    """Return the log-probabilities (N, K, ...) that ``model`` gives each of ``batches``; see `answer`."""
+    return find_log_probabilities([model(images) for images in batches])
+
+
+def find_log_probabilities(outputs: Sequence[object]) -> list[Tensor]:
+    """Return the log-probabilities (N, K, ...) in each output of a network; see `answer`.
+
+    Raises:
+        ConfigError: there are no class scores.
+    """
     scores = [find_scores(one) for one in outputs]
     inside = all(bool(((one >= 0) & (one <= 1)).all()) for one in scores)
     single = scores[0].shape[1] == 1
     probable = inside and (single or all(bool(((one.sum(1) - 1).abs() < 1e-3).all()) for one in scores))
-    found: list[Answers] = []
-    for one in scores:
-        if single:
-            log = torch.cat([1 - one, one], 1).log() if probable else F.logsigmoid(torch.cat([-one, one], 1))
-        else:
-            log = one.log() if probable else one.log_softmax(1)
-        log = log.clamp(min=-100)
-        found.append(Answers(decisions=log.argmax(1).cpu(), log_probabilities=log.cpu()))
-    return found
+    if probable:
+        return [(torch.cat([1 - one, one], 1) if single else one).log() for one in scores]
+    return [F.logsigmoid(torch.cat([-one, one], 1)) if single else one.log_softmax(1) for one in scores]
 
 
 def find_scores(output: object) -> Tensor:
