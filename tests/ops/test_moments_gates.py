@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import ecanet
@@ -249,3 +250,21 @@ def test_gates_that_measure_something_else_are_called():
     expected.layer1[0].register_forward_hook(lambda *_: None)
     with ops.prefer_impl("lean"):
         torch.testing.assert_close(model(x), expected(x), rtol=1e-4, atol=1e-4)
+
+
+@slow
+@pytest.mark.parametrize("name", ["gct", "srm"])
+def test_compiled_networks_keep_the_tails_of_these_gates(name):
+    """One graph with the kernels' operators, and the values and gradients of the eager network."""
+    graphs = AotEagerAndRecordGraphs()
+    eager = ecanet.create_model("resnet8", attention=name, num_classes=3).train()
+    compiled, x = copy.deepcopy(eager), torch.randn(2, 3, 8, 8)
+    results = []
+    with ops.prefer_impl("fused"):
+        for model, call in ((eager, eager), (compiled, torch.compile(compiled, backend=graphs, fullgraph=True))):
+            y = call(x)
+            results.append([y, *torch.autograd.grad(y.sum(), list(model.parameters()))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    names = [str(node.target) for node in graphs.fw_graphs[0].graph.nodes]
+    assert sum("ecanet.apply_packed" in one for one in names) == 3
