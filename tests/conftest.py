@@ -1,5 +1,6 @@
 """Settings of every test run: the Triton interpreter, the profiles of random tests, and the command line."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -12,15 +13,37 @@ import tensors
 
 
 def speed_up_interpreter() -> None:
-    """Let Triton's interpreter prepare its language once for each launch, not again for each call of a device function.
+    """Let Triton's interpreter do once what it would do again for each call and each operation.
 
-    That takes longer than the function itself.
+    It prepares its language for each launch, not for each call of a device function, which takes longer than the
+    function itself. It adds no check for overflow to each integer operation; compiled kernels have none either.
     """
     try:
         import triton.language as tl
+        from triton.runtime import interpreter
         from triton.runtime.interpreter import InterpretedFunction
     except ImportError:
         return
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    find_dtype, dtypes = interpreter._get_np_dtype, {}
+
+    def find_dtype_once(kind: tl.dtype) -> object:
+        name = kind.scalar.name
+        if name not in dtypes:
+            dtypes[name] = find_dtype(kind)
+        return dtypes[name]
+
+    interpreter._get_np_dtype = find_dtype_once
+    initialize, contents = tl.tensor.__init__, {}
+
+    def initialize_as_before(self: tl.tensor, handle: object, kind: tl.dtype) -> None:
+        if kind.name not in contents:
+            initialize(self, handle, kind)
+            contents[kind.name] = {**vars(self)}
+        vars(self).update(contents[kind.name], handle=handle)
+
+    tl.tensor.__init__ = initialize_as_before
     call, prepared = InterpretedFunction.__call__, {tl}  # a launch prepares `tl` itself
 
     def call_prepared(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
