@@ -1,6 +1,7 @@
 """Settings of every test run: the Triton interpreter, the profiles of random tests, and the command line."""
 
 import dataclasses
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -86,6 +87,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     So no test hands a tensor of the CPU to a compiled kernel: those that are not marked run in the interpreter.
     """
+    gc.disable()  # until the tests are collected: the collector would walk through all modules again and again
     chosen = config.option.markexpr
     if torch.cuda.is_available() and "gpu" in chosen and "not gpu" not in chosen:
         tensors.DEVICE = "cuda"
@@ -93,6 +95,16 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     speed_up_interpreter()
     read_one_number()
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector leave out what stays to the end: modules and collected tests."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +115,29 @@ def make_tensors_on_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with torch.device(tensors.DEVICE):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def leave_figures_out(request: pytest.FixtureRequest) -> Iterator[dict[str, object]]:
+    """Leave the drawings out of the pages of runs, which take longer than the runs of the tests.
+
+    The tests of ``tests/report`` look at drawings; any other test that does so takes the fixture ``figures``.
+    """
+    from ecanet.report import figures as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        drawing = {name: draw for name, draw in vars(module).items() if name.startswith("plot_")}
+        if request.path.parent.name != "report":
+            for name in drawing:
+                patch.setattr(module, name, lambda *values: "")
+        yield drawing
+
+
+@pytest.fixture
+def figures(leave_figures_out: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the figures of pages as a user's run does."""
+    for name, draw in leave_figures_out.items():
+        monkeypatch.setattr(f"ecanet.report.figures.{name}", draw)
 
 
 @pytest.fixture

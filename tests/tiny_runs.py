@@ -17,7 +17,7 @@ from ecanet.report import Report
 TINY = Recipe(
     name="tiny",
     data=DataConfig(name="tiny", batch_size=16, crop_padding=1),
-    model=ModelConfig(name="resnet20"),
+    model=ModelConfig(name="resnet8"),
     optimizer=OptimizerConfig(learning_rate=0.02, base_batch=16),
     schedule=ScheduleConfig(warmup_epochs=0.5),
     epochs=4,

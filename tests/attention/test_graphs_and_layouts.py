@@ -34,8 +34,17 @@ def images(*, last=False):
 # graphs
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize(
+    ("tracing_mode", "last"),
+    [
+        ("real", False),
+        ("real", True),
+        ("fake", False),
+        pytest.param("fake", True, marks=pytest.mark.slow),
+        ("symbolic", False),
+        pytest.param("symbolic", True, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", [*GATES, *OTHERS, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])
 def test_a_graph_by_make_fx_has_values_and_gradients(name, tracing_mode, last):
     gate = make(name)

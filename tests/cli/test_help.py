@@ -1,5 +1,6 @@
 """Help fits a screen and is consistent, and the command line says what to install when packages are missing."""
 
+import json
 import re
 import subprocess
 import sys
@@ -121,28 +122,44 @@ def test_an_option_means_the_same_in_every_command():
 # without the packages of the train extra
 
 WITHOUT = """
-import sys
-sys.argv = ["ecanet", *{arguments!r}]
+import contextlib, io, json, sys
+gone = set()
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {absent!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        if name.partition(".")[0] in gone:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
 from ecanet.__main__ import main
-main()
+found = {}
+for line, absent in json.loads(sys.argv[1]).items():
+    gone.clear()
+    gone.update(absent)
+    sys.argv = ["ecanet", *line.split()]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main()
+        except SystemExit as stop:
+            found[line] = stop.code, out.getvalue(), err.getvalue()
+print(json.dumps(found))
 """
 
-
-def run_without(packages, *arguments):
-    """Run ``ecanet`` with ``arguments`` in a process in which ``packages`` cannot be imported."""
-    code = WITHOUT.format(arguments=list(arguments), absent=set(packages))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout, done.stderr
+LINES = {line: sorted(TRAIN_EXTRA) for line in ("", "--help", "--version", "models", "eval --help")}
+LINES |= {"-h": ["typer"], "train quickstart": ["lightning"]}
+"""Command lines, and the packages that cannot be imported when they run. The last needs those that the others lack."""
 
 
-@pytest.mark.parametrize("arguments", [pytest.param((), marks=pytest.mark.slow), ("--help",)], ids=" ".join)
-def test_help_without_typer(arguments):
-    assert run_without({"typer"}, *arguments) == (0, SHORT_HELP, "")
+@pytest.fixture(scope="module")
+def answers():
+    """Return exit code, standard output and standard error of each of `LINES`, run in a process without packages."""
+    command = [sys.executable, "-c", WITHOUT, json.dumps(LINES)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return {line: tuple(answer) for line, answer in json.loads(done.stdout).items()}
+
+
+@pytest.mark.parametrize("arguments", ["", "--help", "-h"])
+def test_help_without_typer(answers, arguments):
+    assert answers[arguments] == (0, SHORT_HELP, "")
 
 
 def test_the_short_help_lists_the_commands_and_the_remedy():
@@ -151,22 +168,18 @@ def test_the_short_help_lists_the_commands_and_the_remedy():
     assert max(map(len, SHORT_HELP.splitlines())) <= 80
 
 
-@pytest.mark.slow
-def test_the_version_without_typer():
-    assert run_without(TRAIN_EXTRA, "--version") == (0, f"ecanet {library.__version__}\n", "")
+def test_the_version_without_typer(answers):
+    assert answers["--version"] == (0, f"ecanet {library.__version__}\n", "")
 
 
-@pytest.mark.parametrize("arguments", ["models", pytest.param("eval --help", marks=pytest.mark.slow)])
-def test_a_command_without_the_train_extra_is_one_line(arguments):
-    code, out, err = run_without(TRAIN_EXTRA, *arguments.split())
-    assert (code, out) == (2, "")
-    assert err == (
-        "ecanet: typer is not installed; the command line needs more packages: pip install 'ecanet[train]'\n"
-    )
+@pytest.mark.parametrize("arguments", ["models", "eval --help"])
+def test_a_command_without_the_train_extra_is_one_line(answers, arguments):
+    said = "ecanet: typer is not installed; the command line needs more packages: pip install 'ecanet[train]'\n"
+    assert answers[arguments] == (2, "", said)
 
 
-def test_training_without_lightning_is_one_line():
-    code, _, err = run_without({"lightning"}, "train", "quickstart")
+def test_training_without_lightning_is_one_line(answers):
+    code, _, err = answers["train quickstart"]
     assert code == 2
     assert err.startswith("ecanet: lightning is not installed")
     assert err.endswith("pip install 'ecanet[train]'\n")

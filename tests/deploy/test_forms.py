@@ -119,7 +119,7 @@ def test_the_prepared_copy_has_no_attention_module_left(attention, early):
     from ecanet.deploy.preparation import count_attention, prepare, remove_attention
 
     torch.manual_seed(0)
-    networks = [Net(attention), ecanet.create_model("resnet50", attention=attention, num_classes=4)]
+    networks = [Net(attention), ecanet.create_model("resnet14", attention=attention, num_classes=4)]
     for network in networks if attention == "eca" else networks[:1]:
         for gate in network.modules():
             if isinstance(gate, ChannelAttention):

@@ -36,6 +36,12 @@ def of_timm(attention, layers=(1, 1, 1, 1), block="Bottleneck", **options):
     return timm_resnet.ResNet(getattr(timm_resnet, block), layers, block_args={"attn_layer": attention}, **options)
 
 
+def of_torchvision(block, **options):
+    """Return a network of one block a stage, which is what more of them are, too."""
+    resnet = torchvision.models.resnet
+    return resnet.ResNet(getattr(resnet, block), [1, 1, 1, 1], num_classes=10, **options)
+
+
 def attached(model, attention="eca", **options):
     return ecanet.attach(model, attention, preserve=False, example=torch.zeros(1, 3, 32, 32), **options)
 
@@ -46,7 +52,7 @@ def in_place_of_timms(model):
 
 
 SLOW = {param.values[0] for param in mark_slow(ecanet.list_attentions()) if param.marks}
-SLOW |= {"resnet34", "resnet101", "resnet152"}
+SLOW |= {"resnet34", "resnet50", "resnet101", "resnet152"}
 
 NETWORKS = {
     **{f"{a} in basic blocks": lambda a=a: ecanet.create_model("resnet14", attention=a, **options_for(a))
@@ -55,16 +61,16 @@ NETWORKS = {
     **{name: lambda name=name: ecanet.create_model(name) for name in ecanet.list_models()},
     **{f"{a} in mobilenet_v2": lambda a=a: ecanet.create_model("mobilenet_v2", attention=a, **options_for(a))
        for a in ("none", "se", "cbam", "gc")},
-    "torchvision resnet18": torchvision.models.resnet18,
-    "torchvision resnet50": torchvision.models.resnet50,
+    "torchvision basic blocks": lambda: of_torchvision("BasicBlock"),
+    "torchvision bottlenecks": lambda: of_torchvision("Bottleneck"),
     "torchvision mobilenet_v2": torchvision.models.mobilenet_v2,
-    "attached to basic blocks": lambda: attached(torchvision.models.resnet18()),
+    "attached to basic blocks": lambda: attached(of_torchvision("BasicBlock")),
     "attached to bottlenecks": lambda: attached(timm_resnet.ResNet(timm_resnet.Bottleneck, (1, 1, 1, 1))),
     "attached to mobilenet_v2": lambda: attached(torchvision.models.mobilenet_v2()),
-    "cbam attached": lambda: attached(torchvision.models.resnet18(), "cbam"),
-    "lossless and trained": lambda: ecanet.attach(torchvision.models.resnet18(), example=torch.zeros(1, 3, 32, 32)),
+    "cbam attached": lambda: attached(of_torchvision("BasicBlock"), "cbam"),
+    "lossless and trained": lambda: ecanet.attach(of_torchvision("BasicBlock"), example=torch.zeros(1, 3, 32, 32)),
     "attached and folded": lambda: ecanet.fold(
-        ecanet.attach(torchvision.models.resnet18(), example=torch.zeros(1, 3, 32, 32))
+        ecanet.attach(of_torchvision("BasicBlock"), example=torch.zeros(1, 3, 32, 32))
     ),
     "attached in place of timm's": lambda: in_place_of_timms(of_timm("se")),
     "timm plain": lambda: of_timm(None, block="BasicBlock", drop_path_rate=0.1),
@@ -74,7 +80,7 @@ NETWORKS = {
     "timm anti-aliased": lambda: of_timm("eca", aa_layer=timm.layers.BlurPool2d),
     "timm d": lambda: timm.create_model("ecaresnet26t"),
     "timm group norm": lambda: of_timm("eca", norm_layer=timm.layers.GroupNorm),
-    "frozen norms": lambda: torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d),
+    "frozen norms": lambda: of_torchvision("BasicBlock", norm_layer=FrozenBatchNorm2d),
 }  # fmt: skip
 
 

@@ -35,8 +35,15 @@ def trained(model):
     return model
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "training"),
+    [
+        pytest.param(dtype, training, marks=[pytest.mark.slow] * (training and dtype == torch.float16))
+        for dtype in DTYPES
+        for training in (False, True)
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_outputs_stay_bit_for_bit(name, dtype, training):
     plain = network(name, dtype).train(training)
@@ -177,8 +184,15 @@ def test_channels_are_axis_1_where_nothing_else_is_known():
 
 
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow), "mobilenet_v2"])
-@pytest.mark.parametrize("preserve", [True, False])
-@pytest.mark.parametrize("sizes", [{}, {"kernel_sizes": "official"}])
+@pytest.mark.parametrize(
+    ("preserve", "sizes"),
+    [
+        (True, {}),
+        (False, {}),
+        (True, {"kernel_sizes": "official"}),
+        pytest.param(False, {"kernel_sizes": "official"}, marks=pytest.mark.slow),
+    ],
+)
 def test_attached_and_created_networks_load_into_each_other(name, preserve, sizes):
     created = ecanet.create_model(name, **sizes)
     attached = ecanet.attach(models.get_model(name), preserve=preserve, **sizes)

@@ -43,7 +43,12 @@ def run(library, name):
     assert row["result"] in ("pass", "refused"), row["cause"]
 
 
-@pytest.mark.parametrize(("library", "name"), SAMPLE)
+LARGE = {"regnet_x_400mf", "dla34", "nf_resnet26", "swiftformer_xs"}  # two seconds each
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [pytest.param(*case, marks=[pytest.mark.slow] * (case[1] in LARGE)) for case in SAMPLE]
+)
 def test_a_sample_of_networks_keeps_every_promise(library, name):
     run(library, name)
 

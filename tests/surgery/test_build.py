@@ -74,15 +74,17 @@ def test_a_seeded_run_sees_the_same_numbers_with_and_without_gates():
 
 
 @pytest.mark.filterwarnings("ignore:.*gave way to")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    ("network", "options"),
+    ("network", "options", "dtype"),
     [
-        (models.resnet18, {}),
-        (models.resnet18, {"attention": "se", "preserve": False}),
-        (models.resnet18, {"attention": Drawing}),
-        (models.mobilenet_v3_small, {"replace": "se"}),
-        (models.squeezenet1_1, {"attention": "cbam"}),
+        (models.resnet18, {}, torch.float32),
+        (models.resnet18, {}, torch.bfloat16),
+        (models.resnet18, {"attention": "se", "preserve": False}, torch.float32),
+        (models.resnet18, {"attention": Drawing}, torch.bfloat16),
+        (models.mobilenet_v3_small, {"replace": "se"}, torch.bfloat16),
+        (models.mobilenet_v3_small, {"replace": "se"}, torch.float64),
+        (models.squeezenet1_1, {"attention": "cbam"}, torch.float32),
+        (models.squeezenet1_1, {"attention": "cbam"}, torch.float64),
     ],
 )
 def test_gates_attached_in_inference_mode_train(network, options, dtype):

@@ -44,7 +44,9 @@ def test_squeeze_excite_of_torchvision(name):
     assert replace(getattr(models, name)(), "se") == TORCHVISION[name]
 
 
-@pytest.mark.parametrize("name", TIMM_SE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "nfnet_l0")) for name in TIMM_SE]
+)
 def test_squeeze_excite_of_timm(name):
     model = pytest.importorskip("timm").create_model(name)
     convolutions = [type(m) for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
@@ -52,7 +54,9 @@ def test_squeeze_excite_of_timm(name):
     assert [type(m) for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)] == convolutions
 
 
-@pytest.mark.parametrize("name", TIMM_ECA)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "ecaresnet50t")) for name in TIMM_ECA]
+)
 def test_eca_of_timm(name):
     torch.manual_seed(0)
     model = pytest.importorskip("timm").create_model(name).eval()

@@ -250,7 +250,7 @@ def tiny(monkeypatch, tmp_path, **settings):
     return with_settings(find("scenes"), {**changes, "epochs": 2, **settings})
 
 
-def test_a_run_writes_its_results_and_resumes_exactly(monkeypatch, tmp_path):
+def test_a_run_writes_its_results_and_resumes_exactly(monkeypatch, tmp_path, figures):
     import lightning as L
 
     from ecanet.training.trained import evaluate
