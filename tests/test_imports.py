@@ -155,35 +155,39 @@ def test_floors():
     assert max(floor.values()) <= 10, floor
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-
-
-def test_import_is_cheap():
-    modules = run_python("import sys, ecanet; print(*sys.modules)").stdout.split()
-    loaded = {module.partition(".")[0] for module in modules}
-    assert "torch" in loaded
-    assert "torch._dynamo" not in modules, "the compiler takes seconds"
-    heavy = {"lightning", "torchvision", "matplotlib", "typer", "rich", "torchmetrics", "sklearn", "PIL", "timm"}
-    assert not heavy & loaded
-
-
-def test_help_imports_nothing_heavier_than_torch():
+@pytest.fixture(scope="module")
+def loaded():
+    """Return the modules that a new process has loaded after ``import ecanet``, and after ``ecanet --help``."""
     code = """
-import sys
+import sys, ecanet
+print("loaded", *sys.modules)
 sys.argv = ["ecanet", "--help"]
 from ecanet.__main__ import main
 try:
     main()
 except SystemExit as stop:
     print("stopped", stop.code)
-print("loaded", *{m.partition(".")[0] for m in sys.modules})
+print("loaded", *sys.modules)
 """
-    lines = run_python(code).stdout.splitlines()
-    assert "stopped 0" in lines
-    loaded = set(lines[-1].split())
-    assert {"loaded", "torch", "typer"} <= loaded
-    assert not {"lightning", "torchvision", "matplotlib", "torchmetrics", "sklearn", "jinja2", "timm"} & loaded
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "stopped 0" in done.stdout.splitlines()
+    return [set(line.split()[1:]) for line in done.stdout.splitlines() if line.startswith("loaded ")]
+
+
+def top(modules):
+    return {name.partition(".")[0] for name in modules}
+
+
+def test_import_is_cheap(loaded):
+    assert "torch" in loaded[0]
+    assert "torch._dynamo" not in loaded[0], "the compiler takes seconds"
+    heavy = {"lightning", "torchvision", "matplotlib", "typer", "rich", "torchmetrics", "sklearn", "PIL", "timm"}
+    assert not heavy & top(loaded[0])
+
+
+def test_help_imports_nothing_heavier_than_torch(loaded):
+    assert {"torch", "typer"} <= loaded[1]
+    assert not {"lightning", "torchvision", "matplotlib", "torchmetrics", "sklearn", "jinja2", "timm"} & top(loaded[1])
 
 
 @pytest.mark.parametrize("module", MODULES)

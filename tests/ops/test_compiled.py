@@ -44,13 +44,14 @@ def step(block, call, x, dy):
 
 
 BLOCKS = [
-    # Inductor compiles C++ for seconds: one block stands for all in the default tests.
+    # Inductor compiles C++ for seconds: one block stands for all in the default tests. Channels-last is one more.
     pytest.param(
         shortcut,
         last,
         backend,
         id=f"{shortcut}-{'channels_last' if last else 'contiguous'}-{backend}",
-        marks=[pytest.mark.slow] * (backend == "inductor" and (last or shortcut != "plain")),
+        marks=[pytest.mark.slow]
+        * (last or shortcut != "plain" if backend == "inductor" else last and shortcut != "normed"),
     )
     for shortcut in ("plain", "normed", None)
     for last in (False, True)

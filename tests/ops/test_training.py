@@ -11,6 +11,7 @@ A gradient may be off by twice the largest error of the reference, over both lay
 their last digit.
 """
 
+import os
 from contextlib import contextmanager
 
 import pytest
@@ -111,6 +112,8 @@ def distances(found, exact):
 
 @pytest.mark.parametrize(("impl", "size", "count", "layout"), CASES)
 def test_twenty_steps_equal_those_of_the_reference(impl, size, count, layout):
+    if impl == "auto" and DEVICE != "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        size, count = 7, 4  # "auto" means kernels, which the interpreter of a simulated GPU would run for hours
     data = batches(size, count)
     expected, last = train("reference", data, layout)
     actual, _ = train(impl, data, layout)

@@ -46,7 +46,7 @@ def test_the_card_says_what_was_measured(runs, tmp_path):
     mean, half = (top1 + second) / 2, 12.706 * abs(top1 - second) / 2  # t of one degree of freedom
     row = re.search(r"\| top-1, % \| ([\d.]+) \| ([\d.]+) ± ([\d.]+) \(2 seeds\) \|", text)
     assert [float(x) for x in row.groups()] == pytest.approx([top1, mean, half], abs=0.01)
-    assert f"{report['parameters']:,}, 27 of them in gates" in text
+    assert f"{report['parameters']:,}, 9 of them in gates" in text
     assert "of epoch 2 of 2. Random seed 0." in text
     assert "## Gates" not in text
     assert json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])["epochs"] == 2
@@ -71,7 +71,7 @@ def test_a_picture_of_the_gates_goes_along(runs, tmp_path):
 
 def test_the_commands_take_the_folder_as_a_run(runs, tmp_path, ecanet):
     code, out, err = ecanet("push", runs / "a", "--folder", tmp_path / "net")
-    assert (code, out) == (0, f"resnet20 with eca: 9 gates, 3 classes\nfolder {tmp_path / 'net'}\n"), err
+    assert (code, out) == (0, f"resnet8 with eca: 3 gates, 3 classes\nfolder {tmp_path / 'net'}\n"), err
     assert evaluate(tmp_path / "net", device="cpu") == evaluate(runs / "a", device="cpu")
     task, before = restore(tmp_path / "net"), restore(runs / "a")
     assert (task.spec, task.recipe) == (before.spec, before.recipe)
