@@ -51,7 +51,7 @@ BLOCKS = [
         backend,
         id=f"{shortcut}-{'channels_last' if last else 'contiguous'}-{backend}",
         marks=[pytest.mark.slow]
-        * (last or shortcut != "plain" if backend == "inductor" else last and shortcut != "normed"),
+        * (last or shortcut != "plain" if backend == "inductor" else last and shortcut != "plain"),
     )
     for shortcut in ("plain", "normed", None)
     for last in (False, True)
