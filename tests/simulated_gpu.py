@@ -27,6 +27,12 @@ on_gpu: dict[int, torch.UntypedStorage] = {}
 """The storages that would be on the GPU. They are kept while a test runs, so that no other one gets their number."""
 
 
+def forget_unused() -> None:
+    """Drop the marks of storages that nothing else holds any more: constants that the library keeps stay marked."""
+    for number in [number for number in on_gpu if torch._C._storage_Use_Count(number) == 1]:
+        del on_gpu[number]
+
+
 class WrongDeviceError(RuntimeError):
     """Tensors of both devices meet."""
 
@@ -126,7 +132,7 @@ def simulate() -> Iterator[None]:
         patch.setattr(proof_records, "record_success", lambda *key: None)
         patch.setattr(launch, "INTERPRETED", False)
         patch.setattr(Launch, "__call__", check_launch)
-        on_gpu.clear()
+        forget_unused()
         with _Results(), _Devices():
             yield
 
