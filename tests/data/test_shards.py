@@ -35,7 +35,7 @@ def sets(tmp_path_factory):
         (folder / "photos" / name).mkdir(parents=True)
         for at in range(20):
             draw_photo(label, at).save(folder / "photos" / name / f"{at}.png")
-    pack(folder / "photos", folder / "packed", workers=1, shard_bytes=6_000, quiet=True)
+    pack(folder / "photos", folder / "packed", workers=1, shard_bytes=6_000)
     return folder
 
 

@@ -52,7 +52,7 @@ def rewrite(folder: Path, change) -> None:
 
 
 def test_tar_files_of_others_are_indexed(foreign):
-    said = index(foreign, class_names=["owl", "cat"], quiet=True)
+    said = index(foreign, class_names=["owl", "cat"])
     assert said == [f"{foreign / 'index.json'}: 4 training and 2 held-out images of 2 classes in 3 shards"]
     shards = read_shards(str(foreign))
     assert shards.class_names == ("owl", "cat")
@@ -60,18 +60,18 @@ def test_tar_files_of_others_are_indexed(foreign):
     for at, record in enumerate(shards.records):
         content = (foreign / NAMES[at // 2]).read_bytes()[int(record["offset"]) :][: int(record["bytes"])]
         assert content == draw_image(at // 2 + 9 * (at % 2))
-    check(str(foreign), images=True, quiet=True)
+    check(str(foreign), images=True)
 
 
 def test_an_index_is_not_replaced(foreign):
-    index(foreign, class_names=["owl", "cat"], quiet=True)
+    index(foreign, class_names=["owl", "cat"])
     with pytest.raises(ConfigError, match=r"index.json: there is an index already; to make another one, delete it"):
-        index(foreign, quiet=True)
+        index(foreign)
     assert read_shards(str(foreign)).class_names == ("owl", "cat")
 
 
 def test_labels_are_their_own_names_where_there_are_none(foreign):
-    index(foreign, quiet=True)
+    index(foreign)
     assert read_shards(str(foreign)).class_names == ("0", "1")
 
 
@@ -92,29 +92,29 @@ def test_labels_are_their_own_names_where_there_are_none(foreign):
 def test_a_shard_that_does_not_fit_is_named(foreign, members, message):
     write_tar(foreign / NAMES[1], members)
     with pytest.raises(DataError, match=rf"{NAMES[1]}: .*{message}") as caught:
-        index(foreign, quiet=True)
+        index(foreign)
     assert "\n" not in str(caught.value)
 
 
 def test_other_files_and_names_are_refused(foreign):
     (foreign / NAMES[1]).write_bytes(b"no tar file" * 100)
     with pytest.raises(DataError, match=rf"{NAMES[1]}: cannot be read as a shard"):
-        index(foreign, quiet=True)
+        index(foreign)
     (foreign / NAMES[1]).rename(foreign / "part-1.tar")
     with pytest.raises(DataError, match=r"part-1.tar: its name says 0 of train, val and test; rename it"):
-        index(foreign, quiet=True)
+        index(foreign)
     (foreign / "part-1.tar").rename(foreign / "train 1.tar")
     write_tar(foreign / "train 1.tar", [("x.jpg", b"1"), ("x.cls", b"0")])
     with pytest.raises(DataError, match=r"train 1.tar: a shard's name has letters, digits, .* alone; rename it"):
-        index(foreign, quiet=True)
+        index(foreign)
     (foreign / "train 1.tar").unlink()
     with pytest.raises(ConfigError, match=r"1 class names for labels up to 1; give one for each label"):
-        index(foreign, class_names=["one"], quiet=True)
+        index(foreign, class_names=["one"])
     (foreign / NAMES[2]).unlink()
     with pytest.raises(DataError, match=r"no tar file with val or test in its name"):
-        index(foreign, quiet=True)
+        index(foreign)
     with pytest.raises(DataError, match=r"no tar file with train in its name"):
-        index(foreign / "nowhere", quiet=True)
+        index(foreign / "nowhere")
 
 
 def set_value(path, value):
@@ -161,7 +161,7 @@ def set_record(field, value):
     ],
 )
 def test_an_index_that_does_not_fit_is_one_line(foreign, change):
-    index(foreign, quiet=True)
+    index(foreign)
     rewrite(foreign, change)
     with pytest.raises(DataError, match=rf"^{foreign}/index.json: ") as caught:
         read_shards(str(foreign))
@@ -170,7 +170,7 @@ def test_an_index_that_does_not_fit_is_one_line(foreign, change):
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b"[" * 100_000, b"null"])
 def test_an_index_that_is_none_is_one_line(foreign, content):
-    index(foreign, quiet=True)
+    index(foreign)
     (foreign / "index.json").write_bytes(content)
     with pytest.raises(DataError, match=rf"^{foreign}/index.json: not an index of shards") as caught:
         read_shards(str(foreign))
@@ -178,7 +178,7 @@ def test_an_index_that_is_none_is_one_line(foreign, content):
 
 
 def test_changed_records_are_found(foreign):
-    index(foreign, quiet=True)
+    index(foreign)
     content = bytearray((foreign / "index.bin").read_bytes())
     content[30] ^= 1
     (foreign / "index.bin").write_bytes(content)

@@ -38,7 +38,7 @@ def photos(tmp_path):
 
 
 def pack_quietly(photos, out, **options):
-    return pack(photos, out, workers=1, shard_bytes=SHARD_BYTES, quiet=True, **options)
+    return pack(photos, out, workers=1, shard_bytes=SHARD_BYTES, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -61,7 +61,7 @@ def test_every_image_is_packed_once_as_it_is(photos, tmp_path):
         assert shards.class_names[label] == name.partition("/")[0]
         found.append(name)
     assert sorted(found) == sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.*"))
-    assert check(str(tmp_path / "out"), images=True, quiet=True)[0].endswith("all 36 images are decoded")
+    assert check(str(tmp_path / "out"), images=True)[0].endswith("all 36 images are decoded")
 
 
 def test_the_training_images_are_mixed(photos, tmp_path):
@@ -96,7 +96,7 @@ def test_large_images_are_made_smaller(photos, tmp_path):
 @pytest.mark.slow
 def test_the_same_bytes_from_several_processes(photos, tmp_path):
     pack_quietly(photos, tmp_path / "one")
-    pack(photos, tmp_path / "two", workers=2, shard_bytes=SHARD_BYTES, quiet=True)
+    pack(photos, tmp_path / "two", workers=2, shard_bytes=SHARD_BYTES)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
@@ -168,7 +168,7 @@ def test_an_unreadable_image_stops_the_packing_or_is_left_out_and_named(photos, 
     said = pack_quietly(photos, tmp_path / "out", on_corrupt="skip")
     assert sum(line.startswith("skipped: ") and "dog/1.jpg" in line for line in said) == 1
     assert sum(file.images for file in read_shards(str(tmp_path / "out")).files) == 35
-    check(str(tmp_path / "out"), images=True, quiet=True)
+    check(str(tmp_path / "out"), images=True)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"digest": 1, "made": 3}'])
@@ -218,7 +218,7 @@ def test_a_damaged_shard_is_named(photos, tmp_path, kind, message):
     else:
         damage(path, kind)
     with pytest.raises(DataError, match=rf"1 of the shards' checks failed: .*train-000001.tar.*{message}"):
-        check(str(tmp_path / "out"), quiet=True)
+        check(str(tmp_path / "out"))
 
 
 def test_records_that_do_not_fit_are_found(photos, tmp_path):
@@ -237,4 +237,4 @@ def test_records_that_do_not_fit_are_found(photos, tmp_path):
     parts["train"][0][1]["label"][1] = (parts["train"][0][1]["label"][1] + 1) % 3
     write_index(tmp_path / "out", shards.class_names, parts, {})
     with pytest.raises(DataError, match=r"train-000000.tar: image 1: label \d instead of \d"):
-        check(str(tmp_path / "out"), quiet=True)
+        check(str(tmp_path / "out"))

@@ -132,7 +132,7 @@ def make_recipe(tmp_path):
             return SHORT.but(data=images, ema_decay=0.8)
         if kind == "shards":
             make_flat(tmp_path / "photos", {"a": 14, "b": 15, "c": 6})
-            pack(tmp_path / "photos", tmp_path / "packed", workers=1, shard_bytes=2_000, quiet=True)
+            pack(tmp_path / "photos", tmp_path / "packed", workers=1, shard_bytes=2_000)
             images = DataConfig(name=f"shards:{tmp_path / 'packed'}", image_size=16, batch_size=4, workers=2)
             return SHORT.but(data=images)
         if kind == "detection":

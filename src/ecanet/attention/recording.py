@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ecanet import progress
 from ecanet.attention.base import Attention
 from ecanet.attention.gates import ECA, ChannelAttention
 from ecanet.attention.others import CBAM, compute_maxima
@@ -150,7 +151,7 @@ def record_gates(model: nn.Module, batches: Iterable[tuple[object, Tensor | None
 
     empty = True
     with _observe_gates(model, add):
-        for images, labels in batches:
+        for images, labels in progress.track(batches, "recording the gates, in batches"):
             empty = False
             for one in sums.values():
                 one.labels = labels

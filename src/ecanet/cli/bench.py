@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ecanet.cli.options import ModelName, console, name_network, split
+from ecanet.cli.options import AsJson, ModelName, Quiet, console, name_network, notices, print_json, split
 from ecanet.errors import ConfigError
 
 
@@ -24,6 +24,8 @@ def bench(
     attention: Annotated[str | None, typer.Option(help="Comma-separated attentions (eca).", show_default=False)] = None,
     image_size: Annotated[int | None, typer.Option(help="Height and width in pixels.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="JSON file, with a page next to it.")] = Path("bench.json"),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time ECA-ResNet-50 and its peers, or a --model with gates.
 
@@ -33,10 +35,11 @@ def bench(
 
     sizes = None if batch_size is None else parse_batch_sizes(batch_size)
     bench.check_out(out)
+    say = notices.print if as_json else console.print
     if model is None:
         if attention or image_size is not None:
             raise ConfigError("--attention and --image-size need --model; without it ResNet-50 with ECA is timed")
-        result = bench.run(device=device, quick=quick, compiled=compiled, batch_sizes=sizes, say=console.print)
+        result = bench.run(device=device, quick=quick, compiled=compiled, batch_sizes=sizes, say=say)
     else:
         result = bench.run_model(
             name_network(model),
@@ -46,9 +49,12 @@ def bench(
             compiled=compiled,
             batch_sizes=sizes,
             image_size=image_size,
-            say=console.print,
+            say=say,
         )
     page = bench.write(result, out)
+    if as_json:
+        print_json(result)
+        return
     bench.show(result, console)
     if result["compile_seconds"]:
         console.print(f"compiling took {sum(result['compile_seconds'].values()):.0f} s")

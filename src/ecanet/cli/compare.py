@@ -16,6 +16,7 @@ from ecanet.cli.options import (
     Epochs,
     KernelSizes,
     ModelName,
+    Quiet,
     Settings,
     Weights,
     check_folder,
@@ -25,6 +26,7 @@ from ecanet.cli.options import (
     model_changes,
     model_config,
     name_network,
+    notices,
     parse_settings,
     print_json,
     split,
@@ -86,6 +88,7 @@ def paper(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write Markdown, JSON and plots here.", show_default=False)] = None,
     device: Device = "cpu",
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the paper's tables next to measured values: `ecanet paper 3`."""
@@ -110,6 +113,8 @@ def ablate(
     out: Annotated[Path, typer.Option(help="Output directory.")] = Path("ablation"),
     on: Annotated[str, typer.Option(help="Run here or on ray.")] = "here",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per run.", show_default=False)] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare attention modules fairly, over several seeds.
 
@@ -128,9 +133,12 @@ def ablate(
         seeds=seeds,
         on=on,
         threads=threads,
-        say=console.print,
+        say=notices.print if as_json else console.print,
     )
     ablate.write(result)
+    if as_json:
+        print(ablate.to_json(result))
+        return
     print(ablate.to_markdown(result))
     console.print(f"report {out / 'ablation.html'}")
 
@@ -146,6 +154,8 @@ def inspect(
     image: Annotated[Path | None, typer.Option(help="Image file to explain.", show_default=False)] = None,
     cam: Annotated[bool, typer.Option("--cam", help="Class-activation maps, gates on and off.")] = False,
     out: Annotated[Path, typer.Option(help="Output directory.")] = Path("inspect"),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what the gates of a trained network do.
 
@@ -164,6 +174,9 @@ def inspect(
         image=image,
         cam=cam,
     )
+    if as_json:
+        print(gates.to_json(inspection))
+        return
     columns, rows = gates.list_rows(inspection)
     table = Table(*columns)
     table.columns[0].overflow = "fold"

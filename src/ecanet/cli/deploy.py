@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ecanet.cli.options import AsJson, Attention, KernelSizes, Weights, console, model_config, name_network, print_json
+from ecanet.cli.options import (
+    AsJson,
+    Attention,
+    KernelSizes,
+    Quiet,
+    Weights,
+    console,
+    model_config,
+    name_network,
+    print_json,
+)
 from ecanet.errors import ConfigError
 from ecanet.models import is_detector
 
@@ -40,6 +50,7 @@ def export(
         str | None, typer.Option("--images", help="Data for --int8: folder:PATH, …", show_default="the run's")
     ] = None,
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not run the file.")] = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a trained network for another runtime.

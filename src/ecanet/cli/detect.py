@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ecanet import progress
 from ecanet.cli.options import (
     AsJson,
     Attention,
@@ -12,6 +13,7 @@ from ecanet.cli.options import (
     KernelSizes,
     ModelName,
     OnCorrupt,
+    Quiet,
     Weights,
     check_folder,
     check_on_corrupt,
@@ -32,6 +34,7 @@ def detect(
     attention: Attention = None,
     kernel_sizes: KernelSizes = None,
     device: Device = "auto",
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Detect objects: draw boxes and masks on images, write JSON.
@@ -63,7 +66,8 @@ def detect(
         )
     found: list[training.ImageDetections] = []
     task = training.restore(checkpoint, model=config)
-    for answer in training.detect(task, files, out, threshold=threshold, device=found_device):
+    answers = training.detect(task, files, out, threshold=threshold, device=found_device)
+    for answer in progress.track(answers, "images", len(files)):
         if isinstance(answer, DataError):
             report_unreadable(answer, on_corrupt)
             continue

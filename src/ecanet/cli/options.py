@@ -9,10 +9,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ecanet import progress
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import ModelConfig, Recipe, find, parse_kernel_sizes, with_settings
 
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+notices = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+"""For what is said while a command works whose result is JSON."""
 
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint file or run directory.", show_default=False)]
 ModelName = Annotated[
@@ -37,7 +41,7 @@ LoggerNames = Annotated[
 ]
 ValShare = Annotated[
     float | None,
-    typer.Option("--val-share", help="Share to hold out of a folder without val/ (default 0.2).", show_default=False),
+    typer.Option("--val-share", help="Share held out without val/ (0.2).", show_default=False),
 ]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Number of epochs.", show_default=False)]
 Settings = Annotated[
@@ -45,6 +49,13 @@ Settings = Annotated[
     typer.Option("--set", help="Other setting: data.workers=4.", metavar="KEY=VALUE", show_default=False),
 ]
 OnCorrupt = Annotated[str, typer.Option("--on-corrupt", help="Unreadable files: error or skip.")]
+
+
+def _set_bars(quiet: bool) -> None:
+    progress.set_shown(not quiet)
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.", callback=_set_bars)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

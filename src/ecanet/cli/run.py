@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ecanet import recipes
+from ecanet import progress, recipes
 from ecanet.cli.options import (
     AsJson,
     Attention,
@@ -20,6 +20,7 @@ from ecanet.cli.options import (
     ModelName,
     NoPreserve,
     OnCorrupt,
+    Quiet,
     ReplaceKind,
     Settings,
     ValShare,
@@ -63,6 +64,7 @@ def train(
     auto_resume: Annotated[bool, typer.Option("--auto-resume", help="Start in --out, or go on there.")] = False,
     logger: LoggerNames = None,
     device: Device = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """Train a network: `ecanet train quickstart`.
 
@@ -121,6 +123,7 @@ def evaluate(
         str | None, typer.Option(help="Unreadable files: error or skip.", show_default="as in the run")
     ] = None,
     device: Device = "auto",
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a checkpoint on held-out images.
@@ -158,6 +161,7 @@ def predict(
     attention: Attention = None,
     kernel_sizes: KernelSizes = None,
     device: Device = "auto",
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Classify images: the most likely classes, with probabilities.
@@ -178,7 +182,8 @@ def predict(
     config = model_config(model, attention, kernel_sizes, weights)
     task = training.restore(checkpoint, model=config, data_name=data, data_dir=data_dir)
     predictions: list[training.Prediction] = []
-    for answer in training.predict(task, files, top=top, device=found_device):
+    answers = training.predict(task, files, top=top, device=found_device)
+    for answer in progress.track(answers, "images", len(files)):
         if isinstance(answer, training.Prediction):
             predictions.append(answer)
         else:
@@ -197,6 +202,7 @@ def predict(
 def report(
     run: Annotated[Path, typer.Argument(help="Directory of a finished run.", show_default=False)],
     device: Device = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """Make a finished run's report again.
 

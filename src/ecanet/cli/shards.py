@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ecanet.cli.options import ValShare, console
+from ecanet.cli.options import AsJson, Quiet, ValShare, console, print_json
 from ecanet.errors import ConfigError
 
 app = typer.Typer(
@@ -26,6 +26,8 @@ def pack(
     seed: Annotated[int, typer.Option(min=0, help="Decides order and split.")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="all cores")] = None,
     on_corrupt: Annotated[str, typer.Option(help="error, or skip unreadable images.")] = "error",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Pack a folder; train on it with `ecanet train shards:OUT`.
 
@@ -33,8 +35,9 @@ def pack(
     """
     from ecanet.shards import pack
 
-    for line in pack(folder, out, size=size, val_share=val_share, seed=seed, workers=workers, on_corrupt=on_corrupt):
-        console.print(line, soft_wrap=True)
+    print_lines(
+        pack(folder, out, size=size, val_share=val_share, seed=seed, workers=workers, on_corrupt=on_corrupt), as_json
+    )
 
 
 @app.command()
@@ -43,6 +46,8 @@ def index(
     classes: Annotated[
         Path | None, typer.Option(help="File of class names, one a line.", show_default="0, 1, …")
     ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Index tar files of others, so that training can read them.
 
@@ -56,17 +61,26 @@ def index(
         raise ConfigError(
             f"{classes}: class names cannot be read ({error}); give a text file, one name a line"
         ) from None
-    for line in index(folder, class_names=names):
-        console.print(line, soft_wrap=True)
+    print_lines(index(folder, class_names=names), as_json)
 
 
 @app.command()
 def check(
     address: Annotated[str, typer.Argument(help="Folder, or an address such as s3://bucket/set.", show_default=False)],
     images: Annotated[bool, typer.Option("--images", help="Decode every image, too.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Read a set from end to end: checksums, images and labels."""
     from ecanet.shards import check
 
-    for line in check(address, images=images):
+    print_lines(check(address, images=images), as_json)
+
+
+def print_lines(lines: list[str], as_json: bool) -> None:
+    """Print ``lines``, which say what was found or written, or print them as JSON."""
+    if as_json:
+        print_json(lines)
+        return
+    for line in lines:
         console.print(line, soft_wrap=True)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 from rich.table import Table
 
-from ecanet.cli.options import AsJson, Checkpoint, DataDir, Device, check_folder, console, print_json
+from ecanet import progress
+from ecanet.cli.options import AsJson, Checkpoint, DataDir, Device, Quiet, check_folder, console, print_json
 from ecanet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def slim(
     data_dir: DataDir = None,
     out: Annotated[Path, typer.Option(help="Output directory.")] = Path("slim"),
     device: Device = "auto",
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Fold gates that barely vary into other layers.
@@ -88,7 +90,8 @@ def iterate_batches(
     task: "Classification", data: "ClassificationData", device: "torch.device"
 ) -> "Iterator[tuple[Tensor, Tensor]]":
     """Yield held-out images as the network of ``task`` takes them, and their labels."""
-    for batch in data.val_dataloader():
+    batches = data.val_dataloader()
+    for batch in progress.track(batches, "held-out batches"):
         x, labels = data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
         yield x.expand(-1, task.channels, -1, -1).to(device), labels.to(device)
 
@@ -99,7 +102,9 @@ def read_folder(task: "Classification", folder: Path) -> "list[Tensor]":
     from ecanet.data import build_eval_transform, read_image
 
     transform, spec = build_eval_transform(task.spec), task.spec
-    pictures = (read_image(path, spec.channels) for path in training.image_files(folder))
+    pictures = (
+        read_image(path, spec.channels) for path in progress.track(training.image_files(folder), f"reading {folder}")
+    )
     return [spec.normalize(transform(picture)[None]).expand(-1, task.channels, -1, -1) for picture in pictures]
 
 

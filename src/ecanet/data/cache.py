@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ecanet import progress
 from ecanet.errors import DataError
 from ecanet.models import get_cache_folder
 
@@ -55,10 +56,7 @@ def keep_arrays(
 
 def show_progress(numbers: Iterable[int], description: str) -> Iterable[int]:
     """Return ``numbers``, with a progress bar on the terminal while they are taken."""
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(numbers, description=description, console=Console(stderr=True), transient=True)
+    return progress.track(numbers, description)
 
 
 def digest_arrays(arrays: Made) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ecanet import inference
+from ecanet import inference, progress
 from ecanet.deploy.about import About
 from ecanet.deploy.checking import Subject, check_file
 from ecanet.deploy.preparation import prepare
@@ -65,7 +65,8 @@ def export(
     check_example(model, inputs, about)
     prepared = prepare(model, goal.form, early=goal.early)
     with write_beside(place) as file:
-        facts = goal.write(prepared.network, inputs, about, file)
+        with progress.show(f"writing the file ({target})"):
+            facts = goal.write(prepared.network, inputs, about, file)
         written = list(file.parent.iterdir())
         report = ExportReport(
             path=str(place),
@@ -75,7 +76,8 @@ def export(
             facts=facts,
         )
         if check:
-            report = check_file(Subject(model=model, inputs=inputs, target=goal, path=file), report)
+            with progress.show(f"running the file ({target})"):
+                report = check_file(Subject(model=model, inputs=inputs, target=goal, path=file), report)
         else:
             report = replace(report, notes=("not checked",))
     return report

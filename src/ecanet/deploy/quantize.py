@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ecanet import inference
+from ecanet import inference, progress
 from ecanet.deploy import quantize_executorch, quantize_onnx, quantize_openvino
 from ecanet.deploy.about import About
 from ecanet.deploy.exporting import check_example, check_place, write_beside
@@ -131,12 +131,14 @@ def quantize(
     check_example(model, [images[:2]], about)
     prepared = prepare(model, goal.form, early=goal.early)
     with write_beside(place) as file:
-        layers = quantizer.write(prepared.network, calibration, images[:SAMPLE], about, file)
+        with progress.show(f"calibrating on {len(calibration)} images"):
+            layers = quantizer.write(prepared.network, calibration, images[:SAMPLE], about, file)
         written = list(file.parent.iterdir())
         run, size = quantizer.open(file), quantizer.batch or BATCH
         batches = [images[at : at + size] for at in range(0, len(images), size)]
-        float_classes = torch.cat([run_network(prepared.network, [part])[0] for part in batches]).argmax(1)
-        int8_classes = torch.cat([run(part) for part in batches]).argmax(1)
+        plain = [run_network(prepared.network, [part])[0] for part in progress.track(batches, "evaluating float32")]
+        float_classes = torch.cat(plain).argmax(1)
+        int8_classes = torch.cat([run(part) for part in progress.track(batches, "evaluating int8")]).argmax(1)
         return Int8Report(
             path=str(place),
             target=target,

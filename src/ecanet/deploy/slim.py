@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ecanet import inference
+from ecanet import inference, progress
 from ecanet.deploy.slim_fit import Constant, Frozen, find_constant_factor, fit
 from ecanet.deploy.slim_images import Images, check_count, split_images
 from ecanet.deploy.slim_judge import Answers, Decide, Share, answer, compare, mean_divergence, shift
@@ -178,7 +178,7 @@ class Trial:
         before = {name: answer(self.model, batches, decide) for name, batches in sets.items()}
         self.keep({name: compare(answers, answers) for name, answers in before.items()})
         over = ""
-        for one in ordered:
+        for one in progress.track(ordered, "gates"):
             gate = self.reports[one]
             self.report.gates.append(gate)
             if over:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ecanet import progress
 from ecanet.attention import ChannelAttention
 from ecanet.errors import AttachError
 
@@ -117,7 +118,7 @@ def fit(model: nn.Module, gates: Mapping[nn.Module, bool], batches: Iterable[Ten
     """Run ``batches`` through ``model`` once and return the constants of ``gates``, which say if a bias is allowed."""
     sums = {gate: Sums() for gate in gates}
     with record(sums):
-        for images in batches:
+        for images in progress.track(batches, "measuring the gates"):
             model(images)
     return {gate: sums[gate].solve(biased=biased) for gate, biased in gates.items()}
 

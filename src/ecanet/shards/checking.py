@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
+from ecanet import progress
 from ecanet.data import Draw, ShardDataset, ShardFile, ShardSet, Unreadable, check_content, hash_file, read_shards
 from ecanet.errors import DataError
 from ecanet.shards.indexing import read_records
@@ -16,7 +15,7 @@ NAMED = 3
 """The most problems that the message names."""
 
 
-def check(address: str, *, images: bool = False, quiet: bool = False) -> list[str]:
+def check(address: str, *, images: bool = False) -> list[str]:
     """Check the set at ``address``, and return a line that says how much was read.
 
     The length and SHA-256 of each shard must be the index's, and the images and labels in it must lie where the index
@@ -28,11 +27,11 @@ def check(address: str, *, images: bool = False, quiet: bool = False) -> list[st
     shards = read_shards(address)
     problems: list[str] = []
     start = 0
-    for file in track(shards.files, "checking", console=Console(stderr=True), transient=True, disable=quiet):
+    for file in progress.track(shards.files, "checking"):
         problems += find_problems(shards, file, start)
         start += file.images
     if images and not problems:
-        problems += find_unreadable(shards, quiet=quiet)
+        problems += find_unreadable(shards)
     if problems:
         more = f" (and {len(problems) - NAMED:,} more)" if len(problems) > NAMED else ""
         raise DataError(f"{len(problems):,} of the shards' checks failed: {'; '.join(problems[:NAMED])}{more}")
@@ -63,12 +62,12 @@ def find_problems(shards: ShardSet, file: ShardFile, start: int) -> Iterator[str
             yield f"{path}: image {at}: {field} {found[field][at]} instead of {expected[field][at]}"
 
 
-def find_unreadable(shards: ShardSet, *, quiet: bool) -> Iterator[str]:
+def find_unreadable(shards: ShardSet) -> Iterator[str]:
     """Yield the message of each image that cannot be decoded."""
     for part in shards.parts:
         dataset = ShardDataset(shards, part, 3, lambda image: image)
         numbers = range(len(dataset))
-        for at in track(numbers, f"decoding {part}", console=Console(stderr=True), transient=True, disable=quiet):
+        for at in progress.track(numbers, f"decoding {part}"):
             item = dataset[Draw(at, 0)]
             if isinstance(item, Unreadable):
                 yield item.message

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
+from ecanet import progress
 from ecanet.data import IMAGE_SUFFIXES, INDEX, PARTS, RECORD, ShardFile, hash_file
 from ecanet.errors import ConfigError, DataError, summarize
 from ecanet.shards.writing import write_index
@@ -24,7 +23,7 @@ LONGEST_LABEL = 20
 MOST_CLASSES = 10**6
 
 
-def index(folder: str | Path, *, class_names: Sequence[str] | None = None, quiet: bool = False) -> list[str]:
+def index(folder: str | Path, *, class_names: Sequence[str] | None = None) -> list[str]:
     """Write the index of the tar files in ``folder``, and return lines that say what they hold.
 
     A sample is an image and a ``.cls`` member of the same key, which follow each other; other members are passed over.
@@ -32,7 +31,6 @@ def index(folder: str | Path, *, class_names: Sequence[str] | None = None, quiet
     Args:
         folder: holds ``*.tar``; a name with "train" is one of training images, with "val" or "test" of held-out ones.
         class_names: the names of the labels, in order; ``0``, ``1``, … by default.
-        quiet: show no progress.
 
     Raises:
         ConfigError: there are fewer names than labels, or there is an index already.
@@ -43,7 +41,7 @@ def index(folder: str | Path, *, class_names: Sequence[str] | None = None, quiet
         raise ConfigError(f"{folder / INDEX}: there is an index already; to make another one, delete it first")
     names = sorted(path.name for path in folder.glob("*.tar")) if folder.is_dir() else []
     parts: dict[str, list[tuple[ShardFile, NDArray[np.void]]]] = {part: [] for part in PARTS}
-    for name in track(names, "indexing", console=Console(stderr=True), transient=True, disable=quiet):
+    for name in progress.track(names, "indexing"):
         parts[find_part(folder, name)].append(scan(folder / name))
     for part, shards in parts.items():
         if not shards:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
+from ecanet import progress
 from ecanet.data import INDEX, LARGEST_INDEX, PARTS, RECORD, ShardFile
 from ecanet.errors import ConfigError, DataError
 from ecanet.recipes import read_json
@@ -47,7 +46,6 @@ def pack(
     workers: int | None = None,
     on_corrupt: str = "error",
     shard_bytes: int = SHARD_BYTES,
-    quiet: bool = False,
 ) -> list[str]:
     """Pack the photographs of ``folder`` into shards in ``out``, and return lines that say what was done.
 
@@ -63,7 +61,6 @@ def pack(
         workers: number of processes; all cores by default.
         on_corrupt: "skip" leaves images out that cannot be read, and names them.
         shard_bytes: size of the files in a shard, before they are made smaller.
-        quiet: show no progress.
 
     Raises:
         ConfigError: a value does not fit, or ``out`` holds something else or cannot be written.
@@ -78,7 +75,7 @@ def pack(
     with _lock(out):
         if not _claim(out, plan):
             return [f"{out} is whole: {plan.count():,} images are packed already"]
-        written = _write_shards(plan, out, workers or os.cpu_count() or 1, skip=on_corrupt == "skip", quiet=quiet)
+        written = _write_shards(plan, out, workers or os.cpu_count() or 1, skip=on_corrupt == "skip")
         return [*plan.notices, *_finish(plan, out, written)]
 
 
@@ -129,7 +126,7 @@ def _claim(out: Path, plan: Plan) -> bool:
     return True
 
 
-def _write_shards(plan: Plan, out: Path, workers: int, *, skip: bool, quiet: bool) -> dict[str, Written]:
+def _write_shards(plan: Plan, out: Path, workers: int, *, skip: bool) -> dict[str, Written]:
     """Write the shards that are missing, and return all of them by name."""
     for left_over in out.glob(".*.part"):  # what a killed process was writing
         left_over.unlink()
@@ -137,12 +134,12 @@ def _write_shards(plan: Plan, out: Path, workers: int, *, skip: bool, quiet: boo
     written = {name: done for name in shards if (done := _read_state(out, name)) is not None}
     missing = {name: sources for name, sources in shards.items() if name not in written}
     workers = min(workers, len(missing))
-    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
-        task = progress.add_task("packing", total=plan.count(), completed=sum(len(shards[name]) for name in written))
+    with progress.show("packing", plan.count()) as advance:
+        advance(sum(len(shards[name]) for name in written))
         for name, done in _run(out, missing, workers, plan.settings.size, skip=skip):
             _write_state(out, done)
             written[name] = done
-            progress.advance(task, len(shards[name]))
+            advance(len(shards[name]))
     return written
 
 

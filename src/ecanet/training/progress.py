@@ -6,8 +6,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Generator, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sized
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -17,12 +17,13 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ecanet import progress
 from ecanet.errors import DataError
 from ecanet.models import quiet_loggers
 from ecanet.report import Report, write_file
 from ecanet.training.tasks import Task, get_data
 
-__all__ = ["Display", "History", "quiet_lightning"]
+__all__ = ["Display", "EvaluationBar", "History", "quiet_lightning"]
 
 
 class HistoryState(TypedDict):
@@ -194,14 +195,14 @@ class Display(L.Callback):
         self._show_bar(trainer, 0)
 
     def _show_bar(self, trainer: L.Trainer, done: int) -> None:
-        if trainer.is_global_zero and self.console.is_terminal and not self.console.quiet:
+        if trainer.is_global_zero and self.console.is_terminal and not self.console.quiet and progress.is_shown():
             self.bar = Progress(
                 TextColumn(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]:,.0f} images/s"),
                 TimeRemainingColumn(),
-                console=self.console,
+                console=Console(stderr=True),
                 transient=True,
             )
             self.bar.add_task("", total=int(trainer.num_training_batches), completed=done, rate=0.0)
@@ -244,6 +245,32 @@ class Display(L.Callback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+class EvaluationBar(L.Callback):
+    """A bar over the batches of an evaluation."""
+
+    def __init__(self) -> None:
+        self.shown = ExitStack()
+        self.advance: Callable[[int], None] = lambda steps: None
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the empty bar."""
+        self.advance = self.shown.enter_context(progress.show("evaluating", int(sum(trainer.num_val_batches))))
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *batch: object, **more: object
+    ) -> None:
+        """Advance the bar."""
+        self.advance(1)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remove the bar."""
+        self.shown.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Remove the bar."""
+        self.shown.close()
 
 
 @contextmanager

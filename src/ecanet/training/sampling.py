@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ecanet import progress
 from ecanet.data import ClassificationData, Draw, FolderDataset, MemoryDataset, build_eval_transform, read_image
 from ecanet.errors import DataError
 from ecanet.networks import Preprocessing
@@ -48,7 +49,7 @@ def sample_images(images: ClassificationData, count: int, *, train: bool) -> tup
     if isinstance(source, FolderDataset):
         samples = source.samples
         see = build_eval_transform(spec)
-        pictures = [see(read_image(samples[at][0], spec.channels)) for at in chosen]
+        pictures = [see(read_image(samples[at][0], spec.channels)) for at in progress.track(chosen, "reading images")]
         return spec.normalize(torch.stack(pictures)), torch.tensor([samples[at][1] for at in chosen])
     if train:
         raise DataError(f"{images.config.name}: shards give augmented images alone; take folder:PATH")

@@ -21,7 +21,7 @@ from ecanet.recipes import ModelConfig, with_settings
 from ecanet.report import write_file
 from ecanet.training import tasks
 from ecanet.training.preparation import build_data
-from ecanet.training.progress import quiet_lightning
+from ecanet.training.progress import EvaluationBar, quiet_lightning
 from ecanet.training.restoring import find_source, restore_task
 
 __all__ = ["Prediction", "evaluate", "image_files", "predict"]
@@ -81,6 +81,7 @@ def evaluate(
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
+            callbacks=[EvaluationBar()],
             enable_model_summary=False,
         )
         metrics = trainer.validate(task, images, verbose=False)[0]

@@ -7,7 +7,7 @@ to compare), `controls` (the larger one).
 
 from ecanet.studies.ablate.comparison import estimate
 from ecanet.studies.ablate.grid import run
-from ecanet.studies.ablate.pages import to_markdown, write
+from ecanet.studies.ablate.pages import to_json, to_markdown, write
 from ecanet.studies.ablate.variants import VARIANTS
 
-__all__ = ["VARIANTS", "estimate", "run", "to_markdown", "write"]
+__all__ = ["VARIANTS", "estimate", "run", "to_json", "to_markdown", "write"]

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 
+from ecanet import progress
 from ecanet.errors import ConfigError, EcanetError, check_positive_int, summarize
 from ecanet.recipes import Recipe, from_dict, read_json, to_dict
 from ecanet.report import write_file
@@ -169,9 +170,7 @@ def run_cell(recipe: Recipe, path: Path, threads: int | None) -> Cell:
 
 
 def _run_here(todo: Sequence[tuple[Path, Recipe]], threads: int | None, say: Callable[[str], None]) -> None:
-    from rich.progress import track
-
-    for path, recipe in track(todo, description="cells", disable=not todo):
+    for path, recipe in progress.track(todo, "runs"):
         _save_cell(path, run_cell(recipe, path, threads), find_metric(recipe), say)
 
 

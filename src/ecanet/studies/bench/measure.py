@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ecanet import progress
 from ecanet.ops import lean, list_implementations
 from ecanet.studies.bench import traffic
 from ecanet.studies.bench.rows import Spread
@@ -94,7 +95,6 @@ def _show_progress(title: str, steps: int) -> Generator[Callable[[int], None]]:
         TimeRemainingColumn,
     )
 
-    console = Console()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -103,7 +103,7 @@ def _show_progress(title: str, steps: int) -> Generator[Callable[[int], None]]:
         TextColumn("left"),
     )
     with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, disable=not progress.is_shown()
     ) as bar:
         task = bar.add_task(title, total=None)
         yield lambda rounds: bar.update(task, advance=1, total=rounds * steps)

@@ -6,6 +6,6 @@ gates compute, and finds what looks wrong.
 """
 
 from ecanet.studies.gates.cams import explain, find_layer, measure_scales, switch_gates_off
-from ecanet.studies.gates.pages import list_rows, run
+from ecanet.studies.gates.pages import list_rows, run, to_json
 
-__all__ = ["explain", "find_layer", "list_rows", "measure_scales", "run", "switch_gates_off"]
+__all__ = ["explain", "find_layer", "list_rows", "measure_scales", "run", "switch_gates_off", "to_json"]
