@@ -120,11 +120,11 @@ class BatchCounts(NamedTuple):
     """Bytes that the other kernels read and write: whole tensors, without the max pooling."""
 
 
-def count_batch(network: nn.Module, batch: int, *, epilogues: bool, size: int = 224) -> BatchCounts:
+def count_batch(network: nn.Module, batch: int, chosen: str | None, size: int = 224) -> BatchCounts:
     """Count the kernels of one batch for a copy that `ecanet.optimize` has made, on the meta device, in bfloat16.
 
-    PyTorch adds the bias of a convolution on a GPU in a kernel of its own, which reads and writes the result. With
-    ``epilogues`` cuDNN's kernel with bias and ReLU is chosen wherever it may be.
+    PyTorch adds the bias of a convolution on a GPU in a kernel of its own, which reads and writes the result.
+    ``chosen`` is the form for bias and ReLU wherever there is a choice: cuDNN's "kernel", "one pass", or neither.
     """
     kernels: Counter[str] = Counter()
     biases = traffic.Traffic()
@@ -139,14 +139,24 @@ def count_batch(network: nn.Module, batch: int, *, epilogues: bool, size: int = 
         kernels.update({"convolution_relu": 1})
         return _shape_output(given.x, given.weight, *geometry[:3])
 
+    def run_with_one_pass(given: convolution.Operands, geometry: convolution.Geometry) -> Tensor:
+        kernels.update({"convolution": 1, "one pass": 1})
+        y = _shape_output(given.x, given.weight, *geometry[:3])
+        biases.read += y.nbytes  # in one kernel, as a bias
+        return y
+
     network = network.to("meta", torch.bfloat16).to(memory_format=torch.channels_last).eval()
     x = torch.empty(batch, 3, size, size, device="meta", dtype=torch.bfloat16)
     x = x.contiguous(memory_format=torch.channels_last)
     with pytest.MonkeyPatch.context() as patch, ops.prefer_impl("fused"), torch.no_grad():
         for name in ("runs_on_gpu", "has_epilogues"):
             patch.setattr(ops, name, lambda *args: True)
-        patch.setattr(choices, "is_chosen", lambda *args: epilogues)
+        patch.setattr(
+            choices, "is_chosen", lambda *key: chosen == ("one pass" if key[2][0] == "one pass" else "kernel")
+        )
+        patch.setattr(ops.proof, "is_proven", lambda *key: True)
         patch.setattr(convolution, "run_operator", run_operator)
+        patch.setattr(convolution, "run_with_one_pass", run_with_one_pass)
         patch.setattr(nn.functional, "conv2d", convolve)
         patch.setattr(traffic, "NOT_COUNTED", (*traffic.NOT_COUNTED, "expansion"))
         with traffic.count_operations(smallest=batch * 2**13) as others, _Operations() as operations:

@@ -299,3 +299,39 @@ def test_images_of_many_sizes_are_few_trials(gpu):
         for side in range(16, 40):
             network(images(1, side)[:, [0] * 8].contiguous(memory_format=torch.channels_last))
     assert len(ops.list_choices()) == 2 * 3  # from 256 to 1,521 positions
+
+
+# one pass behind the convolution
+
+
+@pytest.fixture
+def with_triton(gpu, monkeypatch):
+    """Treat the kernels as proven, and cuDNN's operator as one that loses NaN. Return the list of the passes."""
+    pytest.importorskip("triton")
+    from ecanet.ops.triton import launch
+
+    passes, finish = [], launch.finish_in_place
+    gpu.function = lambda *args: compute(*args).nan_to_num(0)
+    monkeypatch.setattr(ops.proof, "is_proven", lambda device, dtype, kernels="fused": kernels == "fused")
+    monkeypatch.setattr(launch, "finish_in_place", lambda *args: passes.append(args) or finish(*args))
+    return passes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_where_nan_would_be_lost_one_pass_follows_the_convolution(dtype, channels_last, with_triton):
+    network, x = basic_block()
+    network, x = network.to(dtype), to_layout(x.to(dtype), channels_last)
+    run_both(network, x)
+    reasons = ops.list_choices()
+    assert sum(choice == "it turns NaN into a number" for choice in reasons.values()) == 2
+    assert all((choice == choices.FASTER) == ("one pass" in kind) for kind, choice in reasons.items())
+    with_triton.clear()
+    actual, expected = run_both(network, x)
+    assert [shortcut is not None for _, _, shortcut in with_triton] == [False, True]
+    # PyTorch's operations round up to three times for each of two convolutions; the interpreter truncates bfloat16
+    assert (actual - expected).norm() <= 6 * torch.finfo(dtype).eps * expected.norm()
+    x[1, 2, 3, 4] = float("nan")
+    actual, expected = run_both(network, x)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert expected.isnan().any()

@@ -5,11 +5,15 @@ it in one kernel, of which this is known:
 
 - It may be many times slower, for example for large windows and few channels
   (https://github.com/pytorch/pytorch/issues/68506), and cuDNN refuses some forms
-  (https://github.com/pytorch/pytorch/issues/62926). So it is tried for each kind of convolution.
+  (https://github.com/pytorch/pytorch/issues/62926).
 - cuDNN's ReLU need not pass NaN on, which PyTorch's does. A NaN that becomes 0 would hide that a network is broken.
 - Its algorithm may be one whose result differs from run to run.
+
+Where it is not used, a Triton kernel adds and applies ReLU in one pass behind the convolution, and keeps NaN. Each form
+is tried for each kind of convolution, and runs only where it is right and faster than PyTorch's operations.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ecanet.errors import summarize
-from ecanet.ops import choices
+from ecanet.ops import choices, proof
+from ecanet.ops.inputs import make_dense
 from ecanet.testing import find_excess
 
 __all__ = ["Geometry", "convolve_relu", "has_epilogues"]
@@ -44,6 +49,9 @@ class Operands(NamedTuple):
     shortcut: Tensor | None  # N C H' W'
 
 
+Form = Callable[[Operands, Geometry], Tensor]
+
+
 def has_epilogues() -> bool:
     """Return whether cuDNN's kernel may be used as PyTorch is set: deterministic algorithms may be asked for.
 
@@ -58,22 +66,26 @@ def has_epilogues() -> bool:
 def convolve_relu(
     x: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None, geometry: Geometry
 ) -> Tensor | None:
-    """Return ``relu(convolution(x) + bias + shortcut)`` of one kernel, None where PyTorch's operations shall run.
+    """Return ``relu(convolution(x) + bias + shortcut)`` in fewer passes, None where PyTorch's operations shall run.
 
     ``x`` (N, K, H, W) is on a CUDA device and not empty; ``weight``, ``bias`` and ``shortcut``, which has the result's
     shape, have its dtype. There is no gradient.
     """
     given = Operands(x, weight, bias, shortcut)
     kind = describe_kind(given, geometry)
-    if not choices.is_chosen(x.device, x.dtype, kind, lambda: try_operator(given, geometry)):
+    if choices.is_chosen(x.device, x.dtype, kind, lambda: try_form(run_operator, given, geometry)):
+        try:
+            return run_operator(given, geometry)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as refused:  # cuDNN has a kernel for another input of about this size, not for this one
+            choices.reject(x.device, x.dtype, kind, f"it does not run: {summarize(refused)}")
+    if not proof.is_proven(x.device, x.dtype):
         return None
-    try:
-        return run_operator(given, geometry)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as refused:  # cuDNN has a kernel for another input of about this size, and none for this one
-        choices.reject(x.device, x.dtype, kind, f"it does not run: {summarize(refused)}")
-        return None
+    kind = "one pass", *kind
+    if choices.is_chosen(x.device, x.dtype, kind, lambda: try_form(run_with_one_pass, given, geometry)):
+        return run_with_one_pass(given, geometry)
+    return None
 
 
 def describe_kind(given: Operands, geometry: Geometry) -> tuple[object, ...]:
@@ -84,7 +96,8 @@ def describe_kind(given: Operands, geometry: Geometry) -> tuple[object, ...]:
     x, weight, bias, shortcut = given
     octave = (x.numel() // x.shape[1]).bit_length()
     last = x.is_contiguous(memory_format=torch.channels_last)
-    settings = torch.backends.cudnn.benchmark, x.dtype == torch.float32 and rounds_to_tf32()
+    cudnn = torch.backends.cudnn
+    settings = cudnn.version(), cudnn.benchmark, x.dtype == torch.float32 and rounds_to_tf32()
     shape = "convolution", *weight.shape, *geometry, bias is not None, shortcut is not None
     return *shape, octave, last, *settings
 
@@ -103,6 +116,15 @@ def run_operator(given: Operands, geometry: Geometry) -> Tensor:
     return torch.cudnn_convolution_add_relu(x, weight, shortcut, 1.0, bias, *geometry)
 
 
+def run_with_one_pass(given: Operands, geometry: Geometry) -> Tensor:
+    """Return the result by PyTorch's convolution without bias, and one Triton kernel for what follows it."""
+    from ecanet.ops.triton import launch  # Triton is optional and slow to import
+
+    x, weight, bias, shortcut = given
+    y = make_dense(F.conv2d(x, weight, None, *geometry))
+    return launch.finish_in_place(y, bias, None if shortcut is None else make_dense(shortcut, y))
+
+
 def run_plain(given: Operands, geometry: Geometry) -> Tensor:
     """Return the result by PyTorch's operations."""
     x, weight, bias, shortcut = given
@@ -113,11 +135,11 @@ def run_plain(given: Operands, geometry: Geometry) -> Tensor:
 # the trial
 
 
-def try_operator(given: Operands, geometry: Geometry) -> str:
-    """Return `choices.FASTER`, or why PyTorch's operations shall run for operands like ``given``."""
+def try_form(form: Form, given: Operands, geometry: Geometry) -> str:
+    """Return `choices.FASTER`, or why ``form`` shall not run for operands like ``given``."""
     sample = draw_sample(given)
-    return find_fault(sample, geometry) or choices.compare_forms(
-        given.x.device, lambda: run_operator(sample, geometry), lambda: run_plain(sample, geometry)
+    return find_fault(form, sample, geometry) or choices.compare_forms(
+        given.x.device, lambda: form(sample, geometry), lambda: run_plain(sample, geometry)
     )
 
 
@@ -139,12 +161,12 @@ def draw_sample(given: Operands) -> Operands:
     )  # fmt: skip
 
 
-def find_fault(sample: Operands, geometry: Geometry) -> str | None:
-    """Return how the operator is wrong for ``sample``, None if it is not: its values, or that it loses a NaN.
+def find_fault(form: Form, sample: Operands, geometry: Geometry) -> str | None:
+    """Return how ``form`` is wrong for ``sample``, None if it is not: its values, or that it loses a NaN.
 
     The first and the last image are compared with float64, which would take too much memory for all.
     """
-    actual, plain = run_operator(sample, geometry), run_plain(sample, geometry)
+    actual, plain = form(sample, geometry), run_plain(sample, geometry)
     if actual.shape != plain.shape or actual.dtype != plain.dtype:
         return f"it returns {tuple(actual.shape)} in {actual.dtype}"
     exact = run_plain(widen_ends(sample), geometry)
@@ -155,7 +177,7 @@ def find_fault(sample: Operands, geometry: Geometry) -> str | None:
         return excess
     _, _, height, width = sample.x.shape
     sample.x[0, 0, height // 2, width // 2] = float("nan")
-    spoilt, exact = run_operator(sample, geometry)[[0, -1]], run_plain(widen_ends(sample), geometry)
+    spoilt, exact = form(sample, geometry)[[0, -1]], run_plain(widen_ends(sample), geometry)
     sample.x[0, 0, height // 2, width // 2] = 0
     return "it turns NaN into a number" if bool((exact.isnan() & ~spoilt.isnan()).any()) else None
 

@@ -17,7 +17,10 @@ from ecanet.ops.triton import kernels, tiles
 from ecanet.ops.triton.node import run_tail
 from ecanet.ops.triton.tiles import Launch
 
-__all__ = ["Launch", "apply", "check", "find_active", "grads", "moments", "recomputes_sign", "reduce", "run_tail"]
+__all__ = [
+    "Launch", "apply", "check", "find_active", "finish_in_place", "grads", "moments", "recomputes_sign", "reduce",
+    "run_tail",
+]  # fmt: skip
 
 INTERPRETED = type(kernels._apply).__name__ == "InterpretedFunction"
 """True if Triton's interpreter runs these kernels on the CPU (TRITON_INTERPRET=1 before the import)."""
@@ -63,6 +66,13 @@ def reduce(
 def grads(t: Tensor, z: Tensor, form: Form, m: Tensor, dm: Tensor | None, dv: Tensor | None) -> Tensor:
     """Return ``dz = a t + dm / P + 2 (z - m) dv / P``."""
     return _find_launcher(_grads)(t, z, form.a, form.b, form.mu, m, dm, dv, form.activation)
+
+
+def finish_in_place(y: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
+    """Return ``relu(y + bias + shortcut)``, written into ``y``. All have one dtype, y and shortcut one dense layout."""
+    with torch.cuda.device_of(y):
+        tiles.finish_in_place(y, bias, shortcut)
+    return y
 
 
 def find_active(kept: Tensor, z: Tensor, form: Form) -> Tensor:

@@ -256,6 +256,22 @@ def grads(t: Tensor, z: Tensor, form: Form, m: Tensor, dm: Tensor | None, dv: Te
     return dz
 
 
+def finish_in_place(y: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> None:
+    """Write ``relu(y + bias + shortcut)`` into ``y``. ``bias`` (C,) has its dtype, as launches are kept by dtype."""
+    run = prepare_apply(
+        find_grid(y), False, bias is not None, False, 0 if shortcut is None else 1, "relu", False
+    )  # fmt: skip
+    # A tensor that is made while a graph is captured has no values before the graph runs, so it must not be kept.
+    captured = y.is_cuda and torch.cuda.is_current_stream_capturing()
+    ones = (_make_ones.__wrapped__ if captured else _make_ones)(y.shape[1], y.device)
+    run(y, shortcut, y, None, ones, None if bias is None else bias.contiguous(), None, None, None)
+
+
+@lru_cache(maxsize=256)
+def _make_ones(channels: int, device: torch.device) -> Tensor:
+    return torch.ones(channels, device=device)
+
+
 def unpack_bits(bits: Tensor, z: Tensor) -> Tensor:
     """Return the sign bits of a tail of ``z`` as booleans of ``z``'s shape."""
     grid = find_grid(z)
