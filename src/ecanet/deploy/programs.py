@@ -2,13 +2,13 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ecanet.errors import ConfigError, ExportError, show_value, summarize
@@ -19,6 +19,8 @@ __all__ = [
     "choose_other_size",
     "flatten",
     "list_varying_axes",
+    "measure_layers",
+    "name_module",
     "quiet",
     "read_example",
     "run_network",
@@ -150,6 +152,22 @@ def widen(network: nn.Module) -> nn.Module:
 def flatten(outputs: object) -> tuple[Tensor, ...]:
     """Return the tensors in ``outputs``, which may be a tensor or a nest of lists and dictionaries."""
     return tuple(x.detach() for x in tree_leaves(outputs) if isinstance(x, Tensor))
+
+
+def name_module(node: fx.Node) -> str:
+    """Return the name of the module that a recorded operation belongs to, or its own name if there is none."""
+    stack = cast("dict[str, tuple[str, object]]", node.meta.get("nn_module_stack") or {})
+    return next((name for name, _ in reversed(stack.values()) if name), node.name)
+
+
+def measure_layers(pairs: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, float]:
+    """Return the relative error of each layer, from its name, its output and its output in float, in any number."""
+    sums: dict[str, tuple[float, float]] = {}
+    for name, found, exact in pairs:
+        difference, size = sums.get(name, (0.0, 0.0))
+        difference += float((found - exact).square().sum())
+        sums[name] = difference, size + float(exact.square().sum())
+    return {name: (difference / (size or 1)) ** 0.5 for name, (difference, size) in sums.items()}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ecanet.deploy import onnx_files
 from ecanet.deploy.about import KEY, About
-from ecanet.deploy.programs import quiet
+from ecanet.deploy.programs import measure_layers, quiet
 from ecanet.errors import ExportError, summarize
 from ecanet.models import quiet_loggers
 
@@ -62,8 +62,8 @@ def write_int8(network: nn.Module, calibration: Tensor, sample: Tensor, about: A
         names = _name_layers(graph, model.graph)
         before = _read_outputs(onnx, float_path, list(names), sample)
         after = _read_outputs(onnx, path, [name for name, _ in names.values()], sample)
-    pairs = zip(names.values(), before, after, strict=True)
-    return {layer: float(np.linalg.norm(b - a) / (np.linalg.norm(a) or 1)) for (_, layer), a, b in pairs}
+    rows = zip(names.values(), after, before, strict=True)
+    return measure_layers((layer, torch.as_tensor(a), torch.as_tensor(b)) for (_, layer), a, b in rows)
 
 
 def open_int8(path: Path) -> Callable[[Tensor], Tensor]:

@@ -2,21 +2,23 @@
 
 import importlib
 import logging
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ecanet.deploy.about import KEY, About
-from ecanet.deploy.programs import quiet, trace
+from ecanet.deploy.programs import measure_layers, name_module, quiet, trace
 from ecanet.errors import ExportError, summarize
 
 __all__ = ["open_int8", "write_int8"]
 
 LAYERS = ("Convolution", "GroupConvolution", "MatMul")
+KINDS = {"conv1d": "convolution", "conv2d": "convolution", "conv3d": "convolution", "linear": "linear"}
+"""How OpenVINO calls PyTorch's layers: it names every convolution alike."""
 
 
 def write_int8(network: nn.Module, calibration: Tensor, sample: Tensor, about: About, path: Path) -> dict[str, float]:
@@ -39,11 +41,24 @@ def write_int8(network: nn.Module, calibration: Tensor, sample: Tensor, about: A
     except Exception as error:  # converter and tool raise errors of many classes
         raise ExportError(f"NNCF cannot quantise {type(network).__name__}: {summarize(error)}") from error
     before, after = (_read_outputs(openvino, one, sample) for one in (model, quantized))
-    return {
-        name: float(np.linalg.norm(after[name] - value) / (np.linalg.norm(value) or 1))
+    names = _name_layers(program)
+    return measure_layers(
+        (names.get(name.partition("/")[0], name), torch.as_tensor(after[name]), torch.as_tensor(value))
         for name, value in before.items()
         if name in after
-    }
+    )
+
+
+def _name_layers(program: torch.export.ExportedProgram) -> dict[str, str]:
+    """Return the module of each layer by OpenVINO's name for it: the operation's, with a number from the second on."""
+    counts, names = Counter[str](), dict[str, str]()
+    for node in program.graph.nodes:
+        kind = str(node.target).removeprefix("aten.").partition(".")[0]
+        if kind in KINDS:
+            number = counts[KINDS[kind]]
+            names[f"{KINDS[kind]}_{number}" if number else KINDS[kind]] = name_module(node)
+            counts[KINDS[kind]] += 1
+    return names
 
 
 def open_int8(path: Path) -> Callable[[Tensor], Tensor]:
