@@ -28,7 +28,7 @@ Channel attention for convolutional networks: train, evaluate, compare.
 Commands:
   train, eval, predict, detect, report, weights, push,
   models, cost, paper, ablate, inspect, app, bench, export,
-  slim, doctor, shards
+  slim, doctor, completion, shards
 
 The commands need more packages: {INSTALL}
 """

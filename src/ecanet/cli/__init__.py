@@ -1,9 +1,9 @@
 """The command line: each command turns its options into one function call and prints the result.
 
 Read downward: `run` (train, eval, predict, report, weights), `detect`, `models`, `compare` (cost, paper, ablate,
-inspect), `app`, `bench`, `deploy` (export), `slim`, `push`, `shards` (pack, index, check), `doctor`, `options` (the
-options that several commands share). Heavy packages are imported inside the commands, so ``--help`` is quick. A user's
-mistake raises an `EcanetError`, which ``ecanet.__main__`` prints as one line.
+inspect), `app`, `bench`, `deploy` (export), `slim`, `push`, `shards` (pack, index, check), `doctor`, `completion`,
+`options` (the options that several commands share). Heavy packages are imported inside the commands, so ``--help`` is
+quick. A user's mistake raises an `EcanetError`, which ``ecanet.__main__`` prints as one line.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from ecanet import __version__
 from ecanet.cli.app import app as try_in_browser
 from ecanet.cli.bench import bench
 from ecanet.cli.compare import ablate, cost, inspect, paper
+from ecanet.cli.completion import completion
 from ecanet.cli.deploy import export
 from ecanet.cli.detect import detect
 from ecanet.cli.doctor import doctor
@@ -45,13 +46,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "slim": slim,
     "doctor": doctor,
+    "completion": completion,
 }
 """The commands, in the order in which ``--help`` lists them."""
 
 TASKS = {
     "put gates into my network": "ecanet models timm:convnext_tiny --attach eca",
     "fine-tune on my photographs": "ecanet train folder:photos",
-    "compare attention fairly": "ecanet ablate fashion --seeds 5",
+    "compare attention fairly": "ecanet ablate --variants none,eca-adaptive,se",
     "reproduce the paper": "ecanet paper 3",
     "detect objects": "ecanet train scenes",
     "measure the speed": "ecanet bench --quick",

@@ -91,7 +91,7 @@ def paper(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the paper's tables next to measured values: `ecanet paper 3`."""
+    """Show the paper's tables next to measured values."""
     from ecanet.studies import paper
 
     check_folder(out)

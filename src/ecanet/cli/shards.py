@@ -10,7 +10,7 @@ from ecanet.errors import ConfigError
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Pack photographs into tar files, for data that do not fit one disk.",
+    help="Pack photographs into tar files for large data.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
