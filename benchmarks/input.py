@@ -129,7 +129,7 @@ def main() -> None:
         folder = Path(name)
         size = draw_photographs(folder / "photos", arguments.images)
         for out, side in (("packed", None), ("small", 256)):
-            pack(folder / "photos", folder / out, size=side, workers=1, quiet=True)
+            pack(folder / "photos", folder / out, size=side, workers=1)
         rows = summarize(measure(make_readers(folder), arguments.rounds))
     for row in rows:
         print(f"{row['reader']:40}{row['images per second']:8} a second{row['ratio']:8} {row['quartiles']}")

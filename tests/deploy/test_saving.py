@@ -197,7 +197,7 @@ def spoil(model: nn.Module) -> nn.Module:
         (attach_twice, {}, "gates of several calls, and a folder describes one"),
         (attach_by_function, {}, "where= was given as a function"),
         (lambda: ecanet.create_model("resnet8"), {"class_names": NAMES}, "tensors differ, first 'fc."),
-        (lambda: ecanet.create_model("resnet8", num_classes=3, in_channels=1), {"class_names": NAMES}, "conv1.weight"),
+        (lambda: ecanet.create_model("resnet8", num_classes=3, in_channels=1), {"class_names": NAMES}, "1 channel,"),
         (lambda: ecanet.create_model("resnet8", features_only=True), {"class_names": NAMES}, "cannot be built again"),
         (lambda: spoil(ecanet.create_model("resnet8", num_classes=3)), {"class_names": NAMES}, "NaN or infinity"),
         (lambda: ecanet.create_model("resnet8", attention=lambda c: ecanet.ECA(c)), {}, "attention= was given as"),

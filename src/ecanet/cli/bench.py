@@ -14,11 +14,11 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="One batch size: minutes.")] = False,
     compiled: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="Time compiled networks.", show_default="not if quick"),
+        typer.Option("--compile/--no-compile", help="Also compiled; not if quick.", show_default=False),
     ] = None,
     batch_size: Annotated[
         str | None,
-        typer.Option(help="Comma-separated batch sizes.", show_default="by device"),
+        typer.Option(help="Comma-separated; by device.", show_default=False),
     ] = None,
     model: ModelName = None,
     attention: Annotated[str | None, typer.Option(help="Comma-separated attentions (eca).", show_default=False)] = None,
@@ -29,7 +29,7 @@ def bench(
 ) -> None:
     """Time ECA-ResNet-50 and its peers, or a --model with gates.
 
-    Checks every network first; then they take turns within one run.
+    Checks every network first. Then they take turns.
     """
     from ecanet.studies import bench
 

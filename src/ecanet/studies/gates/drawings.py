@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 LONGEST = 40
-"""Letters of a gate's name that fit above its panel."""
+"""Letters of a gate's name that fit above or beside its panel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +133,14 @@ def _draw_band(axes: Any, one: GateRecord) -> None:
 
 
 def _write_title(axes: Any, name: str, note: str) -> None:
-    """Write a gate's name above its panel, of a long one the end, and a note below it."""
+    """Write a gate's name above its panel and a note below it."""
     axes.tick_params(labelsize=7)
-    shown = name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
-    axes.set_title(f"{shown}\n{note}", fontsize=7, parse_math=False)
+    axes.set_title(f"{_shorten(name)}\n{note}", fontsize=7, parse_math=False)
+
+
+def _shorten(name: str) -> str:
+    """Return the name of a gate, of a long one the end."""
+    return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
 
 
 # maps
@@ -173,7 +177,7 @@ def draw_spread(records: Sequence[GateRecord]) -> Drawing:
 
 
 def _draw_spread(records: Sequence[GateRecord], axes: Any) -> None:
-    """Draw horizontal bars, the network's first gate at the top, so that names of any length can be read."""
+    """Draw horizontal bars, the network's first gate at the top, so that names can be read."""
     positions = torch.arange(len(records))
     both = len(records[0].counts) > 1
     if both:
@@ -181,7 +185,7 @@ def _draw_spread(records: Sequence[GateRecord], axes: Any) -> None:
         axes.barh(positions - 0.2, values, 0.4, label="between classes' means", color=figures.PALETTE[1])
     values = [float(one.deviation.mean()) for one in records]
     axes.barh(positions + 0.2 * both, values, 0.4, label="between images", color=figures.PALETTE[0])
-    axes.set_yticks(positions, [one.name for one in records], fontsize=7)
+    axes.set_yticks(positions, [_shorten(one.name) for one in records], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("standard deviation")
     axes.figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=2)
@@ -207,6 +211,6 @@ def _draw_kernels(kernels: Mapping[str, Tensor], widest: int, axes: Any) -> None
     axes.grid(visible=False)
     shown = axes.imshow(table.numpy(), cmap=colours, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     axes.set_xticks(range(widest), [str(k - widest // 2) for k in range(widest)])
-    axes.set_yticks(range(len(kernels)), list(kernels), fontsize=7)
+    axes.set_yticks(range(len(kernels)), map(_shorten, kernels), fontsize=7)
     axes.set_xlabel("neighbouring channel")
     axes.figure.colorbar(shown, ax=axes)
