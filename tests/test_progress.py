@@ -37,6 +37,19 @@ def test_items_without_a_length(monkeypatch):
     assert "0/2" in terminal.getvalue()
 
 
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_what_is_printed_beside_a_bar_reaches_standard_output(monkeypatch, kind):
+    """A file or a pipe gets it, on a terminal it stands above the bar."""
+    terminal, output = become_terminal(monkeypatch), kind()
+    monkeypatch.setattr(sys, "stdout", output)
+    for number in progress.track(range(2), "counting"):
+        print(f"row {number}")
+    printed, other = (output, terminal) if kind is io.StringIO else (terminal, output)
+    assert [f"row {number}" in printed.getvalue() for number in range(2)] == [True, True]
+    assert "row" not in other.getvalue()
+    assert sys.stdout is output
+
+
 def test_no_bar_without_a_terminal(monkeypatch):
     monkeypatch.setattr(progress._State, "on", True)
     monkeypatch.setattr(sys, "stderr", io.StringIO())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-__all__ = ["is_shown", "set_shown", "show", "track"]
+__all__ = ["is_shown", "set_shown", "shares_terminal", "show", "track"]
 
 T = TypeVar("T")
 
@@ -30,6 +30,14 @@ def is_shown() -> bool:
     """Return whether a bar would be seen."""
     free = _State.on and not _State.busy
     return free and sys.stderr is not None and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
+
+
+def shares_terminal() -> bool:
+    """Return whether standard output is a terminal, so that what is printed must go above the bar.
+
+    rich would print it on the bar's own stream, standard error, and a file or a pipe would not get it.
+    """
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 @contextmanager
@@ -55,7 +63,8 @@ def show(title: str, total: int | None = None) -> Generator[Callable[[int], None
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), *counted)
     _State.busy = True
     try:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True, redirect_stdout=shares_terminal()) as bar:
             task = bar.add_task(title, total=total)
             yield lambda steps: bar.advance(task, steps)
     finally:

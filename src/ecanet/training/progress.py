@@ -204,6 +204,7 @@ class Display(L.Callback):
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
                 transient=True,
+                redirect_stdout=progress.shares_terminal(),
             )
             self.bar.add_task("", total=int(trainer.num_training_batches), completed=done, rate=0.0)
             self.bar.start()

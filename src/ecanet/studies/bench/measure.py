@@ -103,7 +103,12 @@ def _show_progress(title: str, steps: int) -> Generator[Callable[[int], None]]:
         TextColumn("left"),
     )
     with Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, disable=not progress.is_shown()
+        *columns,
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=progress.shares_terminal(),
+        disable=not progress.is_shown(),
     ) as bar:
         task = bar.add_task(title, total=None)
         yield lambda rounds: bar.update(task, advance=1, total=rounds * steps)
