@@ -72,7 +72,11 @@ class _Results(TorchDispatchMode):
 
 
 class _Devices(TorchFunctionMode):
-    """Lets functions take and name a device that does not exist."""
+    """Lets functions take and name a device that does not exist. ``default`` is where they make tensors unless told."""
+
+    def __init__(self, default: torch.device) -> None:
+        super().__init__()
+        self.default = default
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -85,7 +89,7 @@ class _Devices(TorchFunctionMode):
         asked = [x for x in tree_leaves((args, kwargs)) if _is_device(x)]
         wants_gpu = any(_is_device(x, "cuda") for x in asked)
         if func in _device_constructors() and not asked:
-            wants_gpu, kwargs = True, {**kwargs, "device": "cpu"}
+            wants_gpu, kwargs = self.default == GPU, {**kwargs, "device": "cpu"}
         draws = wants_gpu or any(is_marked(x) for x in args if isinstance(x, Tensor))
         if draws and kwargs.get("generator") is not None:
             raise WrongDeviceError("expected a 'cuda' device type for generator but found 'cpu'")
@@ -114,13 +118,19 @@ def simulate() -> Iterator[None]:
     from ecanet.ops.triton import launch
     from ecanet.ops.triton.launch import Launch
 
-    call = Launch.__call__
+    call, run_backward = Launch.__call__, torch.autograd.graph._engine_run_backward
 
     def check_launch(kernel: Launch, *tensors: Tensor | None) -> None:
         for x in tensors:
             if x is not None and not is_marked(x):
                 raise WrongDeviceError("a tensor on the CPU is handed to a kernel")
         call(kernel, *tensors)
+
+    def run_backward_on_gpu(*args: Any, **kwargs: Any) -> Any:
+        # A mode is off while it handles a function, so also in the Python code that a backward runs. PyTorch's default
+        # device is a mode too, so that tensors made there without a device are on the CPU.
+        with _Devices(torch.device("cpu")):
+            return run_backward(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -132,8 +142,9 @@ def simulate() -> Iterator[None]:
         patch.setattr(proof_records, "record_success", lambda *key: None)
         patch.setattr(launch, "INTERPRETED", False)
         patch.setattr(Launch, "__call__", check_launch)
+        patch.setattr(torch.autograd, "_engine_run_backward", run_backward_on_gpu)
         forget_unused()
-        with _Results(), _Devices():
+        with _Results(), _Devices(GPU):
             yield
 
 
