@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,16 @@ def test_what_the_gates_drawings_say_can_be_read(gates):
 def test_what_an_ablations_pictures_say_can_be_read(ablation):
     for figure in (ablate_figures.draw(ablation), *ablate_figures.draw_panels(ablation)):
         assert find_unreadable(figure) == []
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_networks_that_differ_by_a_few_parameters_only_can_be_told_apart(ablation, count):
+    small = replace(ablation, results=ablation.results[:count])
+    for figure in (ablate_figures.draw(small), *ablate_figures.draw_panels(small)):
+        assert find_unreadable(figure) == []
+    axes = figure.axes[0]
+    edge = axes.get_window_extent().x1
+    assert all(name.get_window_extent().x1 < edge for name in axes.texts)
 
 
 @pytest.mark.parametrize("name", [pytest.param("bench-cpu-quick", marks=pytest.mark.slow), "bench-cpu-quick-compiled"])

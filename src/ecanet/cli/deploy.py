@@ -142,7 +142,10 @@ def load(
     """
     from ecanet import networks, training
 
-    is_run = Path(source).exists() and networks.find_library(source)[0] != "file"
+    library, _ = networks.find_library(source)
+    is_run = Path(source).exists() and library != "file"
+    if not (is_run or library) and Path(source).name != source:  # this library's names have no slash
+        raise ConfigError(f"no run or checkpoint at {source}; a network is named NAME, timm:NAME or torchvision:NAME")
     if is_run:
         if attention or kernel_sizes or weights:
             raise ConfigError("--attention, --kernel-sizes and --weights are for a network's name; a run holds its own")
@@ -150,8 +153,9 @@ def load(
     elif weights not in (None, "none"):
         task = training.restore(model=model_config(name_network(source), attention, kernel_sizes, weights))
     else:
+        model = build(source, attention, kernel_sizes)
         print(f"{source} has random weights; --weights default takes its library's own", file=sys.stderr)
-        return build(source, attention, kernel_sizes), (), networks.find_preprocessing(source)
+        return model, (), networks.find_preprocessing(source)
     return task.model.eval(), task.spec.class_names, training.describe_images(task)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ecanet.report import figures
 from ecanet.studies.ablate.comparison import Result
@@ -67,14 +68,17 @@ def _draw_differences(axes: Axes, results: Sequence[Result], metric: Metric) -> 
 
 
 def _draw_scores(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
-    parameters = [result.variant.cost.parameters / 1e6 for result in results]
+    parameters = [result.variant.cost.parameters for result in results]
     means = [result.score.mean for result in results]
     for x, result in zip(parameters, results, strict=True):
         axes.errorbar(x, result.score.mean, yerr=result.score.half, fmt="o", color=figures.PALETTE[0])
-    axes.set(xlabel="parameters (millions)", ylabel=metric.heading)
-    axes.margins(x=0.3)
+    axes.set(xlabel="parameters", ylabel=metric.heading)
+    axes.margins(x=0.45)  # room for the names, which stand to the right of the dots
     if max(parameters) > 10 * min(parameters):
         axes.set_xscale("log")
+    else:  # whole numbers, because gates alone differ by a few parameters only
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     low, high = axes.get_ylim()
     labels = spread_labels(means, gap=0.05 * (high - low))
     for x, y, label_y, result in zip(parameters, means, labels, results, strict=True):

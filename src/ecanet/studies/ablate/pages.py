@@ -71,6 +71,15 @@ def format_estimate(estimate: Estimate, sign: str = "", digits: int = 2) -> str:
     return f"{estimate.mean:{style}} ({estimate.low:{style}} to {estimate.high:{style}})"
 
 
+def format_count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one.
+
+    >>> format_count(1, "seed"), format_count(5, "seed")
+    ('1 seed', '5 seeds')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def explain(ablation: Ablation) -> str:
     """Return what the columns mean, and which differences are significant."""
     seeds, comparisons = len(ablation.seeds), len(ablation.results) - 1
@@ -81,8 +90,8 @@ def explain(ablation: Ablation) -> str:
     return (
         f"{ablation.metric.meaning}: mean and 95 % t interval over {seeds} seeds. The paired "
         "difference to the plain network subtracts runs of the same seed. It is significant if its t interval, with "
-        f"Bonferroni's correction for {comparisons} comparisons, does not contain 0. {found} Every variant had the "
-        "same data, epochs and settings, and the settings were tuned for none of them."
+        f"Bonferroni's correction for {format_count(comparisons, 'comparison')}, does not contain 0. {found} "
+        "Every variant had the same data, epochs and settings, and the settings were tuned for none of them."
     )
 
 
@@ -128,9 +137,10 @@ def to_html(ablation: Ablation) -> str:
         [result.variant.name, *(f"{score:.{metric.digits}f}" for score in result.by_seed.values())]
         for result in ablation.results
     ]
+    amount = f"{format_count(recipe.epochs, 'epoch')}, {format_count(len(ablation.seeds), 'seed')}"
     return page(
         title=f"Ablation of {name_network(recipe)} on {recipe.data.name}",
-        subtitle=f"recipe {recipe.name}, {recipe.epochs} epochs, {len(ablation.seeds)} seeds",
+        subtitle=f"recipe {recipe.name}, {amount}",
         tiles=[(str(networks), "networks"), (str(networks * len(ablation.seeds)), "runs")],
         sections=[
             ("Picture", "", figures.show_plots(draw_panels(ablation))),

@@ -165,7 +165,7 @@ def to_number(x: float) -> float | None:
 
 def list_rows(found: Inspection) -> tuple[list[str], list[list[str]]]:
     """Return the names of the columns, and one row for each gate, as the terminal and the page show them."""
-    columns = ["gate", "channels", "mean", "spread: classes", "images", "saturated", "dead"]
+    columns = ["gate", "channels", "mean", "spread: classes", "spread: images", "saturated", "dead"]
     rows = [
         [
             gate.name,
