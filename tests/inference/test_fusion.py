@@ -15,12 +15,18 @@ from ecanet.errors import ConfigError
 from ecanet.inference.fusion import FusedBlock
 from ecanet.models import Stage
 
+
+def make_timms(name, **options):
+    """Return timm's network with last norms that are not zero: else no branch and no gate would matter."""
+    return timm.create_model(name, num_classes=5, zero_init_last=False, **options)
+
+
 NETWORKS = {
     "torchvision resnet18": lambda: torchvision.models.resnet18(num_classes=5),
     "torchvision resnext": lambda: torchvision.models.resnext50_32x4d(num_classes=5),
-    "timm eca": lambda: timm.create_model("resnet26", block_args={"attn_layer": "eca"}, num_classes=5),
-    "timm se": lambda: timm.create_model("resnet18", block_args={"attn_layer": "se"}, num_classes=5),
-    "timm averaged shortcut": lambda: timm.create_model("resnet26d", num_classes=5),
+    "timm eca": lambda: make_timms("resnet26", block_args={"attn_layer": "eca"}),
+    "timm se": lambda: make_timms("resnet18", block_args={"attn_layer": "se"}),
+    "timm averaged shortcut": lambda: make_timms("resnet26d"),
 }
 
 

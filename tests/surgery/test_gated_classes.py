@@ -125,6 +125,10 @@ def test_a_block_takes_gates_again_after_it_lost_them(kind):
 
 def test_such_a_block_compiles_in_one_graph():
     model = ecanet.attach(Network(GenericFirst).eval(), example=IMAGES)
+    before = model(IMAGES)
+    for site in ecanet.attached(model):  # neutral gates would not be missed
+        nn.init.normal_(model.get_submodule(site.name).conv.weight, 0, 5)
     with torch.no_grad():
+        assert not torch.allclose(model(IMAGES), before, rtol=1e-2, atol=1e-2)
         compiled = torch.compile(model, backend="eager", fullgraph=True)(IMAGES)
         torch.testing.assert_close(compiled, model(IMAGES))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import ecanet
 
@@ -33,12 +34,21 @@ def load(name):
         model.graph.initializer.append(tensor)
         model.graph.node.remove(node)
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    return onnx2torch.convert(model).eval(), image, branches, count
+    graph = onnx2torch.convert(model).eval()
+    *_, (last, module) = graph.named_modules()
+    if isinstance(module, nn.Sigmoid):  # the detector's numbers behind it are 1e-11, and 0 in ONNX Runtime
+        graph.set_submodule(last, nn.Identity())
+    return graph, image, branches, count
 
 
 def run(model, image):
     with torch.no_grad():
         return model(image)
+
+
+def measure_change(y, before):
+    """Return the largest difference relative to the largest output."""
+    return float((y - before).abs().max() / before.abs().max())
 
 
 def run_in_onnxruntime(model, image, path):
@@ -56,8 +66,13 @@ def test_gates_change_nothing_and_survive_onnx(name, tmp_path):
     ecanet.attach(graph, "eca", example=image)
     assert len(ecanet.attached(graph)) == branches
     assert torch.equal(run(graph, image), plain)
+    torch.manual_seed(0)
+    for site in ecanet.attached(graph):  # a file without neutral gates would not be missed
+        nn.init.normal_(graph.get_submodule(site.name).conv.weight)
+    trained = run(graph, image)
+    assert measure_change(trained, plain) > 1e-3
     given = run_in_onnxruntime(graph, image, tmp_path / "attached.onnx")
-    torch.testing.assert_close(given, plain, rtol=1e-4, atol=1e-4)
+    assert measure_change(given, trained) < 1e-5
     assert torch.equal(run(ecanet.detach(graph), image), plain)
     assert list(graph.state_dict()) == keys
 
@@ -72,8 +87,8 @@ def test_squeeze_excite_gives_way_and_eca_survives_onnx(name, tmp_path):
     assert [site.calls for site in sites] == [1] * count
     assert sum(p.numel() for p in graph.parameters()) < size
     changed = run(graph, image)
-    assert not torch.equal(changed, plain)
+    assert measure_change(changed, plain) > 1e-3
     given = run_in_onnxruntime(graph, image, tmp_path / "eca.onnx")
-    torch.testing.assert_close(given, changed, rtol=1e-4, atol=1e-4)
+    assert measure_change(given, changed) < 1e-5
     assert torch.equal(run(ecanet.detach(graph), image), plain)
     assert list(graph.state_dict()) == keys
