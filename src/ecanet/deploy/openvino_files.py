@@ -28,14 +28,17 @@ def write_file(network: nn.Module, inputs: Sequence[Tensor], about: About, path:
     """
     openvino: Any = importlib.import_module("openvino")
     program = trace(network, inputs[0])
+    batch, size = list_varying_axes(program)
+    varies = [batch, False, *(size for _ in inputs[0].shape[2:])]
+    shape = [-1 if free else length for free, length in zip(varies, inputs[0].shape, strict=True)]
     try:
         with quiet():
             model = openvino.convert_model(program)
+            model.reshape(openvino.PartialShape(shape))  # as converted, it takes sizes that its steps do not fit
             model.set_rt_info(about.to_json(), [KEY])
             openvino.save_model(model, str(path), compress_to_fp16=False)
     except Exception as error:  # the converter raises errors of many classes
         raise ExportError(f"OpenVINO cannot convert {type(network).__name__}: {summarize(error)}") from error
-    batch, size = list_varying_axes(program)
     return {"openvino": str(openvino.__version__), "batch varies": batch, "size varies": size}
 
 

@@ -7,6 +7,8 @@ from importlib import metadata
 
 import torch
 
+from ecanet import __version__
+
 __all__ = ["Environment", "environment"]
 
 Environment = dict[str, str | int | None]
@@ -15,9 +17,10 @@ Environment = dict[str, str | int | None]
 def environment() -> Environment:
     """Return the versions, the machine and the time of a run; a package that is not installed has None."""
     cuda = torch.cuda.is_available()
-    versions = {name: _find_version(name) for name in ("ecanet", "torch", "torchvision", "timm", "lightning")}
+    others = {name: _find_version(name) for name in ("torch", "torchvision", "timm", "lightning")}
     return {
-        **versions,
+        "ecanet": __version__,
+        **others,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": platform.machine(),
