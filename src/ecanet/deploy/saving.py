@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ecanet import __version__, inference, networks
+from ecanet import inference, networks
 from ecanet.deploy.model_card import PICTURE, Measured, write_card
 from ecanet.errors import CheckpointError, ConfigError, EcanetError, show_value, summarize
 from ecanet.models import get_origin
@@ -82,7 +82,7 @@ def save_pretrained(
         class_names = _number_classes(copied, config.name, preprocessing) if known is None else known.class_names
     description = Pretrained(
         library="ecanet",
-        version=__version__,
+        version=_find_version(),
         network=config.but(weights=None),
         dtype=_find_dtype(model),
         sites=networks.list_gate_sites(model),
@@ -194,6 +194,15 @@ def _find_dtype(model: nn.Module) -> DType:
             f"the tensors must have one floating-point dtype, got {sorted(found)}; convert them: model.float()"
         )
     return cast(DType, found.pop())
+
+
+def _find_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ecanet")
+    except PackageNotFoundError:  # a copy of the source that was never installed
+        return "unknown"
 
 
 def _write(folder: Path, model: nn.Module, description: Pretrained, measured: Measured | None) -> None:

@@ -7,8 +7,6 @@ from importlib import metadata
 
 import torch
 
-from ecanet import __version__
-
 __all__ = ["Environment", "environment"]
 
 Environment = dict[str, str | int | None]
@@ -17,10 +15,9 @@ Environment = dict[str, str | int | None]
 def environment() -> Environment:
     """Return the versions, the machine and the time of a run; a package that is not installed has None."""
     cuda = torch.cuda.is_available()
-    others = {name: _find_version(name) for name in ("torch", "torchvision", "timm", "lightning")}
+    versions = {name: _find_version(name) for name in ("ecanet", "torch", "torchvision", "timm", "lightning")}
     return {
-        "ecanet": __version__,
-        **others,
+        **versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": platform.machine(),
