@@ -5,13 +5,21 @@ Without the package rich, and where standard error is a file or a pipe, nothing 
 
 import importlib.util
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-__all__ = ["is_shown", "set_shown", "shares_terminal", "show", "track"]
+__all__ = ["Advance", "is_shown", "set_shown", "shares_terminal", "show", "track"]
 
 T = TypeVar("T")
+
+
+class Advance(Protocol):
+    """Advances a bar by a number of steps, and sets how many there are if that has turned out to be another number."""
+
+    def __call__(self, steps: int, total: int | None = None) -> None:
+        """Advance the bar."""
+        ...
 
 
 class _State:
@@ -41,13 +49,13 @@ def shares_terminal() -> bool:
 
 
 @contextmanager
-def show(title: str, total: int | None = None) -> Generator[Callable[[int], None]]:
+def show(title: str, total: int | None = None) -> Generator[Advance]:
     """Show a bar until the block ends; yield the function that advances it by a number of ``total`` steps.
 
     Without ``total`` the bar runs to and fro, beside the time.
     """
     if not is_shown():
-        yield lambda steps: None
+        yield lambda steps, total=None: None
         return
     from rich.console import Console
     from rich.progress import (
@@ -66,7 +74,7 @@ def show(title: str, total: int | None = None) -> Generator[Callable[[int], None
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True, redirect_stdout=shares_terminal()) as bar:
             task = bar.add_task(title, total=total)
-            yield lambda steps: bar.advance(task, steps)
+            yield lambda steps, total=None: bar.update(task, advance=steps, total=total)
     finally:
         _State.busy = False
 

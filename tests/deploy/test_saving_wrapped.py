@@ -43,6 +43,18 @@ def test_a_wrapped_network_is_saved_as_it_was(kind, tmp_path):
 
 
 @pytest.mark.parametrize("wrapper", [torch.compile, nn.DataParallel])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_of_the_wrapper_is_not_lost(wrapper, register, tmp_path):
+    model = wrapper(make())
+    hook = getattr(model, register)(lambda *given: None)
+    with pytest.raises(ConfigError, match=f"^{type(model).__name__} has a hook, which cannot be saved; remove it"):
+        ecanet.save_pretrained(model, tmp_path / "net", class_names=("a", "b", "c"))
+    assert list(tmp_path.iterdir()) == []
+    hook.remove()
+    ecanet.save_pretrained(model, tmp_path / "net", class_names=("a", "b", "c"))
+
+
+@pytest.mark.parametrize("wrapper", [torch.compile, nn.DataParallel])
 def test_a_wrapped_part_is_named(wrapper, tmp_path):
     model = make()
     model.layer2 = wrapper(model.layer2)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 import ecanet
 from ecanet import ops
 from ecanet.attention import GCT, SRM
 from ecanet.ops import lean
 from ecanet.testing import assert_within_budget, find_elementwise_excess
+from tail_norms import NORMS
 from tensors import draw, surround_with_nan, to_layout
 
 pytest.importorskip("triton")
@@ -23,20 +23,6 @@ pytestmark = pytest.mark.gpu
 GATES = pytest.mark.parametrize("kind", [GCT, SRM])
 IMPLS = pytest.mark.parametrize("impl", ["lean", "fused"])
 slow = pytest.mark.slow
-
-
-def make_frozen(channels):
-    norm = FrozenBatchNorm2d(channels)
-    norm.weight.uniform_(0.5, 1.5), norm.running_var.uniform_(0.5, 2), norm.bias.normal_()
-    return norm
-
-
-NORMS = {
-    "training": nn.BatchNorm2d,
-    "evaluation": lambda c: nn.BatchNorm2d(c).eval(),
-    "frozen": make_frozen,
-    "no affine": lambda c: nn.BatchNorm2d(c, affine=False),
-}
 
 
 def make_case(kind, shape, last, dtype=torch.float64, norm="training"):

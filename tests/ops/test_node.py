@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from torch import nn
-from torchvision.ops.misc import FrozenBatchNorm2d
 
+import tail_norms
 from ecanet import ECA, ECANS, SE, SEVar1, SEVar2, ops
 from ecanet.testing import assert_within_budget
 from tensors import surround_with_nan, to_layout
@@ -26,18 +26,8 @@ GATES = {
 }
 slow = pytest.mark.slow
 
-
-def frozen(channels):
-    norm = FrozenBatchNorm2d(channels)
-    norm.weight.uniform_(0.5, 1.5), norm.running_var.uniform_(0.5, 2), norm.bias.normal_()
-    return norm
-
-
 NORMS = {
-    "training": nn.BatchNorm2d,
-    "evaluation": lambda c: nn.BatchNorm2d(c).eval(),
-    "frozen": frozen,
-    "no affine": lambda c: nn.BatchNorm2d(c, affine=False),
+    **tail_norms.NORMS,
     "no statistics": lambda c: nn.BatchNorm2d(c, track_running_stats=False).eval(),
     "average of batches": lambda c: nn.BatchNorm2d(c, momentum=None),
     "momentum and eps": lambda c: nn.BatchNorm2d(c, momentum=0.3, eps=0.1),

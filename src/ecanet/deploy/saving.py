@@ -113,9 +113,12 @@ def _unwrap(model: nn.Module) -> nn.Module:
     """Return the network that torch.compile, DataParallel or DistributedDataParallel has wrapped as a whole.
 
     Raises:
-        ConfigError: a part of it is wrapped, or it is spread over processes, so that its tensors are others'.
+        ConfigError: a part of it is wrapped, or it is spread over processes, so that its tensors are others', or the
+            wrapper has a hook, which would be lost.
     """
     while (attribute := WRAPPERS.get(type(model).__name__)) is not None:
+        if any(vars(model).get(hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")):
+            raise ConfigError(f"{type(model).__name__} has a hook, which cannot be saved; remove it first")
         model = cast(nn.Module, getattr(model, attribute))
     for name, module in cast("Iterable[tuple[str, nn.Module]]", model.named_modules()):
         kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")]

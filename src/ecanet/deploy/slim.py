@@ -42,9 +42,9 @@ def slim(
     1. Half of the images, 4,096 at most, give the scale and bias of each gate and channel that fit the gate's output
        best (least squares), and the order of the gates: by the Kullback-Leibler divergence of the network's class
        probabilities when that gate alone is constant.
-    2. Gates become constant one after the other. As soon as decisions change on the images of step 1, the scales and
-       biases of all that are constant, and those of the norms, are tuned together on these each time, so that the
-       divergence becomes small.
+    2. Gates become constant one after the other. As soon as more than a quarter of the budget changes on the images of
+       step 1, the scales and biases of all that are constant, and those of the norms, are tuned together on these each
+       time, so that the divergence becomes small.
     3. All other images judge, until the share of changed decisions may exceed the budget: its one-sided upper 95 %
        confidence limit (Clopper-Pearson) decides. The first gate that exceeds it and all after it are kept. As nothing
        in steps 1 and 2 depends on the judging images and the first failure ends the procedure, the confidence holds

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Generator, Sized
+from collections.abc import Generator, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -253,7 +253,7 @@ class EvaluationBar(L.Callback):
 
     def __init__(self) -> None:
         self.shown = ExitStack()
-        self.advance: Callable[[int], None] = lambda steps: None
+        self.advance: progress.Advance = lambda steps, total=None: None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the empty bar."""

@@ -47,7 +47,7 @@ def interleave(steps: Mapping[Name, Step], budget: Budget, *, device: str, title
     """
     names = list(steps)
     times: dict[Name, list[float]] = {name: [] for name in names}
-    with _show_progress(title, len(names)) as advance:
+    with progress.show(title, len(names) * (1 + budget.least)) as advance:
         started, rounds = 0.0, -1  # the first round warms up
         while rounds < budget.least or (rounds < budget.most and _fits(clock(device) - started, rounds, budget)):
             for shift in range(len(names)):
@@ -57,7 +57,7 @@ def interleave(steps: Mapping[Name, Step], budget: Budget, *, device: str, title
                 seconds = clock(device) - begun
                 if rounds >= 0:
                     times[name].append(seconds)
-                advance(_estimate_rounds(times.values(), budget))
+                advance(1, len(names) * _estimate_rounds(times.values(), budget))
             rounds += 1
             if rounds == 0:
                 started = clock(device)
@@ -77,41 +77,6 @@ def _estimate_rounds(times: Iterable[list[float]], budget: Budget) -> int:
         return 1 + budget.least
     fit = int(budget.seconds / max(1e-9, len(times) * statistics.mean(medians)))
     return 1 + min(budget.most, max(budget.least, fit))
-
-
-@contextmanager
-def _show_progress(title: str, steps: int) -> Generator[Callable[[int], None]]:
-    """Show a progress bar with the remaining time, if this is a terminal.
-
-    Yield a function that advances it by one step; its argument is the expected number of rounds.
-    """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-    )
-    with Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stdout=progress.shares_terminal(),
-        disable=not progress.is_shown(),
-    ) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda rounds: bar.update(task, advance=1, total=rounds * steps)
 
 
 def clock(device: str) -> float:
