@@ -66,6 +66,15 @@ def test_settings_beside_the_weights_do_not_matter(kind, zipped, tmp_path):
     assert set(torch.serialization.get_safe_globals()) == before  # nothing stays allowed
 
 
+@pytest.mark.parametrize("kind", ["PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"])
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_of_every_python(module, kind, tmp_path):
+    """Python 3.13 calls the module of its paths `pathlib._local`."""
+    pickled = f"\x80\x02}}(X\x04\x00\x00\x00pathc{module}\n{kind}\nX\x01\x00\x00\x00x\x85Ru.".encode("latin-1")
+    write_archive(tmp_path / "file.pt", pickled)
+    assert "path" in read_file(tmp_path / "file.pt")
+
+
 @pytest.mark.parametrize("core", ["core", "_core"])
 def test_numpy_scalars_of_both_generations(core, tmp_path):
     """NumPy 1 and 2 write the same pickles but for one module's name."""

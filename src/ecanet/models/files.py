@@ -64,7 +64,8 @@ SETTINGS = """
     argparse.Namespace types.SimpleNamespace typing.Any enum.Enum uuid.UUID decimal.Decimal fractions.Fraction
     datetime.date datetime.datetime datetime.time datetime.timedelta datetime.timezone
     pathlib.Path pathlib.PosixPath pathlib.WindowsPath pathlib.PurePath pathlib.PurePosixPath pathlib.PureWindowsPath
-    pathlib._local.Path pathlib._local.PosixPath pathlib._local.WindowsPath
+    pathlib._local.Path pathlib._local.PosixPath pathlib._local.WindowsPath pathlib._local.PurePath
+    pathlib._local.PurePosixPath pathlib._local.PureWindowsPath
     builtins.bool builtins.bytes builtins.dict builtins.float builtins.frozenset builtins.int builtins.list
     builtins.range builtins.slice builtins.str builtins.tuple torch.torch_version.TorchVersion
     omegaconf.base.ContainerMetadata omegaconf.base.Metadata omegaconf.dictconfig.DictConfig
