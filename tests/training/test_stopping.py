@@ -77,6 +77,45 @@ def test_signals_are_noted_while_a_run_trains_and_end_it_at_once_before(sent):
     assert signal.getsignal(sent) == before
 
 
+class PressesControlC:
+    """Presses Ctrl-C when it is freed, where Python drops the exception."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def control_c():
+    """Let Ctrl-C raise KeyboardInterrupt, which a shell's background process ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("moment", ["on_train_batch_start", "on_validation_batch_start"])
+def test_a_control_c_that_python_drops_ends_the_run_all_the_same(control_c, monkeypatch, tmp_path, moment):
+    pressed = []
+
+    def press(*_):
+        pressed.append(PressesControlC())
+        pressed.clear()
+
+    monkeypatch.setattr(steps.StepWatch, moment, press)
+    with pytest.raises(KeyboardInterrupt):
+        run(TINY, folder=tmp_path, device="cpu", quiet=True)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_control_c_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_on_signals(StopRequest()):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_run_in_a_thread_keeps_its_signals():
     before, found = signal.getsignal(signal.SIGUSR1), []
 

@@ -71,7 +71,9 @@ class StepWatch(Checkpoint):
 
         Raises:
             ConfigError: the loss is not finite.
+            KeyboardInterrupt: Ctrl-C was pressed where Python dropped the exception.
         """
+        self._check_interrupt()
         task, self.batches = cast(Task, pl_module), batch_idx + 1
         loss = cast(dict[str, object], outputs).get("loss") if isinstance(outputs, dict) else None
         bad = ~torch.isfinite(loss) if isinstance(loss, Tensor) else False
@@ -99,6 +101,7 @@ class StepWatch(Checkpoint):
         dataloader_idx: int = 0,
     ) -> None:
         """Save and end the run if a signal came; the resumed run evaluates again, from the first image."""
+        self._check_interrupt()
         data = get_data(trainer)
         # Processes may have one batch more or less: they can only vote together while all of them have one.
         in_all = len(data.held_out) // trainer.world_size // data.config.batch_size
@@ -125,6 +128,10 @@ class StepWatch(Checkpoint):
                 loops["epoch_loop.val_loop.batch_progress"][part] = evaluated
         if not trainer.is_last_batch:
             loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+
+    def _check_interrupt(self) -> None:
+        if self.request.interrupted:
+            raise KeyboardInterrupt
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         """Return whether it is time for a checkpoint; the first process alone looks at the clock."""

@@ -25,11 +25,13 @@ class StopRequest:
     Attributes:
         name: the signal that came first, or None.
         training: whether the run is between two steps or in one, so that it ends itself when the step is done.
+        interrupted: whether Ctrl-C was pressed.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self.training = False
+        self.interrupted = False
         self.process = os.getpid()
 
     def receive(self, number: int, _: FrameType | None) -> None:
@@ -43,6 +45,15 @@ class StopRequest:
                 os._exit(128 + number)
         elif not self.training:
             raise SIGTERMException
+
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Note Ctrl-C and end the run at once.
+
+        Python drops an exception that is raised while it frees an object, a KeyboardInterrupt too. The next step raises
+        it again.
+        """
+        self.interrupted = True
+        signal.default_int_handler(number, frame)
 
 
 def find_scheduler() -> list[SLURMEnvironment]:
@@ -69,12 +80,14 @@ def take_over_signals(trainer: L.Trainer) -> None:
 
 @contextmanager
 def stop_on_signals(request: StopRequest) -> Generator[None]:
-    """Give the signals `SIGNALS` to ``request`` in this context."""
+    """Give the signals `SIGNALS`, and Ctrl-C unless it is ignored, to ``request`` in this context."""
     if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
         yield
         return
     numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
     before = {number: signal.signal(number, request.receive) for number in numbers}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background process ignores it
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, request.interrupt)
     try:
         yield
     finally:
