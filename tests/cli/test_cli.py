@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ecanet.report.figures import to_png
+from tiny_runs import add_tiny
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,18 @@ def test_eval_of_a_run(ecanet, digits_run):
     code, out, _ = ecanet("eval", digits_run, "--device", "cpu")
     assert (code, out.count("\n")) == (0, 1)
     assert "top1" in out
+
+
+def test_train_prints_its_results_as_json_alone(ecanet, monkeypatch):
+    add_tiny(monkeypatch)
+    options = ["--model", "resnet8", "--epochs", 1, "--device", "cpu", "--set", "data.name=tiny"]
+    code, out, err = ecanet("train", "quickstart", *options, "--out", "run", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    written = json.loads(Path("run/metrics.json").read_text())
+    assert result == {"folder": "run", **written}
+    assert "epoch 1/1" in err
+    assert "report run/report.html" in err
 
 
 def test_predict_of_a_folder_and_of_files(ecanet, digits_run):

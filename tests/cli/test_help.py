@@ -102,6 +102,12 @@ def test_help_has_no_private_word(ecanet, command):
     assert words & PRIVATE_WORDS == set()
 
 
+def test_every_command_with_a_result_prints_json():
+    commands = {name: c for name, c in COMMANDS.items() if name != "shards"} | COMMANDS["shards"].commands
+    silent = {name for name, c in commands.items() if "as_json" not in {p.name for p in c.params}}
+    assert silent == {"app", "completion"}
+
+
 def test_every_option_is_explained():
     silent = [
         f"{n} {p.name}" for n, c in COMMANDS.items() for p in c.params if not (getattr(p, "help", None) or "").strip()

@@ -72,6 +72,9 @@ def test_a_picture_of_the_gates_goes_along(runs, tmp_path):
 def test_the_commands_take_the_folder_as_a_run(runs, tmp_path, ecanet):
     code, out, err = ecanet("push", runs / "a", "--folder", tmp_path / "net")
     assert (code, out) == (0, f"resnet8 with eca: 3 gates, 3 classes\nfolder {tmp_path / 'net'}\n"), err
+    code, out, err = ecanet("push", runs / "a", "--folder", tmp_path / "net", "--json")
+    expected = {"network": "resnet8", "attention": "eca", "gates": 3, "classes": 3, "folder": str(tmp_path / "net")}
+    assert (code, json.loads(out)) == (0, expected), err
     assert evaluate(tmp_path / "net", device="cpu") == evaluate(runs / "a", device="cpu")
     task, before = restore(tmp_path / "net"), restore(runs / "a")
     assert (task.spec, task.recipe) == (before.spec, before.recipe)
@@ -128,6 +131,11 @@ def test_push_uploads(runs, tmp_path, ecanet, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
         code, out, err = ecanet("push", runs / "other", "me/tiny", "--private")
         assert (code, out.splitlines()[-1]) == (0, f"{hub.address}/me/tiny/commit/{fake_hub.COMMIT}"), err
+        code, out, err = ecanet("push", runs / "other", "me/tiny", "--json")
+        assert (code, json.loads(out)["commit"]) == (0, f"{hub.address}/me/tiny/commit/{fake_hub.COMMIT}"), err
+        ecanet("push", runs / "other", "--folder", tmp_path / "net")
+        code, again, err = ecanet("push", tmp_path / "net", "me/tiny", "--json")
+        assert (code, json.loads(again)) == (0, {"commit": json.loads(out)["commit"]}), err
         assert set(hub.repos["me/tiny"]) == {"README.md", "config.json", "model.safetensors"}
         assert hub.made[0]["visibility"] == "private"
 

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import json
 import multiprocessing
 import os
 import resource
@@ -139,6 +140,10 @@ def test_a_report_can_be_made_again(tmp_path, monkeypatch, ecanet):
     assert "report.html" in out
     assert (folder / "report.html").exists()
     assert len(Report.read(folder).history) == 2
+    code, out, err = ecanet("report", folder, "--device", "cpu", "--json")
+    assert (code, json.loads(out)["folder"]) == (0, str(folder))
+    assert json.loads(out)["metrics"] == Report.read(folder).metrics
+    assert "report.html" in err
     table = folder / "metrics.csv"
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:2]))
     assert ecanet("report", folder)[::2] == (

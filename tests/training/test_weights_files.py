@@ -56,7 +56,7 @@ def exported(made, request):
 @pytest.mark.parametrize("which", ["best", "last"])
 @pytest.mark.parametrize("name", ["a.safetensors", "b.pth"])
 def test_the_file_has_the_networks_tensors_and_says_which(made, tmp_path, which, name):
-    line = write_weights(made.folder, tmp_path / name, which=which)
+    line = str(write_weights(made.folder, tmp_path / name, which=which))
     checkpoint = made.checkpoint(which)
     epoch = checkpoint["epoch"] + 1
     assert f"resnet8 with eca, averaged weights (EMA) of the {which} epoch ({epoch} of 2)" in line
@@ -143,6 +143,14 @@ def test_the_command_writes_the_best_epoch(made, ecanet, tmp_path):
     code, out, err = ecanet("weights", made.folder, "mine.safetensors")
     assert (code, err) == (0, "")
     assert out.startswith("mine.safetensors: resnet8 with eca, averaged weights (EMA) of the best epoch")
+    code, out, err = ecanet("weights", made.folder, "mine.safetensors", "--json")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    numbers = sum(value.numel() for value in load_file("mine.safetensors").values())
+    assert answer == {
+        "path": "mine.safetensors", "network": "resnet8", "attention": "eca", "which": "best",
+        "epoch": made.checkpoint("best")["epoch"] + 1, "epochs": 2, "averaged": True, "numbers": numbers,
+    }  # fmt: skip
     code, out, err = ecanet("weights", made.folder, "mine.pt")
     assert (code, out, err) == (2, "", "ecanet: mine.pt: name the file mine.safetensors or mine.pth\n")
     code, out, err = ecanet("eval", "--weights", "default", "--device", "cpu")

@@ -1,8 +1,11 @@
 """The commands that train and use a classifier: train, eval, predict, report, weights."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -38,6 +41,9 @@ from ecanet.cli.options import (
 from ecanet.errors import ConfigError
 from ecanet.recipes import with_settings
 
+if TYPE_CHECKING:
+    from ecanet.report import Report
+
 RECIPE_HELP = f"{', '.join(recipes.RECIPES)}; or a data set (folder:PATH, …)."
 
 
@@ -59,12 +65,13 @@ def train(
     data_dir: DataDir = None,
     val_share: ValShare = None,
     settings: Settings = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/NAME-DATE")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory (runs/NAME-DATE).", show_default=False)] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.", show_default=False)] = None,
     auto_resume: Annotated[bool, typer.Option("--auto-resume", help="Start in --out, or go on there.")] = False,
     logger: LoggerNames = None,
     device: Device = "auto",
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a network: `ecanet train quickstart`.
 
@@ -95,11 +102,27 @@ def train(
             "--resume takes everything from the run but --epochs and --learning-rate; leave out the recipe, other "
             "settings and --out"
         )
-    chosen = choose_recipe(recipe, changes) if resume is None else resume_recipe(resume, changes)
-    from ecanet.training import run
 
-    goes_on = "auto" if auto_resume else resume is not None
-    run(chosen, folder=resume or out, resume=goes_on, device=device, loggers=logger)
+    def start() -> "Report":
+        chosen = choose_recipe(recipe, changes) if resume is None else resume_recipe(resume, changes)
+        from ecanet.training import run
+
+        goes_on = "auto" if auto_resume else resume is not None
+        return run(chosen, folder=resume or out, resume=goes_on, device=device, loggers=logger)
+
+    show_results(start, as_json)
+
+
+def show_results(make: "Callable[[], Report]", as_json: bool) -> None:
+    """Call ``make``, which prints as it works; for JSON, that goes to standard error, and the results follow alone."""
+    if not as_json:
+        make()
+        return
+    with redirect_stdout(sys.stderr):
+        made = make()
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    rank_zero_only(print_json)({"folder": str(made.folder), **made.to_dict()})
 
 
 def resume_recipe(run: Path, changes: Mapping[str, object]) -> recipes.Recipe:
@@ -203,6 +226,7 @@ def report(
     run: Annotated[Path, typer.Argument(help="Directory of a finished run.", show_default=False)],
     device: Device = "auto",
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a finished run's report again.
 
@@ -210,13 +234,14 @@ def report(
     """
     from ecanet.training import remake_report
 
-    remake_report(run, device=device)
+    show_results(lambda: remake_report(run, device=device), as_json)
 
 
 def weights(
     run: Annotated[Path, typer.Argument(help="Run directory.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="NAME.safetensors or NAME.pth.", show_default=False)],
     which: Annotated[str, typer.Option(help="best or last epoch.")] = "best",
+    as_json: AsJson = False,
 ) -> None:
     """Write a run's weights alone, without optimizer state.
 
@@ -224,7 +249,11 @@ def weights(
     """
     from ecanet.training import write_weights
 
-    console.print(write_weights(run, out, which=which))
+    written = write_weights(run, out, which=which)
+    if as_json:
+        print_json(asdict(written))
+    else:
+        console.print(str(written))  # of a dataclass itself, rich prints the fields
 
 
 def check_one_source(checkpoint: str | None, weights: str | None) -> None:

@@ -21,7 +21,7 @@ from ecanet.training.tasks import TASKS, Classification, Detection, Task
 from ecanet.training.trained import Prediction, evaluate, image_files, predict
 from ecanet.training.trainer import remake_report, run
 from ecanet.training.tuning import fine_tune
-from ecanet.training.weights import check_finished, write_network, write_weights
+from ecanet.training.weights import WrittenWeights, check_finished, write_network, write_weights
 
 __all__ = [
     "TASKS",
@@ -31,6 +31,7 @@ __all__ = [
     "ImageDetections",
     "Prediction",
     "Task",
+    "WrittenWeights",
     "build_data",
     "build_detector",
     "check_finished",

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -15,13 +16,39 @@ from ecanet.training.preparation import Description, find_description
 from ecanet.training.run_dirs import read_recipe
 from ecanet.training.tasks import Task
 
-__all__ = ["check_finished", "write_network", "write_weights"]
+__all__ = ["WrittenWeights", "check_finished", "write_network", "write_weights"]
 
 SUFFIXES = (".safetensors", ".pth")
 
 
-def write_weights(run: str | Path, path: str | Path, *, which: str = "best") -> str:
-    """Write the weights of a finished run into ``path``; return a line that says which they are.
+@dataclass(frozen=True, kw_only=True)
+class WrittenWeights:
+    """The weights of a run that `write_weights` has written; as a string, one line that says which they are."""
+
+    path: str
+    network: str
+    attention: str
+    which: str
+    """"best" or "last", the epoch that was chosen."""
+    epoch: int
+    """Counted from 1."""
+    epochs: int
+    """Epochs of the whole run."""
+    averaged: bool
+    """The weights are averaged ones (EMA)."""
+    numbers: int
+    """Entries of all tensors together."""
+
+    def __str__(self) -> str:
+        kind = "averaged weights (EMA)" if self.averaged else "weights"
+        return (
+            f"{self.path}: {self.network} with {self.attention}, {kind} of the {self.which} epoch "
+            f"({self.epoch} of {self.epochs}), {self.numbers:,} numbers"
+        )
+
+
+def write_weights(run: str | Path, path: str | Path, *, which: str = "best") -> WrittenWeights:
+    """Write the weights of a finished run into ``path``; return which they are.
 
     The tensors have the network's own names. They are the averaged ones (EMA) if the run has averaged, since these are
     what it has evaluated. The file also says which network and which classes they are for, and which images of a flat
@@ -59,10 +86,15 @@ def write_weights(run: str | Path, path: str | Path, *, which: str = "best") -> 
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
     recipe = about.recipe
-    kind = "weights" if recipe.ema_decay is None else "averaged weights (EMA)"
-    return (
-        f"{path}: {recipe.model.name} with {recipe.model.attention}, {kind} of the {which} epoch "
-        f"({epoch + 1} of {recipe.epochs}), {sum(value.numel() for value in own.values()):,} numbers"
+    return WrittenWeights(
+        path=str(path),
+        network=recipe.model.name,
+        attention=str(recipe.model.attention),
+        which=which,
+        epoch=epoch + 1,
+        epochs=recipe.epochs,
+        averaged=recipe.ema_decay is not None,
+        numbers=sum(value.numel() for value in own.values()),
     )
 
 
