@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ecanet.ops.triton import algebra, algebra_grads, expansion
+from ecanet.ops.triton import algebra, algebra_grads, expansion, predicted_gates
 from ecanet.ops.triton.coefficients import WARPS, GateKind, NormKind
 from ecanet.ops.triton.node import TailKind, prepare_tail
 from ecanet.ops.triton.tiles import Grid, Launch, find_grid
@@ -85,6 +85,7 @@ def list_kernels() -> Iterator[Kernel]:
         yield from list_passes("bf16", channels_last)
     yield from list_algebra()
     yield from list_expansions("bf16")
+    yield from list_predicted_gates("bf16")
 
 
 def list_passes(dtype: str, channels_last: bool) -> list[Kernel]:
@@ -206,6 +207,25 @@ def list_expansions(dtype: str) -> Iterator[Kernel]:
             options={"num_warps": tiles.warps, "num_stages": 3},
             extra={"inputs": inner, "rows": rows, "gate": "two samples a tile" if within else "gathered"},
         )
+
+
+def list_predicted_gates(dtype: str) -> Iterator[Kernel]:
+    """Yield the gates of ResNet-50's first and last stage, at batch 256 and at a small one."""
+    for inner, taps in ((64, 5), (512, 7)):
+        for samples in (16, 64):
+            yield Kernel(
+                name=f"_predict_gate {samples}x{predicted_gates.WIDTH}",
+                function=predicted_gates._predict_gate,
+                dtype=dtype,
+                channels_last=True,
+                tensors={"m": "fp32", "w": dtype, "b": dtype, "taps": dtype, "g": "fp32"},
+                constants={
+                    "GAIN": 2.0, "TAPS": taps, "EACH": False, "CIRCULAR": False,
+                    "BLOCK_N": samples, "WIDTH": predicted_gates.WIDTH, "BLOCK_K": predicted_gates.DEPTH,
+                },
+                options={"num_warps": 4, "num_stages": 3},
+                extra={"inputs": inner},
+            )  # fmt: skip
 
 
 def compile_kernel(kernel: Kernel) -> dict[str, object]:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 COMPILE = """
 import json, compile_kernels
 rows = [*compile_kernels.list_passes("bf16", True), *compile_kernels.list_passes("bf16", False)]
-rows += compile_kernels.list_expansions("bf16")
+rows += [*compile_kernels.list_expansions("bf16"), *compile_kernels.list_predicted_gates("bf16")]
 print(json.dumps([compile_kernels.compile_kernel(kernel) for kernel in rows]))
 """
 
@@ -52,3 +52,4 @@ def test_processors_have_several_programs(rows):
     assert min(row["blocks"] for row in rows if "role" in row) >= 5
     first = [row for row in rows if row["kernel"].startswith("_expand") and row["inputs"] == 64]
     assert min(row["blocks"] for row in first) >= 3
+    assert min(row["blocks"] for row in rows if row["kernel"].startswith("_predict_gate")) >= 3

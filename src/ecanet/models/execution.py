@@ -94,9 +94,10 @@ def _end_folded(parts: Parts, convolution: nn.Module, h: Tensor, shortcut_x: Ten
     """
     gate = gate_of(parts.attention)
     early = gate is not None and widens(convolution)
-    g = _factors(parts, predict_means(convolution, h)) if early else None
     alone = early or parts.attention is None
-    if alone and may_expand(h, convolution, parts.end):
+    expands = alone and may_expand(h, convolution, parts.end)
+    g = _predict_factors(parts, convolution, h, in_kernel=expands) if early else None
+    if expands:
         shortcut, offset = _split_bias(parts.shortcut, shortcut_x)
         return _expand(cast(nn.Conv2d, convolution), h, g, shortcut, parts.end, offset)
     shortcut = None if parts.shortcut is None else parts.shortcut(shortcut_x)
@@ -117,6 +118,17 @@ def _factors(parts: Parts, p: Tensor) -> Tensor:
     assert gate is not None
     with ops.reference.disable_autocast(p):
         return gate(p)[..., None, None]
+
+
+def _predict_factors(parts: Parts, convolution: nn.Module, h: Tensor, *, in_kernel: bool) -> Tensor:
+    """Return the gate's factors (N, C, 1, 1) behind ``convolution`` of ``h``, in one kernel if the gate has a form."""
+    convolution = cast(nn.Conv2d, convolution)
+    form = ops.describe_gate(gate_of(parts.attention), convolution.out_channels) if in_kernel else None
+    if form is None:
+        return _factors(parts, predict_means(convolution, h))
+    with ops.reference.disable_autocast(h):
+        g = ops.predict_gate(ops.reference.squeeze(h), convolution.weight, convolution.bias, form)
+    return g[..., None, None]
 
 
 def _scale_and_add(y: Tensor, g: Tensor | None, shortcut: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from ecanet.ops.calls import (
     must_be_called,
     overrides_forward,
 )
-from ecanet.ops.channel_gates import ChannelGate
+from ecanet.ops.channel_gates import ChannelGate, describe_gate
 from ecanet.ops.choices import list_choices
 from ecanet.ops.convolution import Geometry, convolve_relu, has_epilogues, rounds_to_tf32
 from ecanet.ops.dispatch import (
@@ -31,6 +31,7 @@ from ecanet.ops.dispatch import (
     find_mode_obstacle,
     get_requested_impl,
     list_implementations,
+    predict_gate,
     prefer_impl,
     residual_tail,
     residual_tail_pair,
@@ -53,6 +54,7 @@ __all__ = [
     "check_input",
     "compiles_to_kernels",
     "convolve_relu",
+    "describe_gate",
     "expand",
     "find_mode_obstacle",
     "get_requested_impl",
@@ -69,6 +71,7 @@ __all__ = [
     "list_implementations",
     "must_be_called",
     "overrides_forward",
+    "predict_gate",
     "prefer_impl",
     "proof",
     "record_as_one_node",

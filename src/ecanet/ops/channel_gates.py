@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ecanet.ops.reference import Gate
 
-__all__ = ["ChannelGate", "compute_weights", "describe_gate"]
+__all__ = ["ChannelGate", "compute_weights", "describe_gate", "sum_taps"]
 
 MOST_TAPS = 16
 """The kernels compute gates with fewer taps. The paper's rule gives 9 taps for 65,536 channels."""
@@ -50,6 +50,11 @@ def describe_gate(gate: Gate | None, channels: int) -> ChannelGate | None:
 
 def compute_weights(p: Tensor, form: ChannelGate) -> Tensor:
     """Return the weights (N, C) for channel means ``p`` (N, C), in differentiable operations."""
+    return form.gain * sum_taps(p, form).sigmoid()
+
+
+def sum_taps(p: Tensor, form: ChannelGate) -> Tensor:
+    """Return the sums (N, C) over the taps and the bias, of which the sigmoid is taken."""
     r = form.taps // 2
     padded = F.pad(p[:, None], (r, r), mode="circular")[:, 0] if form.circular else F.pad(p, (r, r))
     q = padded.unfold(1, form.taps, 1)  # N C K
@@ -57,4 +62,4 @@ def compute_weights(p: Tensor, form: ChannelGate) -> Tensor:
         weight = form.weight.to(p.dtype)
         q = q * (weight.reshape(-1, form.taps) if form.own_taps else weight.flatten())
     q = q.sum(-1)
-    return form.gain * (q if form.bias is None else q + form.bias.to(p.dtype)).sigmoid()
+    return q if form.bias is None else q + form.bias.to(p.dtype)

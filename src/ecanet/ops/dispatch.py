@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from ecanet.errors import ConfigError
 from ecanet.ops import lean, proof, reference, tail
 from ecanet.ops.calls import find_norm_obstacle
+from ecanet.ops.channel_gates import ChannelGate
 from ecanet.ops.inputs import check_input, make_dense
 from ecanet.ops.passes import Passes
 from ecanet.ops.reference import Activation, Gate
@@ -279,6 +280,16 @@ def expand(
     from ecanet.ops.triton import expansion  # Triton is optional and slow to import
 
     return expansion.expand(h, weight, bias, g, shortcut, activation, offset)
+
+
+def predict_gate(m: Tensor, weight: Tensor, bias: Tensor | None, form: ChannelGate) -> Tensor:
+    """Compute a gate's factors from the means of its 1x1 convolution's input in one Triton kernel.
+
+    See `triton.predicted_gates.predict_gate` for the equation, shapes, dtypes and errors.
+    """
+    from ecanet.ops.triton import predicted_gates  # Triton is optional and slow to import
+
+    return predicted_gates.predict_gate(m, weight, bias, form)
 
 
 def find_mode_obstacle() -> str | None:

@@ -1,12 +1,13 @@
-"""The cases of `expansion` that `ops.proof` checks on a device before networks use the kernel there."""
+"""The cases of `expansion` and `predicted_gates` that `ops.proof` checks on a device before networks use them there."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ecanet.ops.channel_gates import ChannelGate, compute_weights, sum_taps
 from ecanet.ops.reference import Activation
-from ecanet.ops.triton import expansion
+from ecanet.ops.triton import expansion, predicted_gates
 from ecanet.ops.triton.expansion import INTERPRETED
 from ecanet.testing import bound_sums, find_elementwise_excess
 
@@ -35,8 +36,20 @@ TRIED = {
 """Cases by (N, K, C, H, W): sizes that are no multiples of a tile; then channels as in networks, with both tiles."""
 
 
+GATES = {
+    (3, 37, 70): ("shared", "own", "circular"),
+    (70, 130, 208): ("shared",),
+}
+"""Kinds of taps by (N, K, C): less than one tile and more, with several programs of channels."""
+
+
 def find_discrepancy(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return how the kernel is wrong on ``device``, None if it is not."""
+    """Return how the kernels are wrong on ``device``, None if they are not."""
+    for size, kinds in GATES.items():
+        for kind in kinds:
+            excess = find_gate_excess(size, kind, device, dtype)
+            if excess is not None:
+                return f"{excess} ({kind} taps, {size}, {dtype})"
     for shape, cases in TRIED.items():
         for case in cases:
             *given, offset = make_inputs(shape, case, device, dtype)
@@ -46,6 +59,39 @@ def find_discrepancy(device: torch.device, dtype: torch.dtype) -> str | None:
             if excess is not None:
                 return f"{excess} ({case}, {shape}, {dtype})"
     return None
+
+
+def find_gate_excess(size: tuple[int, int, int], kind: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return by how much a gate of random numbers is wrong, None if it is not."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
+
+    (samples, inner, channels), own = size, kind == "own"
+    m, weight, bias = draw(samples, inner), (draw(channels, inner) / inner**0.5).to(dtype), draw(channels).to(dtype)
+    taps, gate_bias = draw(*(channels,) * own, 5).to(dtype), draw(1).to(dtype)
+    form = ChannelGate(taps, gate_bias, 5, own, circular=kind == "circular", gain=2.0)
+    g = predicted_gates.predict_gate(m, weight, bias, form)
+    return find_elementwise_excess("g", g, *compute_gate_exactly(m, weight, bias, form))
+
+
+def compute_gate_exactly(m: Tensor, weight: Tensor, bias: Tensor | None, form: ChannelGate) -> tuple[Tensor, Tensor]:
+    """Return the factors in float64, and how far from them a result may be that is computed in float32.
+
+    Three products of TF32 lose up to 24 eps of the absolute values summed, each of the K sums one, the taps one each.
+    A sigmoid has a slope of at most 1/4, and its own operations lose a few eps.
+    """
+    w = weight.flatten(1).double()
+    p, terms = m.double() @ w.t(), m.double().abs() @ w.abs().t()
+    if bias is not None:
+        p, terms = p + bias.double(), terms + bias.double().abs()
+    sizes = form._replace(
+        **{name: None if x is None else x.abs() for name, x in (("weight", form.weight), ("bias", form.bias))}
+    )
+    roundings = m.shape[1] + 24 + form.taps + 2
+    eps = torch.finfo(torch.float32).eps
+    return compute_weights(p, form), form.gain * eps * (roundings * sum_taps(terms, sizes) / 4 + 4)
 
 
 def make_inputs(shape: tuple[int, ...], case: Case, device: torch.device, dtype: torch.dtype) -> Operands:
