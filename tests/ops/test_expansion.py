@@ -157,13 +157,20 @@ def test_reads_and_writes_as_few_bytes_as_possible(dtype):
         assert counted.read == (times * h.numel() + shortcut.numel() + rows * weight.numel()) * one
 
 
-def test_operator_is_compiled_and_counted():
+def test_operator_is_whole_and_counted():
     given = case((2, 17, 5, 3, 3), torch.float32)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.ecanet.expansion, (*given, "relu"), test_utils=checks)
     torch.library.opcheck(torch.ops.ecanet.expansion, (*given[:2], None, None, None, None), test_utils=checks)
     expected = expansion.expand(*given, "relu")
-    names = []
+    with FlopCounterMode(display=False) as flops:
+        assert torch.equal(expansion.expand(*given, "relu"), expected)
+    assert flops.get_total_flops() == 2 * (2 * 9) * 17 * 5
+
+
+def test_operator_is_compiled():
+    given, names = case((2, 17, 5, 3, 3), torch.float32), []
+    expected = expansion.expand(*given, "relu")
 
     def backend(graph, _):
         names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
@@ -171,9 +178,6 @@ def test_operator_is_compiled_and_counted():
 
     assert torch.equal(torch.compile(expansion.expand, backend=backend, fullgraph=True)(*given, "relu"), expected)
     assert [name for name in names if "expansion" in name] == ["ecanet.expansion"]
-    with FlopCounterMode(display=False) as flops:
-        assert torch.equal(expansion.expand(*given, "relu"), expected)
-    assert flops.get_total_flops() == 2 * (2 * 9) * 17 * 5
 
 
 def test_errors_name_what_does_not_fit(monkeypatch):
@@ -320,15 +324,13 @@ def test_a_bfloat16_copy_needs_no_casts(ran):
 
 
 def test_kernel_does_not_run_where_it_does_not_apply(ran):
-    """Gradients, other layouts and dtypes, hooks, tracing and compilation, and a preference for the lean passes."""
+    """Gradients, other layouts and dtypes, hooks, and a preference for the lean passes."""
     block, x = make_optimized("eca")
     with ops.prefer_impl("fused"):
         block(x)
         with torch.no_grad():
             block.double()(x.double())
             block.float()(x)
-            torch.jit.trace(block, x, check_trace=False)
-            torch.compile(block, backend="eager")(x)
             heard = []
             handle = block.branch[-1].register_forward_hook(lambda *args: heard.append(args))
             block(x)
@@ -339,6 +341,18 @@ def test_kernel_does_not_run_where_it_does_not_apply(ran):
     with torch.no_grad(), ops.prefer_impl("lean"):
         block(x)
     assert len(ran) == 2  # both 1x1 convolutions of the one allowed call
+
+
+@pytest.mark.parametrize("record", ["trace", "compile"])
+@torch.no_grad()
+def test_kernel_does_not_run_in_a_recorded_block(record, ran):
+    block, x = make_optimized("eca")
+    with ops.prefer_impl("fused"):
+        if record == "trace":
+            torch.jit.trace(block, x, check_trace=False)
+        else:
+            torch.compile(block, backend="eager")(x)
+    assert ran == []
 
 
 # proof

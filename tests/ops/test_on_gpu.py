@@ -11,7 +11,8 @@ from ecanet.ops import proof
 from ecanet.training.graphs import TrainingGraph
 from tensors import DEVICE
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU and -m gpu")]
+on_gpu = DEVICE != "cpu" and torch.cuda.is_available()  # neither interpreted nor simulated
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not on_gpu, reason="needs a CUDA GPU and -m gpu")]
 
 
 @pytest.mark.parametrize("dtype", proof.DTYPES)
