@@ -1,6 +1,7 @@
 """`ecanet.export`: the file gives PyTorch's numbers, a bad one is not kept, and mistakes are one line."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -183,3 +184,21 @@ def test_onnx_runtime_gives_the_same_and_the_metadata_is_there(tmp_path):
     kinds = {node.op_type for node in model.graph.node}
     assert not kinds & {"Shape", "Gather", "Expand", "BatchNormalization", "ReduceMean"}
     assert report.facts["opset"] == model.opset_import[0].version
+
+
+@pytest.mark.slow
+def test_cbam_is_seven_onnx_operations_for_each_of_its_two_gates(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    kinds = {}
+    for attention in ("none", "cbam"):
+        ecanet.export(small(attention), tmp_path / f"{attention}.onnx", target="onnx", example=X)
+        graph = onnx.load(tmp_path / f"{attention}.onnx").graph
+        kinds[attention] = Counter(node.op_type for node in graph.node)
+    kinds["cbam"].subtract(kinds["none"])
+    gates = 3
+    channel = {"GlobalAveragePool": 1, "GlobalMaxPool": 1, "Concat": 1, "Conv": 2, "Relu": 1, "Sigmoid": 1, "Mul": 1}
+    spatial = {"ReduceMean": 1, "ReduceMax": 1, "Concat": 1, "Conv": 1, "Sigmoid": 1, "Mul": 1}
+    both = Counter(channel) + Counter(spatial)
+    assert both.total() == 14
+    assert +kinds["cbam"] == Counter({kind: gates * count for kind, count in both.items()})

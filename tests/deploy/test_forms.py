@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 import ecanet
-from ecanet.attention import ASR, ECA, ECANS, ESE, SE, SEGC, ChannelAttention, SEVar1, SEVar2, SEVar3
+from ecanet.attention import ASR, CBAM, ECA, ECANS, ESE, SE, SEGC, ChannelAttention, SEVar1, SEVar2, SEVar3
 from ecanet.deploy import FORMS, build_gate
 from ecanet.testing import assert_within_budget
 
@@ -53,6 +53,22 @@ def test_a_form_computes_the_gate(name, form):
             assert_within_budget(f"{name} as {form}", written(x), gate(x), oracle, roundings=4)
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 9, 5), (1, 6, 1, 1)])
+@pytest.mark.parametrize("gain", [1.0, 2.0, 0.0])
+def test_cbams_form_computes_its_two_gates(shape, gain):
+    gate = lively(CBAM(6, 2))
+    gate.gain = gain
+    written = build_gate(gate, "conv2d")
+    for seed in range(5):  # sums of large terms: their rounding is that of the terms, not that of the small result
+        x = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed)) - 1
+        oracle = copy.deepcopy(gate).double()(x.double())
+        assert_within_budget("cbam", written(x), gate(x), oracle, roundings=8)
+    before = written(x)
+    for parameter in gate.parameters():
+        parameter.zero_()
+    assert torch.equal(written(x), before), "the form holds copies"
+
+
 @pytest.mark.parametrize(("channels", "weights"), [(64, 64 * 64), (320, 320 * 320), (321, 5), (512, 5)])
 def test_mixed_gives_narrow_gates_alone_a_matrix(channels, weights):
     gate = lively(ECA(channels, 5))
@@ -93,9 +109,34 @@ def patched():
     return gate
 
 
-@pytest.mark.parametrize(
-    "make", [patched, lambda: Own(8), lambda: OwnForward(8), hooked, lambda: ecanet.make_attention("cbam", 8)]
-)
+class OwnCBAM(CBAM):
+    def spatial_gate(self, maps):
+        return maps[:, :1].tanh()
+
+
+def patched_cbam():
+    gate = CBAM(8)
+    gate.channel_gate = lambda means, maxima: means.sigmoid()
+    return gate
+
+
+def cbam_with_a_bias():
+    gate = CBAM(8)
+    gate.fc2 = nn.Linear(1, 8)
+    return gate
+
+
+def hooked_cbam():
+    gate = CBAM(8)
+    gate.fc1.register_forward_hook(lambda module, args, output: 2 * output)
+    return gate
+
+
+OTHERS = [patched, lambda: Own(8), lambda: OwnForward(8), hooked, lambda: ecanet.make_attention("gc", 32)]
+OTHERS += [lambda: OwnCBAM(8), patched_cbam, cbam_with_a_bias, hooked_cbam]
+
+
+@pytest.mark.parametrize("make", OTHERS)
 def test_what_computes_something_else_is_exported_as_it_is(make):
     assert build_gate(make(), "conv2d") is None
 
@@ -113,16 +154,16 @@ class Net(nn.Module):
         return self.resnet(self.gate(x))
 
 
-@pytest.mark.parametrize("attention", ["eca", "se"])
+@pytest.mark.parametrize("attention", ["eca", "se", "cbam"])
 @pytest.mark.parametrize("early", [False, True])
 def test_the_prepared_copy_has_no_attention_module_left(attention, early):
     from ecanet.deploy.preparation import count_attention, prepare, remove_attention
 
     torch.manual_seed(0)
     networks = [Net(attention), ecanet.create_model("resnet14", attention=attention, num_classes=4)]
-    for network in networks if attention == "eca" else networks[:1]:
+    for network in networks[:1] if attention == "se" else networks:
         for gate in network.modules():
-            if isinstance(gate, ChannelAttention):
+            if isinstance(gate, ChannelAttention | CBAM):
                 lively(gate)
         network.eval()
         before = copy.deepcopy(network.state_dict())

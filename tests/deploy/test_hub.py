@@ -80,6 +80,13 @@ def test_without_the_right_token_nothing_is_pushed(hub, model, token):
     assert hub.repos == {}
 
 
+@pytest.mark.parametrize("repo", ["me", "me/net/part", "me/", "me/ne t", "https://huggingface.co/me/net", ""])
+def test_what_is_no_repositorys_name_is_refused_before_anything_is_sent(hub, model, repo):
+    with pytest.raises(ConfigError, match=re.escape(f"{repo!r} is no repository: give OWNER/NAME")):
+        ecanet.push_to_hub(model, repo, token=fake_hub.TOKEN)
+    assert hub.asked == []
+
+
 def test_without_a_connection_the_cache_is_taken(hub, model, monkeypatch, tmp_path):
     ecanet.push_to_hub(model, "me/net", token=fake_hub.TOKEN)
     ecanet.from_pretrained("me/net")

@@ -11,7 +11,7 @@ import torch
 
 import ecanet
 from ecanet import networks
-from ecanet.attention import Attention
+from ecanet.attention import CBAM, Attention
 from ecanet.deploy import FORMS, TARGETS, checking, preparation, programs, targets
 from ecanet.errors import ExportError
 from ecanet.models import small_example
@@ -27,8 +27,8 @@ CLASSES = tuple("abcdefghij")
 NAMES = ("resnet50", "mobilenet_v2", "timm:regnetx_002", "timm:efficientnet_b0")
 ATTENTIONS = ("eca", "se", "cbam")
 BANNED = {"Shape", "Gather", "Expand"}
-NODES = {"eca": 7, "se": 7, "cbam": 23}
-"""The most operations of a gate; CBAM is two, with two means and two maxima."""
+NODES = {"eca": 7, "se": 7, "cbam": 14}
+"""The most operations of a module. CBAM is two gates, with a mean and a maximum each: 8 and 6, so 7 a gate."""
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def export(model, folder, target, **options):
 
 
 def check_nodes(report, plain, gates, attention):
-    """Check what gates add to an ONNX file, and return the nodes of one: with CBAM, whose gates are two, more."""
+    """Check what attention modules add to an ONNX file, and return the nodes of one; CBAM's are two gates."""
     more = Counter(report) - Counter(plain)
     assert not BANNED & set(more)
     added = (sum(report.values()) - sum(plain.values())) / gates
@@ -94,7 +94,7 @@ def test_outputs_are_equal_in_the_targets_own_runtime(tmp_path, request, name, a
     assert len(report.comparisons) == (1 if target == "executorch" else 4)
     assert all(c.passed and c.allowed < 1e-4 for c in report.comparisons)
     assert measure_influence(model) > 100 * max(c.allowed for c in report.comparisons), "without gates it would pass"
-    assert set(report.gates) == {"as it is" if attention == "cbam" else TARGETS[target].form}
+    assert set(report.gates) == {TARGETS[target].form}
     if target == "onnx":
         assert not BANNED & set(report.operations)
         assert 0 < report.added <= NODES[attention]
@@ -116,6 +116,11 @@ def build_detector(attention):
         ecanet.attach(detector, attention, example=example)
     enliven(detector)
     for module in detector.modules():
+        if isinstance(module, CBAM):
+            # With twice these weights the scores are 1 - 1e-7, and the last bit decides which boxes are kept.
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.mul_(0.5)
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0  # the statistics of one batch, without which nothing reaches the last layers
     with torch.no_grad():
@@ -123,8 +128,7 @@ def build_detector(attention):
     return detector.eval()
 
 
-# With random weights and CBAM, PyTorch's own float32 and float64 disagree about most boxes: nothing is compared.
-@pytest.mark.parametrize("attention", ["eca", "se", pytest.param("cbam", marks=pytest.mark.xfail(strict=True))])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_a_detector_is_equal_in_onnx_runtime(tmp_path, attention):
     detector = build_detector(attention)
     image = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(1))
@@ -135,7 +139,8 @@ def test_a_detector_is_equal_in_onnx_runtime(tmp_path, attention):
     missing = checking.count_missing(exact, programs.run_network(plain, [image]))
     ecanet.export(plain, tmp_path / "plain.onnx", target="onnx", example=[image], check=False)
     operations = targets.TARGETS["onnx"].open(tmp_path / "plain.onnx").operations
-    assert found.error <= found.allowed < missing, "without its gates it would not pass"
+    assert found.error <= found.allowed < 0.1
+    assert missing > 0.5, "without its gates it would not pass"
     check_nodes(report.operations, operations, len(ecanet.attached(detector)), attention)
 
 

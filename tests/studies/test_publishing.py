@@ -149,7 +149,8 @@ def test_mistakes_are_one_line(runs, tmp_path, ecanet):
         ([runs / "a", "me/net", "--which", "middle"], "must be best or last, got 'middle'"),
         ([runs / "a", "--folder", tmp_path / "file"], "file is a file; give a directory"),
         ([tmp_path / "net", "--folder", tmp_path / "other"], "is such a folder already; give a repository"),
-        ([runs / "a", "not a name"], "not uploaded: no such folder, and not the name of a repository"),
+        ([runs / "a", "me"], "'me' is no repository: give OWNER/NAME"),
+        ([tmp_path / "none", "me"], "'me' is no repository: give OWNER/NAME"),
     ]:
         code, _, err = ecanet("push", *arguments)
         assert (code, err.count("\n")) == (2, 1), err

@@ -23,11 +23,13 @@ def push(
 
     Uploads it, or only writes --folder. `eval` and `predict` take such a folder as a run.
     """
-    from ecanet.deploy import push_to_hub
+    from ecanet.deploy import check_repository, push_to_hub
     from ecanet.networks import is_pretrained
 
     if repo is None and folder is None:
         raise ConfigError("give a repository (OWNER/NAME), or --folder to write the files only")
+    if repo is not None:
+        check_repository(repo)
     check_folder(folder)
     say = notices.print if as_json else console.print
     result: dict[str, object] = {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ecanet.attention import ESE, SE, SEGC, ChannelAttention, SEVar3
+from ecanet.deploy.cbam_form import ExportedCBAM, is_own_cbam
 from ecanet.ops import ChannelGate
 
 __all__ = ["FORMS", "ExportedGate", "Form", "build_gate", "make_band"]
@@ -133,15 +134,17 @@ class ExportedGate(nn.Module):
         return x * g.reshape(*g.shape, *(1 for _ in axes))
 
 
-def build_gate(attention: nn.Module, form: Form) -> ExportedGate | None:
+def build_gate(attention: nn.Module, form: Form) -> ExportedGate | ExportedCBAM | None:
     """Return ``attention`` in the form ``form``; None if it has no such form, so that it is exported as it is.
 
-    That is every attention that is not squeeze, gate, scale (CBAM, GC, …), every class of a user's own, and every gate
-    whose weights are computed by a hook, as pruning does.
+    CBAM has one form. None have the other attentions that are not squeeze, gate, scale (GC, …), every class of a user's
+    own, and every gate whose weights are computed by a hook, as pruning does.
     """
-    if not isinstance(attention, ChannelAttention) or type(attention).forward is not ChannelAttention.forward:
-        return None
     if any(vars(m)["_forward_pre_hooks"] or vars(m)["_forward_hooks"] for m in attention.modules()):
+        return None
+    if is_own_cbam(attention):
+        return ExportedCBAM(attention).eval().requires_grad_(False)
+    if not isinstance(attention, ChannelAttention) or type(attention).forward is not ChannelAttention.forward:
         return None
     found = build_layers(attention, form)
     return None if found is None else ExportedGate(*found, attention.gain).eval().requires_grad_(False)

@@ -1,5 +1,6 @@
 """A trained network on the Hugging Face Hub, or in a folder from there."""
 
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ from ecanet.models import quiet_loggers
 from ecanet.networks import CONFIG, WEIGHTS, Preprocessing
 from ecanet.recipes import ModelConfig
 
-__all__ = ["from_pretrained", "push_to_hub"]
+__all__ = ["check_repository", "from_pretrained", "push_to_hub"]
+
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def from_pretrained(source: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> nn.Module:
@@ -71,9 +74,10 @@ def push_to_hub(
         measured: the figures of the model card.
 
     Raises:
-        ConfigError: the network cannot be saved, or the repository cannot be made or written.
+        ConfigError: the network cannot be saved, or the repository cannot be made or written, or is named otherwise.
         CheckpointError: the folder is missing or broken.
     """
+    check_repository(repo)
     settings: dict[str, Any] = {
         "network": network,
         "class_names": class_names,
@@ -90,6 +94,16 @@ def push_to_hub(
         raise ConfigError(f"{', '.join(given)}: {model} is saved already; save the network again with these")
     networks.load_pretrained(model)  # nobody could use a broken one
     return _upload(Path(model), repo, private, revision, token)
+
+
+def check_repository(repo: str) -> None:
+    """Check that ``repo`` has the form of a repository's name, before anything is computed or sent.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if not REPOSITORY.fullmatch(repo):
+        raise ConfigError(f"{repo!r} is no repository: give OWNER/NAME, such as ada/resnet50-eca")
 
 
 def _download(repo: str, revision: str | None, token: str | bool | None) -> Path:

@@ -49,16 +49,19 @@ def write_file(network: nn.Module, inputs: Sequence[Tensor], about: About, path:
     return {"opset": int(model.opset_import[0].version), "batch varies": varies[0], "size varies": varies[1]}
 
 
+POOLS = {"ReduceMean": "GlobalAveragePool", "ReduceMax": "GlobalMaxPool"}
+
+
 def use_global_pools(onnx: Any, graph: Any) -> None:
-    """Make each mean over the two spatial axes a GlobalAveragePool, which ONNX Runtime has in its own layout."""
+    """Make each mean and maximum over the two spatial axes a global pool, which ONNX Runtime has in its own layout."""
     constants = {x.name: x for x in graph.initializer}
     for node in graph.node:
-        axes = constants.get(node.input[1]) if node.op_type == "ReduceMean" and len(node.input) == 2 else None
+        axes = constants.get(node.input[1]) if node.op_type in POOLS and len(node.input) == 2 else None
         # Without the attribute the axes are kept.
         keeps = all(x.i == 1 for x in node.attribute if x.name == "keepdims")
         if axes is None or not keeps or sorted(onnx.numpy_helper.to_array(axes).tolist()) not in ([2, 3], [-2, -1]):
             continue
-        node.op_type = "GlobalAveragePool"
+        node.op_type = POOLS[node.op_type]
         del node.input[1:], node.attribute[:]
     used = {name for node in graph.node for name in node.input}
     for constant in [x for x in graph.initializer if x.name not in used]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ecanet import inference
 from ecanet.attention import Attention, AugmentedConv2d
+from ecanet.deploy.cbam_form import ExportedCBAM
 from ecanet.deploy.forms import ExportedGate, Form, build_gate
 from ecanet.errors import AttachError, ConfigError
 from ecanet.models import is_pointwise
@@ -72,10 +73,11 @@ def prepare(model: nn.Module, form: Form, *, early: bool) -> Prepared:
     return Prepared(network, dict(counts))
 
 
-def put_gate(parent: nn.Module, name: str, gate: ExportedGate, *, early: bool) -> None:
+def put_gate(parent: nn.Module, name: str, gate: ExportedGate | ExportedCBAM, *, early: bool) -> None:
     """Put ``gate`` in the place of the child ``name``, or ``early`` around the convolution that widens before it."""
-    last = parent.branch[-1] if isinstance(parent, inference.InferenceBlock) else None
-    if early and isinstance(parent, inference.InferenceBlock) and name == "attention" and widens(last):
+    last = parent.branch[-1] if isinstance(parent, inference.InferenceBlock) and name == "attention" else None
+    # CBAM has maxima, and they are not those before the convolution.
+    if early and isinstance(parent, inference.InferenceBlock) and isinstance(gate, ExportedGate) and widens(last):
         parent.branch[-1] = EarlyGate(last, gate)
         parent.attention = None
     else:

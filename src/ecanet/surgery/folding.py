@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ecanet.attention import ATTENTIONS, ChannelAttention
+from ecanet.attention import ATTENTIONS, CBAM, ChannelAttention
 from ecanet.errors import AttachError
 from ecanet.surgery.gates import find_gates
 from ecanet.surgery.modules import forward_pre_hooks, own_tensors
@@ -27,7 +27,8 @@ def fold(model: Model) -> Model:
 
     ``2 sigmoid(f(mean(b))) b`` becomes ``sigmoid(f(mean(2b) / 2)) 2b``: weight and bias of the norm (or convolution)
     that makes ``b`` are doubled, the gate's first weights halved (unless it does not read ``b``, as ASR), ``gain`` is 1
-    and leaves the state dict. Doubling and halving are exact in floating point. All gates are folded, or none.
+    and leaves the state dict. CBAM is two gates, so its factor is 4, and the first weights of both are divided by it.
+    Powers of two are exact in floating point. All gates are folded, or none.
 
     Raises:
         AttachError: nothing is attached, or a gate cannot be folded because no norm or convolution of its own precedes
@@ -41,25 +42,37 @@ def fold(model: Model) -> Model:
         if reason:
             raise AttachError(f"cannot fold {name!r}: {reason}; the model works without folding")
     for name, gate, record in found:
-        assert isinstance(gate, ChannelAttention)
+        assert isinstance(gate, ChannelAttention | CBAM)
         if gate.gain == 2:
-            multiply(list_affine_tensors(model.get_submodule(name.rpartition(".")[0]), record), 2)
-            if gate.reads_means:
-                multiply([next(iter(gate.parameters()))], 0.5)
+            factor = find_factor(gate)
+            multiply(list_affine_tensors(model.get_submodule(name.rpartition(".")[0]), record), factor)
+            multiply(list_first_weights(gate), 1 / factor)
             gate.gain = 1.0
             record.doubled = True
     return model
 
 
-def unfold(block: nn.Module, record: Record) -> None:
-    """Halve the layer that `fold` doubled for a gate of ``block`` that is about to be removed."""
-    multiply(list_affine_tensors(block, record), 0.5)
+def unfold(block: nn.Module, gate: nn.Module, record: Record) -> None:
+    """Undo in ``block`` what `fold` did to the layer before ``gate``, which is about to be removed."""
+    multiply(list_affine_tensors(block, record), 1 / find_factor(gate))
+
+
+def find_factor(gate: nn.Module) -> float:
+    """Return the factor that `fold` moves into the layer before ``gate``: 2, for each gate that it is."""
+    return 4.0 if isinstance(gate, CBAM) else 2.0
+
+
+def list_first_weights(gate: ChannelAttention | CBAM) -> list[Tensor]:
+    """Return the weights of ``gate`` on what it reads from its input, which scales with the layer before it."""
+    if isinstance(gate, CBAM):
+        return [gate.fc1.weight, gate.spatial.weight]
+    return [next(iter(gate.parameters()))] if gate.reads_means else []
 
 
 def find_obstacle(model: nn.Module, name: str, gate: nn.Module, record: Record) -> str | None:
     """Return the reason why this gate cannot be folded, or None."""
-    if not isinstance(gate, ChannelAttention):
-        return f"{type(gate).__name__} is not one gate on channel means"
+    if not isinstance(gate, ChannelAttention | CBAM):
+        return f"{type(gate).__name__} is neither one gate on channel means nor CBAM"
     if type(gate) not in ATTENTIONS.values():
         return f"{type(gate).__name__} is not from this library, so its first weights may not scale with the means"
     if record.affine is None:

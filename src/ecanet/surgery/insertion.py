@@ -58,7 +58,7 @@ def remove(model: nn.Module, name: str, gate: nn.Module, record: Record) -> None
     keeper, _, key = name.rpartition(".")
     block = model.get_submodule(keeper)
     if is_folded(gate, record):
-        unfold(block, record)
+        unfold(block, gate, record)
     if record.mode == "call":
         uninstall(block, key)
     elif record.mode == "node":

@@ -38,7 +38,7 @@ class Record:
         self.affine: str | None = None
         """Name, relative to the block, of the norm or convolution right before the gate."""
         self.doubled = False
-        """Whether `fold` doubled that norm or convolution."""
+        """Whether `fold` doubled that norm or convolution, or quadrupled it for CBAM."""
         self.replaced: nn.Module | None = None
         """The module whose place the gate took; not a child, so not in the state dict."""
         self.moved: Moved | None = None

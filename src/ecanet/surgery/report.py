@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ecanet.attention import ChannelAttention
+from ecanet.surgery.folding import find_factor
 from ecanet.surgery.probing import copy_module
 from ecanet.surgery.records import Record, is_folded, read_record
 
@@ -126,9 +127,9 @@ def measure_change(gate: nn.Module, record: Record) -> float:
         ours, theirs = (copy_module(module)(x.clone()) for module in (gate, record.replaced.to(x.device, x.dtype)))
         change = float((ours - theirs).abs().max())
         return change if change > 64 * torch.finfo(x.dtype).eps * float(x.abs().max()) else 0.0
+    factor = find_factor(gate) if is_folded(gate, record) else 1
     if isinstance(gate, ChannelAttention):
         means = torch.randn((64, record.channels), generator=generator, device="cpu").to(like.device)
-        factor = 2 if is_folded(gate, record) else 1
         return float((factor * gate.weigh(factor * means) - 1).abs().max())
     x = torch.randn((2, record.channels, *record.shape), generator=generator, device="cpu").to(like.device, like.dtype)
-    return float((gate(x) - x).abs().max())
+    return float((gate(factor * x) - x).abs().max())
