@@ -2,7 +2,7 @@
 
 import importlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,6 +54,7 @@ POOLS = {"ReduceMean": "GlobalAveragePool", "ReduceMax": "GlobalMaxPool"}
 
 def use_global_pools(onnx: Any, graph: Any) -> None:
     """Make each mean and maximum over the two spatial axes a global pool, which ONNX Runtime has in its own layout."""
+    name_axes(graph)
     constants = {x.name: x for x in graph.initializer}
     for node in graph.node:
         axes = constants.get(node.input[1]) if node.op_type in POOLS and len(node.input) == 2 else None
@@ -63,9 +64,26 @@ def use_global_pools(onnx: Any, graph: Any) -> None:
             continue
         node.op_type = POOLS[node.op_type]
         del node.input[1:], node.attribute[:]
-    used = {name for node in graph.node for name in node.input}
+    used = set(list_inputs(graph))
     for constant in [x for x in graph.initializer if x.name not in used]:
         graph.initializer.remove(constant)
+
+
+def name_axes(graph: Any) -> None:
+    """Make the axes of means and maxima initializers, where the older exporter has written a node for each."""
+    axes = {node.input[1] for node in graph.node if node.op_type in POOLS and len(node.input) == 2}
+    for node in [x for x in graph.node if x.op_type == "Constant" and x.output[0] in axes]:
+        graph.initializer.add().CopyFrom(node.attribute[0].t)
+        graph.initializer[-1].name = node.output[0]
+        graph.node.remove(node)
+
+
+def list_inputs(graph: Any) -> Iterator[str]:
+    """Yield the names that the nodes of ``graph`` read, and those in its loops and branches."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            yield from list_inputs(attribute.g)
 
 
 def open_file(path: Path) -> Session:
