@@ -10,7 +10,7 @@ from ecanet.attention import ATTENTIONS, CBAM, ChannelAttention
 from ecanet.errors import AttachError
 from ecanet.surgery.gates import find_gates
 from ecanet.surgery.modules import forward_pre_hooks, own_tensors
-from ecanet.surgery.records import Record, is_folded
+from ecanet.surgery.records import Record, find_factor, is_folded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -55,11 +55,6 @@ def fold(model: Model) -> Model:
 def unfold(block: nn.Module, gate: nn.Module, record: Record) -> None:
     """Undo in ``block`` what `fold` did to the layer before ``gate``, which is about to be removed."""
     multiply(list_affine_tensors(block, record), 1 / find_factor(gate))
-
-
-def find_factor(gate: nn.Module) -> float:
-    """Return the factor that `fold` moves into the layer before ``gate``: 2, for each gate that it is."""
-    return 4.0 if isinstance(gate, CBAM) else 2.0
 
 
 def list_first_weights(gate: ChannelAttention | CBAM) -> list[Tensor]:

@@ -4,6 +4,7 @@ from typing import Literal, cast
 
 from torch import nn
 
+from ecanet.attention import CBAM
 from ecanet.surgery.graphs import Moved
 
 Mode = Literal["call", "append", "replace", "node"]
@@ -59,3 +60,8 @@ def read_record(module: nn.Module) -> Record | None:
 def is_folded(gate: nn.Module, record: Record) -> bool:
     """Return whether the layer before ``gate`` is doubled now: `fold` did it, and no file with a gain was loaded."""
     return record.doubled and cast(float, gate.gain) == 1
+
+
+def find_factor(gate: nn.Module) -> float:
+    """Return the factor that `fold` moves into the layer before ``gate``: 2, for each gate that it is."""
+    return 4.0 if isinstance(gate, CBAM) else 2.0

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from ecanet.attention import ChannelAttention
-from ecanet.surgery.folding import find_factor
 from ecanet.surgery.probing import copy_module
-from ecanet.surgery.records import Record, is_folded, read_record
+from ecanet.surgery.records import Record, find_factor, is_folded, read_record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
