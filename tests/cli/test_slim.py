@@ -7,10 +7,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ecanet import training
+from ecanet import deploy, training
 from ecanet.attention import ECA
 from ecanet.cli import app
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, DataError
 from photographs import paint
 from tiny_runs import TINY, add_tiny, run
 
@@ -38,7 +38,7 @@ def test_a_run_without_its_gates_is_written_and_read(made, tmp_path, finetune):
     assert "folded 3 of 3 gates" in done.output
     report = json.loads((out / "slim.json").read_text())
     assert report["folded"] == 3
-    assert report["judged"]["images"] == 10  # half of the 20 held-out images
+    assert (report["fitted"], report["judged"]["images"]) == (48, 20)  # all training images, all held-out ones
     assert set(report["top1"]) == {"before", "folded", *(["fine-tuned"] if finetune else [])}
     task, first = training.restore(out / "slim.pth"), training.restore(made)
     gates = [module for module in task.model.modules() if isinstance(module, ECA)]
@@ -80,6 +80,37 @@ def test_folders_of_images_without_labels_judge(made, tmp_path):
     report = json.loads(done.stdout)
     assert report["fitted"] == 5
     assert [share["images"] for share in report["also"].values()] == [9]
+
+
+def test_without_training_images_half_of_the_others_fit(made, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise DataError("they are gone")
+
+    monkeypatch.setattr(training, "sample_images", refuse)
+    done = slim(made, "--budget", 0.95, "--out", tmp_path, "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert (report["fitted"], report["judged"]["images"]) == (10, 10)
+    assert "no training images (they are gone): half of the held-out images fit" in done.stderr
+
+
+def test_constants_are_fitted_to_training_images(made, tmp_path, monkeypatch):
+    seen = []
+    slim_of_package = deploy.slim
+
+    def watch(model, images, **options):
+        seen.append((images, options["fit_images"]))
+        return slim_of_package(model, images, **options)
+
+    monkeypatch.setattr(deploy, "slim", watch)
+    assert slim(made, "--budget", 0.95, "--out", tmp_path).exit_code == 0
+    ((judging, fitting),) = seen
+    task = training.restore(made)
+    data = training.build_data(task.recipe)
+    held_out = {one.numpy().tobytes() for batch in judging for one in batch}
+    assert len(held_out) == 20
+    assert held_out.isdisjoint(one.numpy().tobytes() for one in fitting)
+    assert torch.equal(fitting, training.sample_images(data, 48, train=True)[0])
 
 
 def test_mistakes_are_one_line(made, tmp_path):

@@ -255,6 +255,12 @@ def test_a_function_of_the_users_decides():
         ({"images": 3}, "images must be float tensors"),
         ({"budget": 0.05}, "a budget of 0.05 needs 118 images or more, every second one of which judges, got about 60"),
         ({"also": {"rain": IMAGES[:3]}, "budget": 0.2}, "also 'rain': a budget of 0.2 needs 14 images or more, got 3"),
+        ({"fit_images": IMAGES}, "fit_images= must be other images than those that judge; without it, half of them"),
+        ({"fit_images": IMAGES[:0]}, "fit_images: there are no images"),
+        (
+            {"fit_images": IMAGES[:9] + 1, "budget": 0.02},
+            "images: a budget of 0.02 needs 149 images or more, got 60; give more images",
+        ),
         ({"also": IMAGES}, "also= takes images by name"),
         ({"model": "resnet8"}, r"slim takes a network \(a torch.nn.Module\), got 'resnet8'"),
     ],
@@ -274,6 +280,19 @@ def test_a_network_without_gates_is_refused():
 def test_rounding_that_is_too_coarse_is_refused():
     with pytest.raises(AttachError, match=r"folding changes outputs of ResNet by .*; slim it in float32 or wider"):
         ecanet.slim(make_model().to(torch.bfloat16), IMAGES.to(torch.bfloat16), budget=0.9)
+
+
+def test_images_to_fit_with_leave_all_others_to_judge():
+    model, fitting = make_model(), IMAGES[::2]
+    result, report = ecanet.slim(model, IMAGES, budget=0.11, fit_images=fitting)
+    with torch.no_grad():
+        changed = (result(IMAGES).argmax(1) != model(IMAGES).argmax(1)).double().mean()
+    assert (report.fitted, report.changed.images) == (30, 60)
+    assert report.changed.share == pytest.approx(float(changed))
+    halved, _ = ecanet.slim(model, IMAGES, budget=0.99)  # every second image fits there
+    whole, _ = ecanet.slim(model, IMAGES[1::2], budget=0.99, fit_images=list(fitting.split(7)))
+    state = whole.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in halved.state_dict().items())
 
 
 def test_many_images_fit_no_more_than_they_must(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import ecanet
+from ecanet.deploy import slim_tune
 from ecanet.deploy.slim_fit import Frozen, fit
 from ecanet.deploy.slim_judge import answer, mean_divergence
 from ecanet.deploy.slim_tune import tune
@@ -60,6 +61,27 @@ def test_tuning_makes_the_divergence_small_and_moves_scales_and_biases_alone(mon
         assert not torch.equal(constant.scale, frozen[gate].scale)
 
 
+def test_steps_see_every_image_before_one_comes_again_and_in_no_order(monkeypatch):
+    monkeypatch.setattr(slim_tune, "BATCH", 4)
+    sizes = [(6, 8), (5, 8), (3, 6)]
+    batches = [torch.full((count, 3, side, side), 0.0) for count, side in sizes]
+    for number, batch in enumerate(batches):
+        batch += 10 * number + torch.arange(len(batch))[:, None, None, None]
+    said = answer(torch.nn.Flatten(), [batch[:, :, 0, 0] for batch in batches], None)
+    for number, (one, batch) in enumerate(zip(said, batches, strict=True)):
+        said[number] = replace(one, log_probabilities=batch[:, :, 0, 0])
+    parts = slim_tune.draw_parts(batches, said)
+    seen = []
+    for _ in range(4):  # 11 images of one size in three parts, 3 of the other in one
+        images, logs = next(parts)
+        assert torch.equal(images[:, :, 0, 0], logs)
+        seen.append(images[:, 0, 0, 0].tolist())
+    numbers = [number for part in seen for number in part]
+    assert sorted(numbers) == [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 20, 21, 22]
+    assert numbers != sorted(numbers)
+    assert any(min(part) < 10 <= max(part) < 20 for part in seen), "images of one batch stay together"
+
+
 def test_tuning_that_fails_changes_nothing(monkeypatch):
     before, after, frozen, tuned = tune_one(monkeypatch, RATE=50.0)
     assert after == before
@@ -93,4 +115,11 @@ def test_judging_images_have_no_part_in_the_constants():
     assert [gate.name for gate in results[0][1].folded] == [gate.name for gate in results[1][1].folded]
     states = [model.state_dict() for model, _ in results]
     assert all(torch.equal(states[0][key], state[key]) for state in states[1:] for key in states[0])
+    assert results[0][1].changed != results[1][1].changed
+
+
+def test_images_that_all_judge_have_no_part_in_the_constants():
+    results = [ecanet.slim(make_model(), x, budget=0.99, fit_images=-IMAGES) for x in (IMAGES, 2 * IMAGES[:40])]
+    states = [model.state_dict() for model, _ in results]
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
     assert results[0][1].changed != results[1][1].changed

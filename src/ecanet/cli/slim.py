@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from ecanet import progress
-from ecanet.cli.options import AsJson, Checkpoint, DataDir, Device, Quiet, check_folder, console, print_json
-from ecanet.errors import ConfigError
+from ecanet.cli.options import AsJson, Checkpoint, DataDir, Device, Quiet, check_folder, console, notices, print_json
+from ecanet.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from ecanet.data import ClassificationData
     from ecanet.training import Classification
+
+FITTED = 8192
+"""Training images that constants are fitted to and tuned on."""
 
 
 def slim(
@@ -37,6 +40,7 @@ def slim(
 ) -> None:
     """Fold gates that barely vary into other layers.
 
+    Constants are fitted to the run's training images; held-out images judge.
     Decisions are compared without labels; the budget holds with 95 % confidence.
     Writes OUT/slim.json and OUT/slim.pth, which eval and predict take.
     """
@@ -54,10 +58,11 @@ def slim(
     task = task.to(to)
     held_out = cast("ClassificationData", training.build_data(task.recipe, train=False, split=task.split))
     shown = read_folder(task, images) if images is not None else [x for x, _ in iterate_batches(task, held_out, to)]
+    learned = None if images is not None else read_training_images(task)
     folders = [name.removeprefix("folder:") for name in also or ()]
     others = {name: read_folder(task, Path(name)) for name in folders}
     before = count_correct(task, held_out, to)
-    task.model, report = deploy.slim(task.model, shown, budget=budget, also=others)
+    task.model, report = deploy.slim(task.model, shown, budget=budget, fit_images=learned, also=others)
     accuracy = {"before": before, "folded": count_correct(task, held_out, to)}
     if finetune:
         training.fine_tune(task, finetune, device=to)
@@ -94,6 +99,19 @@ def iterate_batches(
     for batch in progress.track(batches, "held-out batches"):
         x, labels = data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
         yield x.expand(-1, task.channels, -1, -1).to(device), labels.to(device)
+
+
+def read_training_images(task: "Classification") -> "Tensor | None":
+    """Return images that the run of ``task`` was trained on, without augmentation; None if they are not at hand."""
+    from ecanet import training
+
+    try:
+        data = cast("ClassificationData", training.build_data(task.recipe, split=task.split))
+        found, _ = training.sample_images(data, FITTED, train=True)
+    except DataError as error:
+        notices.print(f"no training images ({error}): half of the held-out images fit the constants, and half judge")
+        return None
+    return found.expand(-1, task.channels, -1, -1)
 
 
 def read_folder(task: "Classification", folder: Path) -> "list[Tensor]":

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ecanet import inference, progress
 from ecanet.deploy.slim_fit import Constant, Frozen, find_constant_factor, fit
-from ecanet.deploy.slim_images import Images, check_count, split_images
+from ecanet.deploy.slim_images import Images, Sets, split_images
 from ecanet.deploy.slim_judge import Answers, Decide, Share, answer, compare, mean_divergence, shift
 from ecanet.deploy.slim_report import GateReport, SlimReport
 from ecanet.deploy.slim_tune import copy_affines, restore_affines, tune
@@ -31,6 +31,7 @@ def slim(
     images: Images,
     *,
     budget: float = 0.01,
+    fit_images: Images | None = None,
     also: Mapping[str, Images] | None = None,
     decide: Decide | None = None,
 ) -> tuple[nn.Module, SlimReport]:
@@ -39,16 +40,16 @@ def slim(
     A trained gate may give nearly the same factors for every image. Then a constant does as well, and a norm or
     convolution beside the gate takes it for free. The procedure needs no labels:
 
-    1. Half of the images, 4,096 at most, give the scale and bias of each gate and channel that fit the gate's output
-       best (least squares), and the order of the gates: by the Kullback-Leibler divergence of the network's class
-       probabilities when that gate alone is constant.
+    1. ``fit_images``, or half of the images, 4,096 at most, give the scale and bias of each gate and channel that fit
+       the gate's output best (least squares), and the order of the gates: by the Kullback-Leibler divergence of the
+       network's class probabilities when that gate alone is constant.
     2. Gates become constant one after the other. As soon as more than a quarter of the budget changes on the images of
        step 1, the scales and biases of all that are constant, and those of the norms, are tuned together on these each
        time, so that the divergence becomes small.
-    3. All other images judge, until the share of changed decisions may exceed the budget: its one-sided upper 95 %
-       confidence limit (Clopper-Pearson) decides. The first gate that exceeds it and all after it are kept. As nothing
-       in steps 1 and 2 depends on the judging images and the first failure ends the procedure, the confidence holds
-       for the result as a whole.
+    3. The images that did not fit judge, until the share of changed decisions may exceed the budget: its one-sided
+       upper 95 % confidence limit (Clopper-Pearson) decides. The first gate that exceeds it and all after it are kept.
+       As nothing in steps 1 and 2 depends on the judging images and the first failure ends the procedure, the
+       confidence holds for the result as a whole.
     4. Constants move into the layer before the gate (scale and bias) or, where that is an activation, into the
        convolution behind it (no bias if that pads with zeros). A gate with neither is kept: its constant would cost a
        pass over memory, as the gate does.
@@ -58,9 +59,11 @@ def slim(
 
     Args:
         model: a trained network, which is not changed.
-        images: unlabeled images (N, ...) on any device, or batches of them, normalized as in training. Every second
-            one judges, and after 8,192 all. They stay in memory.
+        images: unlabeled images (N, ...) on any device, or batches of them, normalized as in training. With
+            ``fit_images`` all of them judge; without, every second one, and after 8,192 all. They stay in memory.
         budget: largest share of decisions that may change, between 0 and 1. Its proof needs 299 judged images at 0.01.
+        fit_images: other unlabeled images, of the network's training set for example, for steps 1 and 2. None of them
+            may be among ``images``.
         also: further sets of images by name (other weather, another camera, noise), all of which judge as well: the
             budget holds on each. A gate may be constant on ``images`` and not on these.
         decide: a function from the network's output to its decisions, integers or booleans (N, ...). By default the
@@ -79,21 +82,20 @@ def slim(
         AttachError: the network has no gates, cannot be run on the images, returns NaN for them, or folding changes
             outputs by more than 1e-5 of the largest.
     """
-    fitted, judged, others = split_images(model, images, budget, also)
+    sets = split_images(model, images, budget, also, fit_images)
     result = inference.copy_for_evaluation(model)
     to = next((p.device for p in result.parameters()), torch.device("cpu"))
-    fitted, judged = ([images.to(to) for images in batches] for batches in (fitted, judged))
-    others = {name: [images.to(to) for images in batches] for name, batches in others.items()}
-    report = SlimReport(budget=budget, fitted=sum(map(len, fitted)))
-    with find_scalings(result, fitted[0][:2]) as scalings:
+    sets = sets.to(to)
+    report = SlimReport(budget=budget, fitted=sum(map(len, sets.fitted)))
+    with find_scalings(result, sets.fitted[0][:2]) as scalings:
         if not scalings:
             raise AttachError(f"{type(model).__name__} has no channel gates; there is nothing to slim")
         trial = Trial(result, scalings, report)
         trial.fold_constants()
-        trial.judge(fitted, judged, others, decide)
-        trial.fold(judged[0] if judged else fitted[0])
+        trial.judge(sets, decide)
+        trial.fold((sets.judged or sets.fitted)[0])
     base = inference.copy_for_evaluation(model)
-    for name, shifted in shift(judged[:MOST_SHIFTED]).items() if report.changed else ():
+    for name, shifted in shift(sets.judged[:MOST_SHIFTED]).items() if report.changed else ():
         report.shifted[name] = compare(answer(base, shifted, decide), answer(result, shifted, decide)).share
     return result.eval(), report
 
@@ -141,13 +143,7 @@ class Trial:
         self.standing[one] = Frozen(self.constants[one], like)
         one.put(self.model, self.standing[one])
 
-    def judge(
-        self,
-        fitted: list[Tensor],
-        judged: list[Tensor],
-        others: dict[str, list[Tensor]],
-        decide: Decide | None,
-    ) -> None:
+    def judge(self, sets: Sets, decide: Decide | None) -> None:
         """Choose the longest row of gates, least divergence first, that stays within the budget on all images.
 
         Raises:
@@ -156,20 +152,20 @@ class Trial:
         open_gates = [one for one in self.scalings if not one.obstacle and one not in self.constants]
         if not open_gates:
             return
-        check_count(self.report.budget, judged, others)
+        sets.check_count(self.report.budget)
         biased = {one.module: one.before is not None or one.takes_bias for one in open_gates}
-        found = fit(self.model, biased, fitted)
+        found = fit(self.model, biased, sets.fitted)
         self.found = {one: found[one.module] for one in open_gates}
         self.constants |= self.found
-        self.fitted, self.said = fitted, answer(self.model, fitted, decide)
+        self.fitted, self.said = sets.fitted, answer(self.model, sets.fitted, decide)
         for one in open_gates:
             gate = self.reports[one]
             self.put_constant(one)
             gate.spread = self.constants[one].spread
-            gate.divergence = mean_divergence(self.said, answer(self.model, fitted, decide))
+            gate.divergence = mean_divergence(self.said, answer(self.model, self.fitted, decide))
             one.put(self.model, one.module)
         ordered = sorted(open_gates, key=lambda one: cast(float, self.reports[one].divergence))
-        self.freeze_in_order(ordered, {"": judged, **others}, decide)
+        self.freeze_in_order(ordered, {"": sets.judged, **sets.others}, decide)
 
     def freeze_in_order(
         self, ordered: Sequence[Scaling], sets: Mapping[str, list[Tensor]], decide: Decide | None

@@ -1,6 +1,7 @@
 """The images that `ecanet.slim` gets: checked, and split into those to fit with and those to judge by."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from ecanet.deploy.slim_judge import count_needed
 from ecanet.errors import ConfigError, show_value
 
-__all__ = ["Images", "check_count", "split_images"]
+__all__ = ["Images", "Sets", "split_images"]
 
 Images = Tensor | Iterable[Tensor]
 """Images (N, ...) as the network takes them, or batches of such."""
@@ -19,10 +20,50 @@ MOST_FITTED = 4096
 """More images hardly change what is tuned, and judge instead."""
 
 
-def split_images(
-    model: object, images: object, budget: object, also: object
-) -> tuple[list[Tensor], list[Tensor], dict[str, list[Tensor]]]:
-    """Return the images to fit with, those to judge by, and the other sets, each in batches.
+@dataclass(frozen=True, kw_only=True)
+class Sets:
+    """The images of `ecanet.slim`, each set in batches."""
+
+    fitted: list[Tensor]
+    """What constants are fitted to and tuned on."""
+    judged: list[Tensor]
+    """What else is held to the budget; none of it has a part in the constants."""
+    others: dict[str, list[Tensor]]
+    """The caller's further sets, which judge as well."""
+    halved: bool
+    """Whether the fitted and the judged images came as one set."""
+
+    def to(self, device: torch.device) -> "Sets":
+        """Return the sets on ``device``."""
+        fitted, judged, *others = (
+            [images.to(device) for images in batches] for batches in (self.fitted, self.judged, *self.others.values())
+        )
+        named = dict(zip(self.others, others, strict=True))
+        return Sets(fitted=fitted, judged=judged, others=named, halved=self.halved)
+
+    def check_count(self, budget: float) -> None:
+        """Check that there are enough images to prove the budget.
+
+        Raises:
+            ConfigError: there are too few.
+        """
+        need = count_needed(budget)
+        for name, count, factor in [
+            ("images", sum(map(len, self.judged)), 2 if self.halved else 1),
+            *((f"also {name!r}", sum(map(len, batches)), 1) for name, batches in self.others.items()),
+        ]:
+            if count < need:
+                half = ", every second one of which judges" if factor == 2 else ""
+                raise ConfigError(
+                    f"{name}: a budget of {budget:g} needs {factor * need} images or more{half}, got "
+                    f"{'about ' * (factor == 2)}{factor * count}; give more images, or a larger budget"
+                )
+
+
+def split_images(model: object, images: object, budget: object, also: object, fit_images: object) -> Sets:
+    """Return the images to fit with, those to judge by, and the other sets.
+
+    With ``fit_images`` all of ``images`` judge; without, every second one fits, until there are enough.
 
     Raises:
         ConfigError: an argument has another type or value.
@@ -35,17 +76,29 @@ def split_images(
         )
     if not isinstance(also, Mapping | None):
         raise ConfigError(f"also= takes images by name, such as {{'noise': images}}, got a {type(also).__name__}")
+    if fit_images is images:
+        raise ConfigError("fit_images= must be other images than those that judge; without it, half of them judge")
+    given = make_batches(images, "images")
+    if fit_images is None:
+        fitted, judged = halve(given)
+    else:
+        fitted, judged = make_batches(fit_images, "fit_images"), given
+    named = cast("Mapping[str, object]", also or {})
+    others = {str(name): join(make_batches(value, str(name))) for name, value in named.items()}
+    return Sets(fitted=join(fitted), judged=join(judged), others=others, halved=fit_images is None)
+
+
+def halve(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return every second image, as long as fewer than needed are fitted, and all others."""
     fitted, judged = list[Tensor](), list[Tensor]()
     seen = taken = 0
-    for batch in make_batches(images, "images"):
+    for batch in batches:
         fits = torch.arange(seen, seen + len(batch), device=batch.device) % 2 == 0
         fits &= fits.cumsum(0) <= MOST_FITTED - taken
         fitted.append(batch[fits])
         judged.append(batch[~fits])
         seen, taken = seen + len(batch), taken + int(fits.sum())
-    named = cast("Mapping[str, object]", also or {})
-    others = {str(name): join(make_batches(value, str(name))) for name, value in named.items()}
-    return join(fitted), join(judged), others
+    return fitted, judged
 
 
 def join(batches: Sequence[Tensor]) -> list[Tensor]:
@@ -76,22 +129,3 @@ def make_batches(images: object, name: str) -> list[Tensor]:
     if not found:
         raise ConfigError(f"{name}: there are no images; slim needs some to look at the gates")
     return found
-
-
-def check_count(budget: float, judged: Sequence[Tensor], others: Mapping[str, Sequence[Tensor]]) -> None:
-    """Check that there are enough images to prove the budget.
-
-    Raises:
-        ConfigError: there are too few.
-    """
-    need = count_needed(budget)
-    for name, count, factor in [
-        ("images", sum(map(len, judged)), 2),
-        *((f"also {name!r}", sum(map(len, batches)), 1) for name, batches in others.items()),
-    ]:
-        if count < need:
-            half = ", every second one of which judges" if factor == 2 else ""
-            raise ConfigError(
-                f"{name}: a budget of {budget:g} needs {factor * need} images or more{half}, got "
-                f"{'about ' * (factor == 2)}{factor * count}; give more images, or a larger budget"
-            )

@@ -1,7 +1,8 @@
 """Tune the constants that stand for gates, and the norms, without labels, until the network says what it said."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,21 +32,12 @@ def tune(
     moves = {gate: torch.zeros_like(torch.stack([gate.scale, gate.bias]), requires_grad=True) for gate in gates}
     moving = [*moves.values(), *(affine.requires_grad_() for affine in saved)]
     optimizer = torch.optim.Adam(moving, lr=RATE)
-    parts = [
-        (batch[i : i + BATCH], said.log_probabilities[i : i + BATCH])
-        for batch, said in zip(batches, before, strict=True)
-        for i in range(0, len(batch), BATCH)
-        if said.log_probabilities is not None
-    ]
-    generator = torch.Generator().manual_seed(0)
-    order = torch.arange(len(parts))
+    parts = draw_parts(batches, before)
     for step in range(STEPS):
-        if step % len(parts) == 0:
-            order = torch.randperm(len(parts), generator=generator)
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
         with torch.enable_grad():
             put(gates, moves)
-            loss = measure_divergence(model, *parts[int(order[step % len(parts)])])
+            loss = measure_divergence(model, *next(parts))
             gradients = torch.autograd.grad(loss, moving, allow_unused=True)
         for tensor, gradient in zip(moving, gradients, strict=True):
             tensor.grad = gradient
@@ -60,6 +52,23 @@ def tune(
         put(gates, {gate: torch.zeros_like(move) for gate, move in moves.items()})
     restore_affines(saved)
     return dict(gates)
+
+
+def draw_parts(batches: Sequence[Tensor], before: Sequence[Answers]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield all images and their log-probabilities again and again, in random parts, each with one size of image."""
+    generator = torch.Generator().manual_seed(0)
+    groups: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+    for batch, said in zip(batches, before, strict=True):
+        rows = zip(batch, cast(Tensor, said.log_probabilities), strict=True)
+        groups.setdefault(batch.shape[1:], []).extend(rows)
+    while True:
+        parts: list[list[tuple[Tensor, Tensor]]] = []
+        for rows in groups.values():
+            order = torch.randperm(len(rows), generator=generator).tolist()  # pyright: ignore[reportUnknownMemberType]
+            parts += [[rows[at] for at in order[i : i + BATCH]] for i in range(0, len(rows), BATCH)]
+        for at in torch.randperm(len(parts), generator=generator).tolist():  # pyright: ignore[reportUnknownMemberType]
+            images, said = zip(*parts[at], strict=True)
+            yield torch.stack(images), torch.stack(said)
 
 
 def copy_affines(model: nn.Module) -> dict[nn.Parameter, Tensor]:
