@@ -4,6 +4,7 @@ import json
 import re
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -103,6 +104,28 @@ def test_a_gate_has_its_whole_range(lossless, tmp_path):
     for node in readers:
         scale, zero = constants[node.input[1]], constants[node.input[2]]
         assert (float(scale), int(zero)) == (1 / 256, 0)  # sigmoid(0) is 128 steps: exact
+
+
+def test_large_sums_do_not_saturate(tmp_path, monkeypatch):
+    """Pairs of the largest products exceed 16 bits, in which processors without VNNI add them."""
+    net = nn.Sequential(nn.Conv2d(8, 4, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    nn.init.constant_(net[0].weight, 0.5)
+    asked = []
+    create = onnxruntime.InferenceSession
+
+    def watch(path, options=None, **others):
+        asked.append(options)
+        return create(path, options, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", watch)
+    images = torch.rand(32, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    images[:2] = 1
+    deploy.quantize(
+        net, tmp_path / "net.onnx", target="onnx", calibration=images, held_out=(images, torch.zeros(32).long())
+    )
+    found = deploy.QUANTIZERS["onnx"].open(tmp_path / "net.onnx")(images)
+    assert (found - net(images)).abs().max() < 0.05  # the largest output is 4
+    assert asked[-1].get_session_config_entry("session.x64quantprecision") == "1"
 
 
 class Broken(nn.Module):

@@ -64,11 +64,16 @@ def draw_parts(batches: Sequence[Tensor], before: Sequence[Answers]) -> Iterator
     while True:
         parts: list[list[tuple[Tensor, Tensor]]] = []
         for rows in groups.values():
-            order = torch.randperm(len(rows), generator=generator).tolist()  # pyright: ignore[reportUnknownMemberType]
+            order = shuffle(len(rows), generator)
             parts += [[rows[at] for at in order[i : i + BATCH]] for i in range(0, len(rows), BATCH)]
-        for at in torch.randperm(len(parts), generator=generator).tolist():  # pyright: ignore[reportUnknownMemberType]
+        for at in shuffle(len(parts), generator):
             images, said = zip(*parts[at], strict=True)
             yield torch.stack(images), torch.stack(said)
+
+
+def shuffle(count: int, generator: torch.Generator) -> list[int]:
+    """Return the numbers below ``count`` in a random order."""
+    return cast(list[int], torch.randperm(count, generator=generator).tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
 def copy_affines(model: nn.Module) -> dict[nn.Parameter, Tensor]:
