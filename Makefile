@@ -58,9 +58,10 @@ docs: $(READY)  ## build the documentation site in build/site; a broken link or 
 	$(BIN)/python docs/stage.py build/docs
 	$(BIN)/zensical build --strict --clean
 
-test-browser: $(READY)  ## the page of `ecanet app` and the documentation in a headless Chromium (which must be installed)
+test-browser: $(READY)  ## the app, the documentation and a report in a headless Chromium (which must be installed)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[app,docs]' selenium
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/studies/test_app_browser.py tests/test_site_browser.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/studies/test_app_browser.py tests/test_site_browser.py \
+		tests/report/test_report_browser.py
 
 # The time in the files is that of the last commit, so that the same commit gives the same bytes.
 dist: $(READY)  ## build the wheel and the source archive, and check what an index would show

@@ -53,6 +53,12 @@ MAX_NUMBERED_CLASSES = 20
 NOT_METRICS = ("epoch", "learning_rate", "images_per_second", "seconds")
 """Columns of a run's history that do not measure its quality."""
 
+NUMBER_WIDTH = 0.25
+"""Share of an axis that a number beside a triangle takes."""
+
+CELL_OPACITY = 0.75
+"""Of a full cell of a confusion matrix: less than 1, so that the page's text can be read on it, light and dark."""
+
 NARROWEST = 270
 """Points of width that a telephone shows. A wider drawing shrinks to two thirds at most; then its place scrolls."""
 
@@ -77,8 +83,7 @@ def plot_curves(history: Sequence[Mapping[str, float]]) -> str:
         limits = find_limits([value for values in curves.values() for value in values])
         if limits is not None and title != "learning rate":
             axes.set_ylim(limits)
-            for values in curves.values():
-                _mark_outside(axes, epochs, values, limits)
+            _mark_outside(axes, epochs, curves.values(), limits)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if len(names) > 1:
             axes.legend(frameon=False)
@@ -108,16 +113,26 @@ def find_limits(values: Sequence[float]) -> tuple[float, float] | None:
     return round(low - margin, 12), round(high + margin, 12)
 
 
-def _mark_outside(axes: Any, at: Sequence[float], values: Sequence[float], limits: tuple[float, float]) -> None:
-    """Draw a triangle at the edge of ``axes`` for each value beyond ``limits``, with its number."""
-    colour = PALETTE[1]
-    for x, value in zip(at, values, strict=True):
+def _mark_outside(
+    axes: Any, at: Sequence[float], curves: Iterable[Sequence[float]], limits: tuple[float, float]
+) -> None:
+    """Draw a triangle at the edge of ``axes`` for each value beyond ``limits``; number the farthest that have room."""
+    outside = [
+        (value - limits[1] if value > limits[1] else limits[0] - value, x, value, colour)
+        for values, colour in zip(curves, PALETTE, strict=False)
+        for x, value in zip(at, values, strict=True)
+        if value > limits[1] or value < limits[0]
+    ]
+    numbered: list[tuple[float, bool]] = []
+    for _, x, value, colour in sorted(outside, reverse=True):
         above = value > limits[1]
-        if above or value < limits[0]:
-            edge, offset = (limits[1], -12) if above else (limits[0], 6)
-            axes.plot([x], [edge], marker="^" if above else "v", color=colour, markersize=7, clip_on=False)
-            label = {"xytext": (5, offset), "textcoords": "offset points", "fontsize": 8, "color": colour}
-            axes.annotate(f"{value:.3g}", (x, edge), **label)
+        edge, offset = (limits[1], -14) if above else (limits[0], 8)
+        axes.plot([x], [edge], marker="^" if above else "v", color=colour, markersize=7, clip_on=False)
+        if all(side != above or abs(other - x) > NUMBER_WIDTH * (at[-1] - at[0]) for other, side in numbered):
+            numbered.append((x, above))
+            right = x > (at[0] + at[-1]) / 2
+            place: dict[str, Any] = {"xytext": (-6 if right else 6, offset), "textcoords": "offset points"}
+            axes.annotate(f"{value:.3g}", (x, edge), ha="right" if right else "left", fontsize=9, **place)
 
 
 def plot_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
@@ -126,12 +141,12 @@ def plot_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) 
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     classes = len(class_names)
     numbered = classes <= MAX_NUMBERED_CLASSES
-    side = 2 + 0.38 * classes if numbered else 8
+    side = 2 + 0.3 * classes if numbered else 8
     figure, axes = make_axes(side, side, xlabel="predicted", ylabel="true")
     axes.grid(visible=False)
     # One colour that is more or less opaque suits a light page and a dark one.
     colour = torch.tensor([0x00, 0x72, 0xB2]) / 255
-    cells = torch.cat([colour.expand(classes, classes, 3), shares[..., None]], 2)
+    cells = torch.cat([colour.expand(classes, classes, 3), CELL_OPACITY * shares[..., None]], 2)
     axes.imshow(cells.numpy(), interpolation="nearest")
     if numbered:
         labels = [shorten(name) for name in class_names]
@@ -140,8 +155,7 @@ def plot_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) 
         for row in range(classes):
             for column in range(classes):
                 if count := int(counts[row, column]):
-                    ink = "white" if shares[row, column] > 0.5 else "black"
-                    axes.text(column, row, str(count), ha="center", va="center", color=ink, fontsize=9)
+                    axes.text(column, row, str(count), ha="center", va="center", fontsize=9)
     return to_svg(figure)
 
 
@@ -182,7 +196,7 @@ def plot_gates(gates: Sequence[GateSummary]) -> str:
         weights.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     weights.set(ylabel="mean weight of a channel")
     deviations.set(ylabel="between images")
-    deviations.set_xticks(range(len(gates)), [gate["name"] for gate in gates], rotation=60, ha="right", fontsize=7)
+    deviations.set_xticks(range(len(gates)), [gate["name"] for gate in gates], rotation=60, ha="right", fontsize=9)
     for axes in (weights, deviations):
         axes.grid(alpha=0.3, axis="y")
     return to_svg(figure)
@@ -204,9 +218,10 @@ def style_axes(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-def show_plots(drawings: Iterable[Figure]) -> str:
-    """Return figures as HTML, in a row that wraps where the page is narrow."""
-    return f"<div class=plots>{''.join(map(to_svg, drawings))}</div>"
+def show_plots(drawings: Iterable[Figure], *, triples: bool = False) -> str:
+    """Return figures as HTML, in a row that wraps where the page is narrow, or in rows of three (``triples``)."""
+    kind = "'plots triples'" if triples else "plots"
+    return f"<div class={kind}>{''.join(map(to_svg, drawings))}</div>"
 
 
 def show_legend(lines: Iterable[Line2D]) -> str:

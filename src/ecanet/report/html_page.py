@@ -11,6 +11,9 @@ __all__ = ["Section", "make_table", "page"]
 Section = tuple[str, str, str]
 """A heading, a note below it, and a body in HTML."""
 
+LONGEST_WORD = 24
+"""Letters of a word that a table keeps in one line. Longer ones are broken where the page is narrow."""
+
 
 def page(
     *,
@@ -50,10 +53,16 @@ def make_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     body = "".join(
         "<tr>"
         + "".join(
-            f"<td data-name='{name}'>{html.escape(str(cell))}</td>" for name, cell in zip(names, row, strict=True)
+            f"<td data-name='{name}'{_break(str(cell))}>{html.escape(str(cell))}</td>"
+            for name, cell in zip(names, row, strict=True)
         )
         + "</tr>"
         for row in rows
     )
     kind = "'rows many'" if len(names) > 7 else "rows"  # tables of many columns become blocks on wider pages already
     return f"<table class={kind}><tr>{head}</tr>{body}</table>"
+
+
+def _break(text: str) -> str:
+    """Return the class of a cell that may be broken within a word, for one with a longer word than a column is wide."""
+    return " class=long" if max(map(len, text.split()), default=0) > LONGEST_WORD else ""

@@ -14,7 +14,7 @@ def show_settings(recipe: Recipe) -> str:
     """Return the settings of ``recipe`` that differ from the recipe of its name, and all others folded away."""
     differences = find_differences(recipe)
     rows = "".join(
-        f"<tr><td><code>{html.escape(name)}</code></td><td>{_show(here)}</td><td>{_show(there)}</td></tr>"
+        f"<tr><td class=long><code>{html.escape(name)}</code></td><td>{_show(here)}</td><td>{_show(there)}</td></tr>"
         for name, (here, there) in differences.items()
     )
     if recipe.name not in RECIPES:
@@ -68,4 +68,5 @@ def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object
 
 
 def _show(value: object) -> str:
-    return f"<code>{html.escape(json.dumps(value))}</code>"
+    shown = f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
+    return f"<code>{html.escape(shown)}</code>"

@@ -80,7 +80,7 @@ def _draw_scores(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
         axes.xaxis.set_major_formatter("{x:,.0f}")
     low, high = axes.get_ylim()
-    labels = spread_labels(means, gap=0.05 * (high - low))
+    labels = spread_labels(means, gap=0.06 * (high - low))
     for x, y, label_y, result in zip(parameters, means, labels, results, strict=True):
         axes.annotate(
             result.variant.name,
@@ -88,7 +88,7 @@ def _draw_scores(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
             xytext=(12, label_y),
             textcoords=("offset points", "data"),
             va="center",
-            fontsize=7,
+            fontsize=9,
             arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": figures.GREY},
         )
 

@@ -82,10 +82,11 @@ def _draw_networks(rows: Sequence[NetworkRow], title: str, axes: Any) -> None:
         whiskers = [[rate - 1e3 * size / ms["high"]], [1e3 * size / ms["low"] - rate]]
         colour = figures.GREY if name.split()[-1] == "plain" else COLOURS.get(name, BLUE)
         axes.barh(at, rate, color=colour, hatch=hatch, edgecolor="white", xerr=whiskers, capsize=2, ecolor=figures.INK)
-        axes.text(1e3 * size / ms["low"], at, f"  {format_three_digits(rate)}", va="center", fontsize=8)
+        axes.text(1e3 * size / ms["low"], at, f"  {format_three_digits(rate)}", va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
     axes.invert_yaxis()
-    axes.margins(x=0.18)
+    axes.margins(x=0.2)
+    axes.grid(visible=False, axis="y")  # a line would cross the numbers
     axes.set(title=title, xlabel="images per second (longer is faster)")
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -82,7 +82,7 @@ class Drawing:
             drawn.append(figure)
             if self.legend and not legend:
                 legend = figures.show_legend(axes.get_lines())
-        return legend + figures.show_plots(drawn)
+        return legend + figures.show_plots(drawn, triples=self.columns == 3)
 
 
 # weights of the channels
@@ -134,8 +134,8 @@ def _draw_band(axes: Any, one: GateRecord) -> None:
 
 def _write_title(axes: Any, name: str, note: str) -> None:
     """Write a gate's name above its panel and a note below it."""
-    axes.tick_params(labelsize=7)
-    axes.set_title(f"{_shorten(name)}\n{note}", fontsize=7, parse_math=False)
+    axes.tick_params(labelsize=8)
+    axes.set_title(f"{_shorten(name)}\n{note}", fontsize=8, parse_math=False)
 
 
 def _shorten(name: str) -> str:
@@ -173,7 +173,7 @@ def _draw_map(picture: Tensor, one: Map | None, title: str, axes: Any) -> None:
 
 def draw_spread(records: Sequence[GateRecord]) -> Drawing:
     """Draw how much the weights of each gate differ between images, and between classes if there are several."""
-    return Drawing(panels=[partial(_draw_spread, records)], size=(4.6, 1.0 + 0.26 * len(records)))
+    return Drawing(panels=[partial(_draw_spread, records)], size=(4.2, 1.0 + 0.28 * len(records)))
 
 
 def _draw_spread(records: Sequence[GateRecord], axes: Any) -> None:
@@ -185,7 +185,7 @@ def _draw_spread(records: Sequence[GateRecord], axes: Any) -> None:
         axes.barh(positions - 0.2, values, 0.4, label="between classes' means", color=figures.PALETTE[1])
     values = [float(one.deviation.mean()) for one in records]
     axes.barh(positions + 0.2 * both, values, 0.4, label="between images", color=figures.PALETTE[0])
-    axes.set_yticks(positions, [_shorten(one.name) for one in records], fontsize=7)
+    axes.set_yticks(positions, [_shorten(one.name) for one in records], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("standard deviation")
     axes.figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=2)
@@ -211,6 +211,6 @@ def _draw_kernels(kernels: Mapping[str, Tensor], widest: int, axes: Any) -> None
     axes.grid(visible=False)
     shown = axes.imshow(table.numpy(), cmap=colours, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     axes.set_xticks(range(widest), [str(k - widest // 2) for k in range(widest)])
-    axes.set_yticks(range(len(kernels)), map(_shorten, kernels), fontsize=7)
+    axes.set_yticks(range(len(kernels)), map(_shorten, kernels), fontsize=8)
     axes.set_xlabel("neighbouring channel")
     axes.figure.colorbar(shown, ax=axes)

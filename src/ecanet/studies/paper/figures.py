@@ -25,14 +25,14 @@ def draw_figure_1() -> Figure:
         rows = [row for row in resnets if row["Method"] == method]
         x, y, flops = ([float(row[c].rstrip("MG")) for row in rows] for c in ("#Param", "Top-1", "FLOPs"))
         color, marker = (OURS, "o") if "ECA" in method else (others[i % len(others)], MARKERS[i // len(others)])
-        axes.plot(x, y, linewidth=1, alpha=0.6, color=color, linestyle="-")
-        axes.scatter(x, y, s=[14 * f for f in flops], alpha=0.6, color=color, marker=marker, linewidths=0)
-        axes.scatter([], [], s=30, alpha=0.6, color=color, marker=marker, label=method)  # one size for all methods
+        axes.plot(x, y, linewidth=1, alpha=0.9, color=color, linestyle="-")
+        axes.scatter(x, y, s=[14 * f for f in flops], alpha=0.85, color=color, marker=marker, linewidths=0)
+        axes.scatter([], [], s=30, alpha=0.85, color=color, marker=marker, label=method)  # one size for all methods
         if method == "ECA-Net (ours)":
             for row, x_value, y_value in zip(rows, x, y, strict=True):
                 place = {"xytext": (-8, 5), "textcoords": "offset points"}  # nothing is above a curve's left end
-                axes.annotate(row["Backbone"], (x_value, y_value), ha="right", fontsize=8, **place)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, title="area: FLOPs", title_fontsize=8, frameon=False)
+                axes.annotate(row["Backbone"], (x_value, y_value), ha="right", fontsize=9, **place)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, title="area: FLOPs", title_fontsize=9, frameon=False)
     axes.margins(0.12)
     return figure
 
@@ -49,5 +49,6 @@ def draw_figure_4() -> Figure:
         axes.axhline(top1["adaptive"], color=color, linestyle="--", linewidth=1, label=f"{name}, adaptive k")
         axes.axhline(top1["SENet"], color=color, linestyle=":", linewidth=1, label=name.replace("ECA-Net", "SENet"))
     axes.set_xticks([3, 5, 7, 9])
-    figure.legend(fontsize=8, ncols=2, loc="outside lower center", frameon=False)
+    axes.margins(y=0.1)  # the highest line is not the frame's
+    figure.legend(fontsize=9, ncols=2, loc="outside lower center", frameon=False)
     return figure
