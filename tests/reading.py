@@ -49,7 +49,7 @@ return found
 HIDE_WORDS = """
 const style = document.createElement("style")
 style.textContent = "* { color: transparent !important; transition: none !important; caret-color: transparent } " +
-  "svg g[id^=text_] { visibility: hidden }"
+  "svg g[id^=text_] > g:not([id^=patch]) { visibility: hidden }"
 document.head.append(style)
 """
 

@@ -47,6 +47,9 @@ GREY = "#808080"
 INK = "#010203"
 """A black that nothing else has: in SVG it becomes the colour of the page's text."""
 
+GROUND = "#fefdfc"
+"""A white that nothing else has: in SVG it becomes the colour of the page."""
+
 MAX_NUMBERED_CLASSES = 20
 """Confusion matrices of more classes show shades without numbers."""
 
@@ -132,6 +135,7 @@ def _mark_outside(
             numbered.append((x, above))
             right = x > (at[0] + at[-1]) / 2
             place: dict[str, Any] = {"xytext": (-6 if right else 6, offset), "textcoords": "offset points"}
+            place["bbox"] = {"facecolor": GROUND, "edgecolor": "none", "pad": 1}  # curves pass behind the number
             axes.annotate(f"{value:.3g}", (x, edge), ha="right" if right else "left", fontsize=9, **place)
 
 
@@ -261,7 +265,7 @@ def to_svg(figure: Figure) -> str:
     with rc_context({"svg.hashsalt": "ecanet"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(GROUND, "var(--back)")
     points = 72 * figure.get_figwidth()
     if points <= NARROWEST:
         return text
