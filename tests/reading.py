@@ -58,6 +58,7 @@ def set_screen(browser: Any, width: int, scheme: str) -> None:
     """Give the page ``width`` pixels, as a telephone has them below 500, and the "light" or "dark" scheme."""
     screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    browser.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})  # they are in no picture of a whole page
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
