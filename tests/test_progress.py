@@ -94,7 +94,7 @@ GROUP = typer.main.get_command(app).commands
 COMMANDS = {**GROUP, **{f"shards {name}": one for name, one in GROUP["shards"].commands.items()}}
 BOTH = {"eval", "predict", "detect", "paper", "ablate", "inspect", "bench", "export", "slim"}
 REPORT_PROGRESS = {*BOTH, "train", "report"}
-PRINT_A_RESULT = {*BOTH, "models", "cost", "doctor"}
+PRINT_A_RESULT = {*BOTH, "models", "cost", "doctor", "train", "report", "weights", "push"}
 IN_SHARDS = ["shards pack", "shards index", "shards check"]
 
 

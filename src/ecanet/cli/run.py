@@ -97,11 +97,7 @@ def train(
         },
         settings,
     )
-    if resume is not None and (recipe or set(changes) - {"epochs", "optimizer.learning_rate"} or out or auto_resume):
-        raise ConfigError(
-            "--resume takes everything from the run but --epochs and --learning-rate; leave out the recipe, other "
-            "settings and --out"
-        )
+    refuse_others(resume, changes, [recipe, out, auto_resume])
 
     def start() -> "Report":
         chosen = choose_recipe(recipe, changes) if resume is None else resume_recipe(resume, changes)
@@ -111,6 +107,15 @@ def train(
         return run(chosen, folder=resume or out, resume=goes_on, device=device, loggers=logger)
 
     show_results(start, as_json)
+
+
+def refuse_others(resume: Path | None, changes: dict[str, object], others: list[object]) -> None:
+    """Raise ConfigError if there is anything that the resumed run ``resume`` cannot take."""
+    if resume is not None and (any(others) or set(changes) - {"epochs", "optimizer.learning_rate"}):
+        raise ConfigError(
+            "--resume takes everything from the run but --epochs and --learning-rate; leave out the recipe, other "
+            "settings and --out"
+        )
 
 
 def show_results(make: "Callable[[], Report]", as_json: bool) -> None:
