@@ -15,7 +15,7 @@ pytestmark = pytest.mark.browser
 def page(tmp_path_factory):
     """A report with early values far from the later ones, cells of every shade, and gates."""
     folder = tmp_path_factory.mktemp("run")
-    late = [(0.2 - 0.01 * at, 98.0 + 0.1 * at) for at in range(8)]
+    late = [(0.2 - 0.004 * at, 98.0 + 0.04 * at) for at in range(20)]
     history = [
         {"epoch": epoch + 1, "train_loss": loss, "val_loss": 1.1 * loss, "top1": top1, "macro": top1 - 1.5,
          "learning_rate": 0.1, "images_per_second": 500.0, "seconds": 2.0}
@@ -28,7 +28,7 @@ def page(tmp_path_factory):
     ]
     image = torch.arange(64, dtype=torch.uint8).reshape(1, 8, 8)
     report = Report(
-        recipe=Recipe(name="trial", epochs=12),
+        recipe=Recipe(name="trial", epochs=24),
         metrics={"val_loss": 0.6667, "top1": 70.0, "best_top1": 71.5},
         history=history,
         seconds=6.0,
