@@ -389,8 +389,11 @@ def test_a_killed_run_resumes(tmp_path):
         for line in process.stdout:
             if line.startswith("epoch 1/2"):
                 break
-        # in the second epoch, which takes some tenths of a second
-        time.sleep(0.1)
+        # the second epoch, which takes some tenths of a second, begins after the checkpoint of the first
+        for _ in range(6000):
+            if (tmp_path / "killed" / "checkpoints" / "last.ckpt").exists():
+                break
+            time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait(timeout=60) == -signal.SIGKILL
     finally:
