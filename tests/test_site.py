@@ -1,6 +1,7 @@
 """The documentation site has every page, public name and command; `make docs` builds it and checks its links."""
 
 import importlib.util
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -98,3 +99,19 @@ def test_the_pictures_are_what_their_script_draws():
     draw = load("draw")
     for name, picture in draw.PICTURES.items():
         assert (ROOT / "docs" / name).read_text() == picture(), f"python docs/draw.py would change docs/{name}"
+
+
+def test_the_published_ablations_can_be_drawn(monkeypatch, tmp_path):
+    script = load("draw_ablations")
+    for name in script.RECIPES:
+        assert (ROOT / "docs" / f"{name}.png").exists()
+        rows = json.loads((script.RESULTS / f"{name}.json").read_text())["rows"]
+        ablation = script.read_ablation(name)
+        assert [one.variant.name for one in ablation.results] == [row["variant"] for row in rows]
+        assert script.draw(ablation).axes
+    published = {"rows": rows, "seeds": ablation.seeds}
+    rows[-1]["significant"] = not rows[-1]["significant"]
+    (tmp_path / f"{name}.json").write_text(json.dumps(published))
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    with pytest.raises(ValueError, match=f"{rows[-1]['variant']} is not what the file says"):
+        script.read_ablation(name)

@@ -53,7 +53,7 @@ DEPLOY = [pytest.mark.deploy, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("target", [name if name == "onnx" else pytest.param(name, marks=DEPLOY) for name in TARGETS])
-def test_int8_is_close_to_float32(model, target, tmp_path):
+def test_int8_is_close_to_float32(model, target, tmp_path, capsys):
     if target not in deploy.TARGETS:
         pytest.skip(f"{target} is not among the targets")
     for package in (*deploy.TARGETS[target].packages, *deploy.QUANTIZERS[target].packages):
@@ -61,6 +61,7 @@ def test_int8_is_close_to_float32(model, target, tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     path = tmp_path / f"net{TARGETS[target]}"
     report = quantize(model, path, target)
+    assert capsys.readouterr().out == "", "a result as JSON must be alone there"
     assert report.before > 90
     assert abs(report.after - report.before) <= 2.5
     assert report.agreement >= 95

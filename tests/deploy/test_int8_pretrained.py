@@ -65,7 +65,7 @@ def test_right_pictures_stay_right(pretrained, target, tmp_path):
 
 @pytest.mark.parametrize("target", deploy.QUANTIZERS)
 def test_gates_change_the_logits_in_int8_as_in_float32(pretrained, target, tmp_path):
-    """Gates away from neutral move the logits by 42 %; in int8 they move in this direction, and as far."""
+    """Gates away from neutral move the logits by 42 %; in int8 more than half of that arrives."""
     model = pretrained.make_network()
     plain = pretrained.compute_logits(model, pretrained.images)
     ecanet.attach(model)
@@ -76,7 +76,7 @@ def test_gates_change_the_logits_in_int8_as_in_float32(pretrained, target, tmp_p
     effect = pretrained.compute_logits(model, pretrained.images) - plain
     assert effect.norm() > 0.4 * plain.norm(), "without gates it would pass"
     found = pretrained.compute_in_int8(model, target, tmp_path, pretrained.crops[::3]) - plain
-    # About 0 without gates, 1 if all that they do arrives; rounding takes about a fifth of every logit.
+    # 1 if all that they do arrives, about 0 without gates. Measured: 0.90 (ONNX Runtime), 0.78 (OpenVINO).
     share = float((found * effect).sum() / effect.square().sum())
     print(f"{target}: {share:.3f} of the gates' effect arrives")
     assert 0.6 < share < 1.4

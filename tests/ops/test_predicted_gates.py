@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import ecanet
 from ecanet import ops
@@ -79,9 +80,12 @@ def test_tensors_of_two_devices_are_refused():
         predicted_gates.predict_gate(m, weight, None, ops.ChannelGate(torch.ones(3, device="meta"), taps=3))
 
 
-def test_operator_has_a_schema_and_shapes():
+def test_operator_has_a_schema_shapes_and_flops():
     given = torch.rand(2, 5), torch.rand(7, 5, 1, 1), torch.rand(7), torch.rand(3), None, 3, False, True, 2.0
     torch.library.opcheck(torch.ops.ecanet.predict_gate, given, test_utils=("test_schema", "test_faketensor"))
+    with FlopCounterMode(display=False) as flops:
+        predicted_gates.predict_gate(*given[:3], ops.ChannelGate(given[3], taps=3))
+    assert flops.get_total_flops() == 2 * 2 * 5 * 7
 
 
 # in blocks

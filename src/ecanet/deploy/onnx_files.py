@@ -72,7 +72,8 @@ def use_global_pools(onnx: Any, graph: Any) -> None:
 def name_axes(graph: Any) -> None:
     """Make the axes of means and maxima initializers, where the older exporter has written a node for each."""
     axes = {node.input[1] for node in graph.node if node.op_type in POOLS and len(node.input) == 2}
-    for node in [x for x in graph.node if x.op_type == "Constant" and x.output[0] in axes]:
+    constants = [x for x in graph.node if x.op_type == "Constant" and x.attribute[0].name == "value"]
+    for node in [x for x in constants if x.output[0] in axes]:
         graph.initializer.add().CopyFrom(node.attribute[0].t)
         graph.initializer[-1].name = node.output[0]
         graph.node.remove(node)

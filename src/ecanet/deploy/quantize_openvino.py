@@ -2,8 +2,10 @@
 
 import importlib
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def write_int8(network: nn.Module, calibration: Tensor, sample: Tensor, about: A
     logging.getLogger("nncf").setLevel(logging.ERROR)
     program = trace(network, calibration[:2])
     try:
-        with quiet():
+        with quiet(), redirect_stdout(sys.stderr):  # where NNCF shall say how far it is
             model = openvino.convert_model(program)
             images = nncf.Dataset([calibration[at : at + 1].numpy() for at in range(len(calibration))])
             quantized = nncf.quantize(model, images, subset_size=len(calibration))

@@ -70,7 +70,7 @@ def find_gate_excess(size: tuple[int, int, int], kind: str, device: torch.device
 
     (samples, inner, channels), own = size, kind == "own"
     m, weight, bias = draw(samples, inner), (draw(channels, inner) / inner**0.5).to(dtype), draw(channels).to(dtype)
-    taps, gate_bias = draw(*(channels,) * own, 5).to(dtype), draw(1).to(dtype)
+    taps, gate_bias = (draw(channels, 5) if own else draw(5)).to(dtype), draw(1).to(dtype)
     form = ChannelGate(taps, gate_bias, 5, own, circular=kind == "circular", gain=2.0)
     g = predicted_gates.predict_gate(m, weight, bias, form)
     return find_elementwise_excess("g", g, *compute_gate_exactly(m, weight, bias, form))
@@ -86,9 +86,8 @@ def compute_gate_exactly(m: Tensor, weight: Tensor, bias: Tensor | None, form: C
     p, terms = m.double() @ w.t(), m.double().abs() @ w.abs().t()
     if bias is not None:
         p, terms = p + bias.double(), terms + bias.double().abs()
-    sizes = form._replace(
-        **{name: None if x is None else x.abs() for name, x in (("weight", form.weight), ("bias", form.bias))}
-    )
+    taps, gate_bias = (None if x is None else x.abs() for x in (form.weight, form.bias))
+    sizes = form._replace(weight=taps, bias=gate_bias)
     roundings = m.shape[1] + 24 + form.taps + 2
     eps = torch.finfo(torch.float32).eps
     return compute_weights(p, form), form.gain * eps * (roundings * sum_taps(terms, sizes) / 4 + 4)

@@ -13,10 +13,13 @@ product with the taps, a sigmoid). All of them read and write little, so that th
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ecanet.errors import ConfigError
 from ecanet.ops.channel_gates import ChannelGate
@@ -97,6 +100,11 @@ def _fake_prediction(m: Tensor, weight: Tensor, *rest: object) -> Tensor:
 
 
 torch.library.custom_op("ecanet::predict_gate", run_prediction, mutates_args=()).register_fake(_fake_prediction)
+
+
+@register_flop_formula(torch.ops.ecanet.predict_gate)
+def _flops(m: Sequence[int], weight: Sequence[int], *rest: object, **options: object) -> int:
+    return 2 * m[0] * m[1] * weight[0]
 
 
 def predict_gate(m: Tensor, weight: Tensor, bias: Tensor | None, form: ChannelGate) -> Tensor:
