@@ -9,7 +9,7 @@ from torch import nn
 
 import ecanet
 from ecanet import deploy, networks
-from ecanet.deploy import TARGETS, checking, programs
+from ecanet.deploy import TARGETS, checking, onnx_files, programs
 from ecanet.deploy.checking import count_missing, time_in_turns
 from ecanet.errors import ConfigError, ExportError
 
@@ -202,3 +202,29 @@ def test_cbam_is_seven_onnx_operations_for_each_of_its_two_gates(tmp_path):
     both = Counter(channel) + Counter(spatial)
     assert both.total() == 14
     assert +kinds["cbam"] == Counter({kind: gates * count for kind, count in both.items()})
+
+
+@pytest.mark.parametrize("attribute", ["value", "value_ints"])
+def test_a_mean_whose_axes_are_a_node_becomes_a_pool_or_stays_as_it_is(attribute):
+    """The older exporter writes the axes as a tensor; another form of constant has no tensor to take."""
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    value = [2, 3] if attribute == "value_ints" else onnx.numpy_helper.from_array(torch.tensor([2, 3]).numpy())
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["axes"], **{attribute: value}),
+        onnx.helper.make_node("ReduceMean", ["x", "axes"], ["y"]),
+    ]
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "xy")
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "graph", [x], [y]),
+        opset_imports=[onnx.helper.make_opsetid("", 18)],
+        ir_version=10,
+    )
+    onnx_files.use_global_pools(onnx, model.graph)
+    assert [node.op_type for node in model.graph.node] == (
+        ["GlobalAveragePool"] if attribute == "value" else ["Constant", "ReduceMean"]
+    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    image = torch.rand(2, 3, 4, 5)
+    (found,) = session.run(None, {"x": image.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), image.mean((2, 3), keepdim=True))

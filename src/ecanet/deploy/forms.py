@@ -137,8 +137,8 @@ class ExportedGate(nn.Module):
 def build_gate(attention: nn.Module, form: Form) -> ExportedGate | ExportedCBAM | None:
     """Return ``attention`` in the form ``form``; None if it has no such form, so that it is exported as it is.
 
-    CBAM has one form. None have the other attentions that are not squeeze, gate, scale (GC, …), every class of a user's
-    own, and every gate whose weights are computed by a hook, as pruning does.
+    CBAM has one form. The other attentions that are not squeeze, gate, scale (GC, …) have none, nor has a class of a
+    user's own, or a gate whose weights are computed by a hook, as pruning does.
     """
     if any(vars(m)["_forward_pre_hooks"] or vars(m)["_forward_hooks"] for m in attention.modules()):
         return None

@@ -74,7 +74,8 @@ def push_to_hub(
         measured: the figures of the model card.
 
     Raises:
-        ConfigError: the network cannot be saved, or the repository cannot be made or written, or is named otherwise.
+        ConfigError: the network cannot be saved, the repository cannot be made or written, or ``repo`` is not
+            OWNER/NAME.
         CheckpointError: the folder is missing or broken.
     """
     check_repository(repo)
@@ -100,7 +101,7 @@ def check_repository(repo: str) -> None:
     """Check that ``repo`` has the form of a repository's name, before anything is computed or sent.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: it does not.
     """
     if not REPOSITORY.fullmatch(repo):
         raise ConfigError(f"{repo!r} is no repository: give OWNER/NAME, such as ada/resnet50-eca")
