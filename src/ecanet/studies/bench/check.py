@@ -118,7 +118,7 @@ def randomize_norms(network: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            values = torch.rand(2, module.num_features, generator=generator)
+            values = torch.rand(2, module.num_features, generator=generator, device="cpu")
             module.weight.data.copy_(0.5 + values[0])
             module.bias.data.copy_(values[1] - 0.5)
     return network
@@ -198,7 +198,7 @@ def _check_one_compiled(
 def perturb_last_digit(images: Tensor) -> Tensor:
     """Return ``images`` with each number changed by about one rounding error."""
     generator = torch.Generator().manual_seed(0)
-    signs = 2 * torch.randint(0, 2, images.shape, generator=generator).to(images) - 1
+    signs = 2 * torch.randint(0, 2, images.shape, generator=generator, device="cpu").to(images) - 1
     return images * (1 + torch.finfo(images.dtype).eps * signs)
 
 

@@ -49,12 +49,12 @@ def make_block(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> Block
 
     generator = torch.Generator().manual_seed(0)
     channels = shape[1]
-    tensors = [torch.randn(shape, generator=generator) + 0.5 for _ in range(3)]
-    z, shortcut, dy = (x.to(device, dtype).contiguous(memory_format=torch.channels_last) for x in tensors)
-    norm, gate, timm_gate = nn.BatchNorm2d(channels), ECA(channels), EcaModule(channels)
-    with torch.no_grad():
+    with torch.device("cpu"), torch.no_grad():  # where the generator draws
+        tensors = [torch.randn(shape, generator=generator) + 0.5 for _ in range(3)]
+        norm, gate, timm_gate = nn.BatchNorm2d(channels), ECA(channels), EcaModule(channels)
         for parameter in (norm.weight, norm.bias, *gate.parameters()):
             parameter.uniform_(0.2, 1.0, generator=generator)
+    z, shortcut, dy = (x.to(device, dtype).contiguous(memory_format=torch.channels_last) for x in tensors)
     timm_gate.load_state_dict(gate.state_dict())
     z, shortcut = z.requires_grad_(), shortcut.requires_grad_()
     return Block(z, shortcut, dy, norm.to(device), gate.to(device), timm_gate.to(device))

@@ -75,7 +75,8 @@ def set_mode(networks: Iterable[nn.Module], training: bool) -> None:
 
 def make_images(count: int, side: int, device: str, channels: int = 3) -> Tensor:
     """Return random images (count, channels, side, side) in channels-last layout."""
-    images = torch.randn(count, channels, side, side, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, channels, side, side, generator=generator, device="cpu")
     return images.to(device).contiguous(memory_format=torch.channels_last)
 
 
