@@ -4,9 +4,12 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+import ecanet
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -106,3 +109,63 @@ def test_folded_networks_are_timed_beside_plain_ones(tmp_path):
     load("slim").main(["--networks", "resnet20", "--seconds", "0", "--out", str(tmp_path / "slim.json")])
     rows = json.loads((tmp_path / "slim.json").read_text())["times"]
     assert [row["gates"] for row in rows] == ["none", "eca", "eca, folded", "se", "se, folded"]
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """Make the script measure networks with random weights, in ONNX Runtime, as if runs had trained them."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.syspath_prepend(SCRIPTS)
+    script = load("deploy_trained")
+    monkeypatch.setattr(script, "RUNTIMES", {"onnx": "ONNX Runtime"})
+    monkeypatch.setattr(script, "CALIBRATION", 8)
+    (tmp_path / "eca" / "slim").mkdir(parents=True)
+    (tmp_path / "eca" / "slim" / "slim.pth").touch()
+
+    def restore(path: Path):
+        attention = {"plain": "none"}.get(path.name, "eca")
+        recipe = ecanet.recipes.find("quickstart")
+        torch.manual_seed(0)
+        model = ecanet.create_model("resnet8", attention=attention, num_classes=10, in_channels=1).eval()
+        gates = [one for one in model.modules() if isinstance(one, ecanet.ECA)]
+        for gate in gates[: 1 if path.name == "slim.pth" else 3]:
+            torch.nn.init.normal_(gate.conv.weight)
+        for gate in gates[1:] if path.name == "slim.pth" else []:
+            torch.nn.init.zeros_(gate.conv.weight)
+            gate.gain = 2.0
+        return SimpleNamespace(model=model, recipe=recipe.but(model=recipe.model.but(attention=attention)), split=None)
+
+    monkeypatch.setattr(script.training, "restore", restore)
+    return script
+
+
+@pytest.mark.slow
+def test_trained_networks_are_measured_side_by_side(trained, monkeypatch, tmp_path, capsys):
+    networks = dict(trained.list_networks([tmp_path / "plain", tmp_path / "eca"]))
+    count = {name: sum(isinstance(one, ecanet.ECA) for one in network.modules()) for name, network in networks.items()}
+    assert count == {"plain": 0, "eca": 3, "timm's eca": 0, "eca, slim": 1}  # two gates of the file are neutral
+    x = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(networks["timm's eca"](x), networks["eca"](x))
+    whole = trained.training.restore(tmp_path / "eca" / "slim" / "slim.pth").model
+    torch.testing.assert_close(networks["eca, slim"](x), whole(x), rtol=0, atol=0)
+    out = tmp_path / "rows.json"
+    folders = [str(tmp_path / name) for name in ("plain", "eca")]
+    given = [*folders, "--images", "20", "--rounds", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["deploy_trained.py", *given])
+    threads = torch.get_num_threads()
+    try:
+        assert trained.main() == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows = {(row["runtime"], row["variant"], row["batch"]): row for row in json.loads(out.read_text())["rows"]}
+    assert {key[1] for key in rows} == {*networks, *(f"{name}, int8" for name in networks)}
+    plain = rows["onnx", "plain", 1]
+    assert rows["onnx", "plain", 8]["ratio"] == 1
+    assert rows["onnx", "eca, int8", 1]["bytes"] < rows["onnx", "eca", 1]["bytes"]
+    assert plain["top1"] == rows["eager", "plain", 8]["top1"]
+    assert f"| ONNX Runtime | plain | {plain['bytes'] / 1e6:.2f} | {plain['top1']:.2f} |" in capsys.readouterr().out
+
+
+def test_trained_networks_need_the_plain_one_first(trained, tmp_path):
+    with pytest.raises(SystemExit, match="has attention; the first run is the plain network"):
+        trained.measure([tmp_path / "eca"], 8, 1)
