@@ -127,3 +127,16 @@ def test_the_commands_exist(path):
     named = set(re.findall(r"^    ecanet (\S+)", path.read_text(), re.MULTILINE))
     assert named <= set(known)
     assert set(known) <= named, "the README shows every command"
+
+
+@BOTH
+def test_each_command_finds_the_run_that_an_earlier_line_trains(path):
+    made, used = set(), 0
+    for line in re.findall(r"^    ecanet (.+)", path.read_text(), re.MULTILINE):
+        words = line.partition("#")[0].split()
+        runs = {word for word in words if word.startswith("runs/")}
+        if words[0] == "train":
+            made |= runs
+        assert runs <= made, line
+        used += len(runs)
+    assert used > 8

@@ -24,7 +24,7 @@ NOT_RUN = {
     r"weights default|torchvision:(mobilenet|resnet)\S*( |$)(?!.*weights (none|\S+\.pth))": "downloads weights",
     r"^ecanet (bench|ablate|app|paper|inspect|cost timm:eff)": "takes minutes, or waits; its tests run a small form",
     r"coco:|COCO|scenes|glyphs|imagenet|IMAGENET|fashion|PATH|^ecanet detect": "needs a data set or a detector",
-    r"push runs/NAME me/": "uploads",
+    r"push runs/\w+ me/": "uploads",
     r"--cam|--to (executorch|openvino)|--int8|--logger csv,wandb": "needs an extra, or calibrates",
     r"NAME runs|--model NAME|--attention NAME|RUN|FOLDER|RECIPE|COMMAND|^ecanet( \w+)?$|mygates": "has gaps to fill",
     r"^ecanet slim": "needs more held-out images than the tiny run has; tests/deploy/test_slim.py",

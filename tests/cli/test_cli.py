@@ -78,6 +78,19 @@ def test_predict_of_a_folder_and_of_files(ecanet, digits_run):
     assert len([line for line in out.splitlines() if files[0].name in line or "%" in line]) >= 1
 
 
+def test_a_table_shows_every_name_whole(ecanet, digits_run, tmp_path, monkeypatch):
+    """A terminal of 80 columns has room for a gate's name; an image's long path takes several lines."""
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / "a folder with a name of some length" / "and one inside" / "the image that is meant.png"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(sorted((digits_run / "examples").iterdir())[0].read_bytes())
+    _, out, _ = ecanet("predict", digits_run, path)
+    cells = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
+    assert "".join(cells).replace(" ", "") == str(path).replace(" ", "")
+    _, out, _ = ecanet("inspect", digits_run, "--out", tmp_path / "inspect")
+    assert "│ layer1.0.eca │" in out
+
+
 def test_predict_stops_at_a_broken_image_or_skips_it(ecanet, digits_run, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")

@@ -23,6 +23,7 @@ from ecanet.cli.options import (
     choose_recipe,
     collect_changes,
     console,
+    keep_names,
     model_changes,
     model_config,
     name_network,
@@ -179,9 +180,9 @@ def inspect(
         return
     columns, rows = gates.list_rows(inspection)
     table = Table(*columns)
-    table.columns[0].overflow = "fold"
     for row in rows:
         table.add_row(*row)
+    keep_names(table)
     console.print(table)
     for gate in inspection.records:
         for alarm in gate.find_alarms():

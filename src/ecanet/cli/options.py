@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from ecanet import progress
 from ecanet.errors import ConfigError, DataError
@@ -185,6 +186,13 @@ def report_unreadable(problem: DataError, on_corrupt: str) -> None:
     if on_corrupt == "error":
         raise DataError(f"{problem}; --on-corrupt skip leaves out such files")
     print(f"skipped: {problem}", file=sys.stderr)
+
+
+def keep_names(table: Table) -> None:
+    """Show every name in the first column whole: on one line if a third of the terminal is wide enough for it."""
+    names = table.columns[0]
+    names.no_wrap = all(len(str(name)) <= console.width // 3 for name in names.cells)
+    names.overflow = "fold"
 
 
 def print_json(value: object) -> None:

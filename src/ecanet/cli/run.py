@@ -33,6 +33,7 @@ from ecanet.cli.options import (
     choose_recipe,
     collect_changes,
     console,
+    keep_names,
     model_changes,
     model_config,
     print_json,
@@ -224,6 +225,7 @@ def predict(
     table = Table("image", f"most likely of {len(task.spec.class_names)} classes")
     for p in predictions:
         table.add_row(p.path, "  ".join(f"{name} {probability:.1%}" for name, probability in p.classes))
+    keep_names(table)
     console.print(table)
 
 

@@ -9,7 +9,18 @@ import typer
 from rich.table import Table
 
 from ecanet import progress
-from ecanet.cli.options import AsJson, Checkpoint, DataDir, Device, Quiet, check_folder, console, notices, print_json
+from ecanet.cli.options import (
+    AsJson,
+    Checkpoint,
+    DataDir,
+    Device,
+    Quiet,
+    check_folder,
+    console,
+    keep_names,
+    notices,
+    print_json,
+)
 from ecanet.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -78,9 +89,9 @@ def slim(
         print_json(content)
         return
     table = Table("gate", "attention", "spread", "divergence", "changed (limit)", "gate is")
-    table.columns[0].overflow = "fold"
     for gate, row in zip(report.gates, report.rows(), strict=True):
         table.add_row(*row[:-1], "folded" if gate.folded else "kept")
+    keep_names(table)
     console.print(table)
     for gate in report.gates:
         if not gate.folded:
