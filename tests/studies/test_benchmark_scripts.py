@@ -139,8 +139,7 @@ def trained(monkeypatch, tmp_path):
     return script
 
 
-@pytest.mark.slow
-def test_trained_networks_are_measured_side_by_side(trained, monkeypatch, tmp_path, capsys):
+def test_trained_networks_come_with_timms_gates_and_without_neutral_ones(trained, tmp_path):
     networks = dict(trained.list_networks([tmp_path / "plain", tmp_path / "eca"]))
     count = {name: sum(isinstance(one, ecanet.ECA) for one in network.modules()) for name, network in networks.items()}
     assert count == {"plain": 0, "eca": 3, "timm's eca": 0, "eca, slim": 1}  # two gates of the file are neutral
@@ -148,6 +147,10 @@ def test_trained_networks_are_measured_side_by_side(trained, monkeypatch, tmp_pa
     torch.testing.assert_close(networks["timm's eca"](x), networks["eca"](x))
     whole = trained.training.restore(tmp_path / "eca" / "slim" / "slim.pth").model
     torch.testing.assert_close(networks["eca, slim"](x), whole(x), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_trained_networks_are_measured_side_by_side(trained, monkeypatch, tmp_path, capsys):
     out = tmp_path / "rows.json"
     folders = [str(tmp_path / name) for name in ("plain", "eca")]
     given = [*folders, "--images", "20", "--rounds", "2", "--out", str(out)]
@@ -158,6 +161,7 @@ def test_trained_networks_are_measured_side_by_side(trained, monkeypatch, tmp_pa
     finally:
         torch.set_num_threads(threads)
     rows = {(row["runtime"], row["variant"], row["batch"]): row for row in json.loads(out.read_text())["rows"]}
+    networks = ["plain", "eca", "timm's eca", "eca, slim"]
     assert {key[1] for key in rows} == {*networks, *(f"{name}, int8" for name in networks)}
     plain = rows["onnx", "plain", 1]
     assert rows["onnx", "plain", 8]["ratio"] == 1
