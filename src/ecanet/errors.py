@@ -23,6 +23,7 @@ __all__ = [
     "ExportError",
     "check_int",
     "check_positive_int",
+    "is_text",
     "shorten_interrupts",
     "show_value",
     "summarize",
@@ -73,6 +74,15 @@ def check_int(name: str, value: object, *, least: int) -> int:
         expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ConfigError(f"{name} must be {expected}, got {show_value(value)}")
     return int(value)
+
+
+def is_text(value: str) -> bool:
+    """Return whether ``value`` can be written into a file: Python also has strings that are no Unicode text.
+
+    >>> is_text("猫"), is_text("\\udc80")
+    (True, False)
+    """
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def summarize(error: Exception) -> str:

@@ -42,3 +42,13 @@ def test_the_names_of_int8_rows_are_whole(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "error of layer1.0.attention.layers.conv │ 3.7%" in out
     assert "(-0.50)" in out
+
+
+@pytest.mark.parametrize("more", [[], ["--out", "link.pt"], ["--out", "weights.pt", "--int8", "--to", "onnx"]])
+def test_a_checkpoint_is_never_replaced_by_its_own_file(ecanet, tmp_path, more):
+    (tmp_path / "weights.pt").write_bytes(b"trained for a week")
+    (tmp_path / "link.pt").symlink_to("weights.pt")
+    code, out, err = ecanet("export", "weights.pt", "--to", "torchscript", *more)
+    assert (code, out) == (2, "")
+    assert "is the checkpoint itself; give another name by --out" in err
+    assert (tmp_path / "weights.pt").read_bytes() == b"trained for a week"

@@ -47,7 +47,7 @@ def test_a_wrapped_network_is_saved_as_it_was(kind, tmp_path):
 def test_a_hook_of_the_wrapper_is_not_lost(wrapper, register, tmp_path):
     model = wrapper(make())
     hook = getattr(model, register)(lambda *given: None)
-    with pytest.raises(ConfigError, match=f"^{type(model).__name__} has a hook, which cannot be saved; remove it"):
+    with pytest.raises(ConfigError, match=f"^{type(model).__name__} has a hook, which would be lost; remove it"):
         ecanet.save_pretrained(model, tmp_path / "net", class_names=("a", "b", "c"))
     assert list(tmp_path.iterdir()) == []
     hook.remove()

@@ -172,6 +172,18 @@ def test_a_targets_form_has_the_fewest_partitions_and_operations(tmp_path, monke
     assert set(counts) < set(FORMS)
 
 
+@pytest.mark.parametrize("target", ["onnx", "openvino", "executorch"])
+def test_cbams_form_has_fewer_operations_than_its_own_forward(tmp_path, monkeypatch, no_plain, target):
+    require(target)
+    model, counts = build("resnet8", "cbam"), {}
+    for gates in (TARGETS[target].form, "as it is"):
+        report = export(model, tmp_path, target)
+        assert report.gates == {gates: 3}
+        counts[gates] = report.partitions, sum(report.operations.values())
+        monkeypatch.setattr(preparation, "build_gate", lambda attention, form: None)
+    assert counts[TARGETS[target].form] < counts["as it is"]
+
+
 def test_executorch_runs_mobilenet_as_one_delegate(tmp_path):
     require("executorch")
     report = export(build("mobilenet_v2", "eca"), tmp_path, "executorch", classes=CLASSES)

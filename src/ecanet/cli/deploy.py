@@ -71,11 +71,14 @@ def export(
         named = not Path(source).exists()
         network = model_config(name_network(source), attention, kernel_sizes, weights) if named else None
         place = name_file(source, SUFFIXES[to])
-        show(quantize(source, network, out or place.with_stem(f"{place.stem}-int8"), to, images), as_json)
+        path = out or place.with_stem(f"{place.stem}-int8")
+        check_is_other(path, source)
+        show(quantize(source, network, path, to, images), as_json)
         return
+    path = out or name_file(source, SUFFIXES[to])
+    check_is_other(path, source)
     model, classes, expected = load(source, attention, kernel_sizes, weights)
     side = image_size or expected.size
-    path = out or name_file(source, SUFFIXES[to])
     generator = torch.Generator().manual_seed(0)
     if is_detector(model):
         example: object = [torch.rand(expected.channels, side, side, generator=generator)]
@@ -172,6 +175,12 @@ def build(name: str, attention: str | None, kernel_sizes: str | None) -> "nn.Mod
     if attention in (None, "none"):
         return networks.find(name, **options).eval()
     return cost.attach_by_name(name, attention, **options).eval()
+
+
+def check_is_other(path: Path, source: str) -> None:
+    """Raise ConfigError if ``path`` is the checkpoint ``source``, which the file would replace."""
+    if path.is_file() and Path(source).is_file() and path.samefile(source):
+        raise ConfigError(f"{path} is the checkpoint itself; give another name by --out")
 
 
 def name_file(source: str, suffix: str) -> Path:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ecanet.errors import ConfigError, show_value
+from ecanet.errors import ConfigError, is_text, show_value
 from ecanet.networks import Preprocessing
 
 __all__ = ["KEY", "About"]
@@ -34,6 +34,8 @@ class About:
             or not all(isinstance(name, str) for name in given)
         ):
             raise ConfigError(f"classes must be a sequence of names, got {show_value(given)}; pass ('cat', 'dog')")
+        if others := [name for name in given if not is_text(name)]:
+            raise ConfigError(f"the class name {others[0]!r} is no Unicode text, which a file cannot hold; rename it")
         if not isinstance(preprocessing, Preprocessing | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"preprocessing must be ecanet.networks.Preprocessing, got {show_value(preprocessing)}")
         return cls(classes=tuple(classes), preprocessing=preprocessing)

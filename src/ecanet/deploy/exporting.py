@@ -9,20 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ecanet import inference, progress
+from ecanet import progress
 from ecanet.deploy.about import About
 from ecanet.deploy.checking import Subject, check_file
-from ecanet.deploy.preparation import prepare
+from ecanet.deploy.preparation import copy_unwrapped, prepare
 from ecanet.deploy.programs import read_example, run_network
 from ecanet.deploy.reports import ExportReport
 from ecanet.deploy.targets import Target, find_target
-from ecanet.errors import ConfigError, ExportError, summarize
+from ecanet.errors import ConfigError, ExportError, is_text, show_value, summarize
 from ecanet.models import is_detector
 from ecanet.networks import Preprocessing
 
 __all__ = ["check_example", "check_place", "export", "write_beside"]
 
 
+@torch.random.fork_rng(devices=[])  # pyright: ignore[reportUnknownMemberType]
 def export(
     model: nn.Module,
     path: str | Path,
@@ -59,9 +60,9 @@ def export(
             f"{target} cannot hold the loops of a detector, because their lengths vary; export it to onnx"
         )
     inputs = read_example(model, example)
-    place = check_place(Path(path), goal)
+    place = check_place(path, goal)
     about = About.of(classes, preprocessing)
-    model = inference.copy_model(model).cpu()
+    model = copy_unwrapped(model).cpu()
     check_example(model, inputs, about)
     prepared = prepare(model, goal.form, early=goal.early)
     with write_beside(place) as file:
@@ -83,17 +84,28 @@ def export(
     return report
 
 
-def check_place(path: Path, target: Target) -> Path:
-    """Return ``path`` after making its folder.
+def check_place(place: object, target: Target) -> Path:
+    """Return the path ``place`` of a file after making its folder.
 
     Raises:
-        ConfigError: it has another suffix than the target's files, or is a directory.
+        ConfigError: it is no name of a file, has another suffix than the target's files, or is a directory, or the
+            second file that the target writes would replace a file of something else.
     """
+    if not isinstance(place, str | Path) or not is_text(str(place)) or "\0" in str(place):
+        raise ConfigError(f"path must be the name of a file, got {show_value(place)}")
+    path = Path(place)
+    if path.name in ("", ".."):
+        raise ConfigError(f"path {str(place)!r} names no file; write model{target.suffix}")
     if path.suffix != target.suffix:
         raise ConfigError(f"{path} must end in {target.suffix}; write {path.with_suffix(target.suffix)}")
     try:
         if path.is_dir():
             raise ConfigError(f"{path} is a directory; give the name of a file")
+        second = path.with_suffix(target.second or target.suffix)
+        if second.exists() and not path.exists():
+            raise ConfigError(
+                f"{second} exists without {path.name}, and would be replaced; move it, or give another path"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{path}: its folder cannot be made ({error.strerror}); give another path") from error

@@ -109,5 +109,5 @@ def open_file(path: Path) -> Session:
     shape = declared[0][1]
     nodes = onnx.load(str(path)).graph.node
     varies = [not isinstance(size, int) for size in shape]
-    takes = (varies[0], len(varies) > 2 and all(varies[2:])) if len(shape) > 3 else (False, False)
+    takes = (varies[0], len(varies) > 2 and all(varies[2:]))
     return Session(run=run, operations=dict(Counter(str(node.op_type) for node in nodes)), takes=takes)

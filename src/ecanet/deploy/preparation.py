@@ -16,9 +16,12 @@ from ecanet.errors import AttachError, ConfigError
 from ecanet.models import is_pointwise
 from ecanet.surgery import attached, fold
 
-__all__ = ["Prepared", "count_attention", "prepare", "remove_attention"]
+__all__ = ["WRAPPERS", "Prepared", "copy_unwrapped", "count_attention", "prepare", "remove_attention", "unwrap"]
 
 AS_IT_IS = "as it is"
+
+WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+"""Names of the classes that hold a network as it is, and of their attribute that does."""
 
 
 class Prepared(NamedTuple):
@@ -42,6 +45,33 @@ class EarlyGate(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Return the gated output: (N, C, H, W) -> (N, C', H, W)."""
         return self.convolution(h) * self.gate.weigh(self.convolution(h.mean((2, 3), keepdim=True)))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the network that torch.compile, DataParallel or DistributedDataParallel has wrapped as a whole.
+
+    Raises:
+        ConfigError: the wrapper has a hook, which would be lost.
+    """
+    while (attribute := WRAPPERS.get(type(model).__name__)) is not None:
+        if any(vars(model).get(hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")):
+            raise ConfigError(f"{type(model).__name__} has a hook, which would be lost; remove it first")
+        model = cast(nn.Module, getattr(model, attribute))
+    return model
+
+
+def copy_unwrapped(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` in evaluation and without gradients, in which nothing is compiled or wrapped.
+
+    Raises:
+        ConfigError: it cannot be copied, or a wrapper has a hook.
+    """
+    copied = inference.copy_model(unwrap(model))
+    for parent in list(copied.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ in WRAPPERS:
+                setattr(parent, name, unwrap(child))
+    return copied
 
 
 def prepare(model: nn.Module, form: Form, *, early: bool) -> Prepared:

@@ -5,16 +5,18 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ecanet.errors import ConfigError, ExportError, show_value, summarize
 from ecanet.models import is_detector
 
 __all__ = [
+    "Float64",
     "Session",
     "choose_other_size",
     "flatten",
@@ -64,7 +66,11 @@ def read_example(model: nn.Module, example: object) -> list[Tensor]:
         if not isinstance(x, Tensor) or x.dtype != torch.float32:
             what = f"a {x.dtype} tensor" if isinstance(x, Tensor) else show_value(x)
             raise ConfigError(f"example must be {expected} in float32, got {what}")
-    inputs = [cast(Tensor, x).detach().cpu() for x in found]
+        if x.is_meta:
+            raise ConfigError(f"example has no data (it is on the meta device); pass {expected}")
+        if not x.numel():
+            raise ConfigError(f"example is empty ({'x'.join(map(str, x.shape))}); pass at least one image")
+    inputs = [cast(Tensor, x).detach().cpu().clone() for x in found]
     axes = 3 if is_detector(model) else None
     if not inputs or (not is_detector(model) and len(inputs) > 1) or any(axes not in (None, x.dim()) for x in inputs):
         raise ConfigError(f"example must be {expected}, got {[tuple(x.shape) for x in inputs]}")
@@ -139,19 +145,49 @@ def list_varying_axes(program: torch.export.ExportedProgram) -> tuple[bool, bool
 
 def run_network(network: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return the output tensors of ``network`` for a batch or, of a detector, for a list of images."""
-    network = network.eval()
+    network, inputs = network.eval(), [x.clone() for x in inputs]  # a forward may write into its input
     with torch.no_grad():
         return flatten(network(list(inputs)) if is_detector(network) else network(*inputs))
 
 
 def widen(network: nn.Module) -> nn.Module:
-    """Return a copy of ``network`` in float64."""
-    return copy.deepcopy(network).double()
+    """Return a copy of ``network`` in float64, with the tensors that its modules keep beside their buffers."""
+    wide = copy.deepcopy(network).double()
+    for module in wide.modules():
+        kept = cast("dict[str, object]", vars(module))
+        kept |= {name: x.double() for name, x in kept.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    return wide
+
+
+def widen_dtype(value: object) -> object:
+    """Return float64 for float32, and any other value as it is."""
+    return torch.float64 if value is torch.float32 else value
+
+
+class Float64(TorchFunctionMode):
+    """Let a forward that asks for float32 by its name, or makes tensors of the default dtype, compute in float64."""
+
+    def __enter__(self) -> "Float64":
+        """Make float64 the default dtype until the context ends."""
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Restore the default dtype."""
+        torch.set_default_dtype(self.default)
+        super().__exit__(*error)  # pyright: ignore[reportUnknownMemberType]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the function ``func`` with float64 for each float32 among its arguments."""
+        args, kwargs = cast(Any, tree_map)(widen_dtype, (args, kwargs or {}))
+        return (Tensor.double if func is Tensor.float else func)(*args, **kwargs)
 
 
 def flatten(outputs: object) -> tuple[Tensor, ...]:
     """Return the tensors in ``outputs``, which may be a tensor or a nest of lists and dictionaries."""
-    return tuple(x.detach() for x in tree_leaves(outputs) if isinstance(x, Tensor))
+    found = [x.detach() for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+    return tuple(torch.view_as_real(x) if x.is_complex() else x for x in found)
 
 
 def name_module(node: fx.Node) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ecanet import inference, progress
+from ecanet import progress
 from ecanet.deploy import quantize_executorch, quantize_onnx, quantize_openvino
 from ecanet.deploy.about import About
 from ecanet.deploy.exporting import check_example, check_place, write_beside
-from ecanet.deploy.preparation import prepare
+from ecanet.deploy.preparation import copy_unwrapped, prepare
 from ecanet.deploy.programs import run_network
 from ecanet.deploy.targets import find_target
 from ecanet.errors import ConfigError, show_value
@@ -95,6 +95,7 @@ class Int8Report:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in self.list_rows())
 
 
+@torch.random.fork_rng(devices=[])  # pyright: ignore[reportUnknownMemberType]
 def quantize(
     model: nn.Module,
     path: str | Path,
@@ -126,8 +127,8 @@ def quantize(
     goal, quantizer = find_target(target), _find_quantizer(target)
     images, labels = held_out
     _check_images(calibration, images, labels)
-    place, about = check_place(Path(path), goal), About.of(classes, preprocessing)
-    model = inference.copy_model(model).cpu()
+    place, about = check_place(path, goal), About.of(classes, preprocessing)
+    model = copy_unwrapped(model).cpu()
     check_example(model, [images[:2]], about)
     prepared = prepare(model, goal.form, early=goal.early)
     with write_beside(place) as file:

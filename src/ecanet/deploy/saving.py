@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ecanet import inference, networks
 from ecanet.deploy.model_card import PICTURE, Measured, write_card
+from ecanet.deploy.preparation import WRAPPERS, unwrap
 from ecanet.errors import CheckpointError, ConfigError, EcanetError, show_value, summarize
 from ecanet.models import get_origin
 from ecanet.networks import CONFIG, WEIGHTS, Preprocessing, Pretrained
@@ -23,9 +24,6 @@ CARD = "README.md"
 
 FILES = (WEIGHTS, CARD, PICTURE, CONFIG)
 """The files of the folder; the last one makes it whole."""
-
-WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
-"""Names of the classes that hold a network as it is, and of their attribute that does."""
 
 SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
@@ -69,7 +67,7 @@ def save_pretrained(
         raise ConfigError(f"save_pretrained takes a network (a torch.nn.Module), got {show_value(model)}")
     if isinstance(class_names, str):
         raise ConfigError(f"class_names must be a sequence of names, got {show_value(class_names)}")
-    model = _unwrap(model)
+    model = _find_whole(model)
     copied = inference.copy_model(model).cpu()
     # Once loaded, a network knows what it was loaded from.
     known = cast(Pretrained | None, vars(model).get("pretrained_config"))
@@ -109,17 +107,14 @@ def save_pretrained(
     return description
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def _find_whole(model: nn.Module) -> nn.Module:
     """Return the network that torch.compile, DataParallel or DistributedDataParallel has wrapped as a whole.
 
     Raises:
         ConfigError: a part of it is wrapped, or it is spread over processes, so that its tensors are others', or the
             wrapper has a hook, which would be lost.
     """
-    while (attribute := WRAPPERS.get(type(model).__name__)) is not None:
-        if any(vars(model).get(hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")):
-            raise ConfigError(f"{type(model).__name__} has a hook, which cannot be saved; remove it first")
-        model = cast(nn.Module, getattr(model, attribute))
+    model = unwrap(model)
     for name, module in cast("Iterable[tuple[str, nn.Module]]", model.named_modules()):
         kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")]
         if found := next((kind for kind in kinds if kind in WRAPPERS or kind in SHARDED), None):

@@ -27,6 +27,8 @@ class Target:
 
     suffix: str
     """Of the files' names."""
+    second: str = ""
+    """Suffix of the file that is written beside it, if there is one."""
     form: Form
     early: bool
     """Whether a gate takes its means before the convolution that widens, which is one convolution of means more."""
@@ -52,6 +54,7 @@ TARGETS: dict[str, Target] = {
     ),
     "openvino": Target(
         suffix=".xml",
+        second=".bin",
         form="mixed",  # a kernel over the channels changes the layout of the means four times
         early=True,
         packages=("openvino",),
@@ -61,6 +64,7 @@ TARGETS: dict[str, Target] = {
     ),
     "executorch": Target(
         suffix=".pte",
+        second=".json",
         form="conv2d",
         early=True,
         packages=("executorch",),

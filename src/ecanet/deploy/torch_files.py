@@ -9,9 +9,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ecanet.deploy.about import KEY, About
-from ecanet.deploy.programs import Session, flatten, list_varying_axes, quiet, trace
+from ecanet.deploy.programs import Session, flatten, list_varying_axes, quiet, run_network, trace
 from ecanet.errors import ExportError, summarize
 
 # The writers go through memory: on a full disk PyTorch's own writer of files ends the process without a word of Python.
@@ -51,17 +53,50 @@ def open_export(path: Path) -> Session:
     return Session(run=run, operations=dict(calls), takes=list_varying_axes(program))
 
 
+class ValueReads(TorchDispatchMode):
+    """Find out whether a network turns values of its input into Python's numbers, while it runs.
+
+    A trace would hold those of one input. Shapes, and numbers from weights and buffers, are no such values.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]):
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
+        self.found = False
+        self.derived: dict[int, Tensor] = {id(x): x for x in inputs}
+        """Tensors computed from the input, kept alive so that no other gets the identity of one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation ``func``; its results are derived from the input if one of its arguments is."""
+        given = tree_leaves((args, kwargs))
+        outputs = func(*args, **(kwargs or {}))
+        if any(id(x) in self.derived for x in given):
+            self.found |= func is torch.ops.aten._local_scalar_dense.default
+            written = given if func._schema.is_mutable else []
+            self.derived |= {id(x): x for x in (*tree_leaves(outputs), *written) if isinstance(x, Tensor)}
+        return outputs
+
+
 def write_script(network: nn.Module, inputs: Sequence[Tensor], about: About, path: Path) -> dict[str, object]:
     """Write the trace of ``network``; `torch.jit.load` reads it without Python, too.
 
     Raises:
-        ExportError: `torch.jit.trace` cannot record it.
+        ExportError: `torch.jit.trace` cannot record it, or its steps depend on the values of the images.
     """
     file = io.BytesIO()
     try:
+        with ValueReads(inputs) as reads:
+            run_network(network, inputs)
+        if reads.found:
+            raise ExportError(
+                f"the forward of {type(network).__name__} reads values of the images (an if, a loop, float(x)), and a "
+                "trace holds those of the example alone; write it with tensors, such as torch.where"
+            )
         with quiet(), torch.no_grad():
-            traced = jit.trace(network, tuple(inputs), check_trace=False)
+            # A dictionary of outputs is not strict, and the check compares them.
+            traced = jit.trace(network, tuple(inputs), check_trace=False, strict=False)
             jit.save(traced, file, _extra_files={ABOUT: about.to_json().encode()})
+    except ExportError:
+        raise
     except Exception as error:  # the recorder raises errors of many classes
         raise ExportError(f"torch.jit.trace cannot record {type(network).__name__}: {summarize(error)}") from error
     path.write_bytes(file.getvalue())

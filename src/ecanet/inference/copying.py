@@ -1,13 +1,14 @@
 """Copy a network for evaluation."""
 
 import copy
+import pickle
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ecanet.errors import ConfigError
+from ecanet.errors import ConfigError, summarize
 
 __all__ = ["copy_for_evaluation", "copy_model"]
 
@@ -38,4 +39,9 @@ def copy_for_evaluation(model: nn.Module) -> nn.Module:
     # PyTorch does not copy a tensor that was computed with gradients, such as the weight that weight norm keeps.
     own = [value for module in model.modules() for value in cast("dict[str, object]", vars(module)).values()]
     made: dict[int, object] = {id(t): t.detach().clone() for t in own if isinstance(t, Tensor) and not t.is_leaf}
-    return copy.deepcopy(model, made).eval()
+    try:
+        return copy.deepcopy(model, made).eval()
+    except (TypeError, RuntimeError, pickle.PicklingError) as error:  # locks, open files, tensors of a running graph
+        raise ConfigError(
+            f"{name} cannot be copied ({summarize(error)}); take what holds it out of the model"
+        ) from error
