@@ -131,6 +131,25 @@ def test_no_page_is_wider_than_a_phone(browser, address, pages):
     assert wide == []
 
 
+def test_tables_fit_beside_the_text(browser, address, pages):
+    """On a wide screen every column is in sight; the networks' long table of references to code may be moved."""
+    screen = {"width": 1600, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    cut, seen = [], 0
+    for page in pages:
+        if page == "attach-sweep.html":
+            continue
+        browser.get(address + page)
+        widths = browser.execute_script(
+            "return [...document.querySelectorAll('.md-typeset__scrollwrap')].map(e => [e.scrollWidth, e.clientWidth])"
+        )
+        seen += len(widths)
+        cut += [(page, *pair) for pair in widths if pair[0] > pair[1] + 1]
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert seen > 20
+    assert cut == []
+
+
 def test_every_link_and_anchor_is_there(pages):
     anchors = {page: set(re.findall(r'\sid="?([^"\s>]+)', (SITE / page).read_text())) for page in pages}
     dead, links = [], 0

@@ -254,6 +254,15 @@ def test_an_image_file_is_prepared_as_the_data_are(trained_folder, tmp_path):
         assert effect.held != effect.log_odds
 
 
+def test_channels_are_counted_in_whole_numbers():
+    found = records.record_gates(nn.Sequential(SEVar2(4)), [(images(4), torch.tensor([0, 1, 0, 1]))], 2)
+    figure = drawings.draw_weights(found).to_figure()
+    figure.draw_without_rendering()
+    ticks = figure.axes[0].get_xticks()
+    assert len(ticks) > 2
+    assert all(float(tick).is_integer() for tick in ticks)
+
+
 NAMES = [r"a$\frac$", "$5_to_10_$", "_hidden", "long " * 50, "日本"]
 
 

@@ -45,11 +45,13 @@ def page(
 def make_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table in HTML; on a narrow page each row becomes a block with the column's name before each value.
 
+    >>> make_table(["Top-1"], [])  # names are not broken at hyphens
+    '<table class=rows><tr><th>Top&#8209;1</th></tr></table>'
     >>> make_table(["gate", "mean"], [["a<b", 0.5]])[-78:]
     "<tr><td data-name='gate'>a&lt;b</td><td data-name='mean'>0.5</td></tr></table>"
     """
     names = [html.escape(column) for column in columns]
-    head = "".join(f"<th>{name}</th>" for name in names)
+    head = "".join(f"<th>{name.replace('-', '&#8209;')}</th>" for name in names)
     body = "".join(
         "<tr>"
         + "".join(

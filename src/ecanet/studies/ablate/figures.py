@@ -79,7 +79,9 @@ def _draw_scores(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
     else:  # whole numbers, because gates alone differ by a few parameters only
         axes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
         axes.xaxis.set_major_formatter("{x:,.0f}")
-    low, high = axes.get_ylim()
+    most = 100 if metric.unit == "%" else 1
+    axes.set_ylim(max(axes.get_ylim()[0], -0.02 * most), min(axes.get_ylim()[1], 1.02 * most))
+    low, high = axes.get_ylim()  # an interval of two seeds leaves the range of scores, and would flatten all others
     labels = spread_labels(means, gap=0.06 * (high - low))
     for x, y, label_y, result in zip(parameters, means, labels, results, strict=True):
         axes.annotate(
@@ -89,6 +91,7 @@ def _draw_scores(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
             textcoords=("offset points", "data"),
             va="center",
             fontsize=9,
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": figures.GROUND, "edgecolor": "none"},  # over intervals
             arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": figures.GREY},
         )
 

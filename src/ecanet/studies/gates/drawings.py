@@ -135,6 +135,7 @@ def _draw_band(axes: Any, one: GateRecord) -> None:
 def _write_title(axes: Any, name: str, note: str) -> None:
     """Write a gate's name above its panel and a note below it."""
     axes.tick_params(labelsize=8)
+    axes.locator_params(axis="x", integer=True)  # channels are whole numbers
     axes.set_title(f"{_shorten(name)}\n{note}", fontsize=8, parse_math=False)
 
 

@@ -73,7 +73,7 @@ def _explain_commands(table: Table) -> str:
 def _count_agreements(measured: Measured) -> list[str]:
     """Return how many cells agree with the printed ones, in one line for each kind of row."""
     lines: list[str] = []
-    for own, whose in ((True, "counted by the authors"), (False, "not counted by the authors or not said to be")):
+    for own, whose in ((True, "counted by the authors"), (False, "copied, or of an unnamed source")):
         rows = zip(measured.table.rows, measured.cells, strict=True)
         cells = [cell for row, found in rows if row.own is own for cell in found.values() if cell.agrees is not None]
         if cells:
