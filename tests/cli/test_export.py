@@ -27,6 +27,13 @@ def test_json_is_alone_on_standard_output(ecanet):
     assert "random weights" in err
 
 
+def test_an_example_larger_than_memory_is_one_line(ecanet, tmp_path):
+    code, out, err = ecanet(*LINE[:-1], 10_000_000)
+    assert (code, out) == (2, "")
+    assert "no memory for an example of 1x3x10000000x10000000; give a smaller --image-size" in " ".join(err.split())
+    assert not (tmp_path / "resnet8.pt").exists()
+
+
 def test_the_names_of_int8_rows_are_whole(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     layers = {"layer1.0.attention.layers.conv": 0.037}

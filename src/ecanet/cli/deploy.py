@@ -79,11 +79,17 @@ def export(
     check_is_other(path, source)
     model, classes, expected = load(source, attention, kernel_sizes, weights)
     side = image_size or expected.size
-    generator = torch.Generator().manual_seed(0)
-    if is_detector(model):
-        example: object = [torch.rand(expected.channels, side, side, generator=generator)]
-    else:
-        example = torch.randn(batch_size, expected.channels, side, side, generator=generator)
+    detects = is_detector(model)
+    draw = torch.rand if detects else torch.randn
+    shape = (expected.channels, side, side) if detects else (batch_size, expected.channels, side, side)
+    try:
+        x = draw(shape, generator=torch.Generator().manual_seed(0))
+    except RuntimeError as error:  # so PyTorch says that memory is short
+        raise ConfigError(
+            f"there is no memory for an example of {'x'.join(map(str, shape))}; give a smaller "
+            f"--image-size or --batch-size"
+        ) from error
+    example: object = [x] if detects else x
     report = deploy.export(
         model, path, target=to, example=example, check=not no_check, classes=classes, preprocessing=expected
     )
