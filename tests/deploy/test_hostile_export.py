@@ -171,10 +171,21 @@ def test_labels_and_masks_are_compared(logits):
         assert checking.compare(open_fake(*right), model, exact, inputs).allowed < 1e-5
 
 
+def write(value, where=None):
+    """Write the element of ``value`` into other memory, through a view or by an operation without a result."""
+    z = torch.zeros(2)
+    if where is None:
+        torch._foreach_copy_([z], [value.expand(2)])
+    else:
+        z[where] = value
+    return z[0]
+
+
 READS = {
     "condition": lambda network, x: network(x) if x.abs().max() < 20 else -network(x),
     "number": lambda network, x: network(x) * x.max().item(),
-    "written": lambda self, network, x: network(x) if self.one.clone().copy_(x[0, 0, 0, 0]) < 20 else -network(x),
+    "written": lambda self, network, x: -network(x) if write(x[0, 0, 0, :1], slice(1)) > 20 else network(x),
+    "written by a list": lambda self, network, x: -network(x) if write(x[0, 0, 0, :1]) > 20 else network(x),
 }
 
 

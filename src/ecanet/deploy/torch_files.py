@@ -62,18 +62,24 @@ class ValueReads(TorchDispatchMode):
     def __init__(self, inputs: Sequence[Tensor]):
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.found = False
-        self.derived: dict[int, Tensor] = {id(x): x for x in inputs}
-        """Tensors computed from the input, kept alive so that no other gets the identity of one."""
+        self.derived = {find_storage(x): x for x in inputs}
+        """Tensors computed from the input by their storage, which views share. None of them goes while this lives."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation ``func``; its results are derived from the input if one of its arguments is."""
-        given = tree_leaves((args, kwargs))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = func(*args, **(kwargs or {}))
-        if any(id(x) in self.derived for x in given):
+        if any(find_storage(x) in self.derived for x in given):
             self.found |= func is torch.ops.aten._local_scalar_dense.default
             written = given if func._schema.is_mutable else []
-            self.derived |= {id(x): x for x in (*tree_leaves(outputs), *written) if isinstance(x, Tensor)}
+            made = (x for x in tree_leaves(outputs) if isinstance(x, Tensor))
+            self.derived |= {find_storage(x): x for x in (*made, *written)}
         return outputs
+
+
+def find_storage(x: Tensor) -> int:
+    """Return the address of the memory that ``x`` and its views share."""
+    return x.untyped_storage().data_ptr() if x.layout is torch.strided else id(x)
 
 
 def write_script(network: nn.Module, inputs: Sequence[Tensor], about: About, path: Path) -> dict[str, object]:
