@@ -135,7 +135,7 @@ class ECA(ChannelAttention):
         is_small = p.device.type == "cpu" and len(p) == 1 and not torch.is_grad_enabled()
         if is_small or ops.is_jit_tracing() or ops.is_exporting():
             return F.conv1d(p[:, None], weight, bias, padding=r).squeeze(1).sigmoid()
-        # Else a matrix product over k taps: on a CPU F.conv1d is slow for several samples and for the weight's gradient.
+        # Else a matrix product over k taps: F.conv1d is slow on a CPU for several samples and the weight's gradient.
         kernel = weight[0].transpose(-2, -1)  # k 1
         sums = (F.pad(p, (r, r)).unfold(1, self.kernel_size, 1) @ kernel)[..., 0]
         return (sums if bias is None else sums + bias).sigmoid()
