@@ -40,6 +40,8 @@ RESULTS = Path(__file__).resolve().parent / "results" / "deploy-trained.json"
 ROUNDS = {1: 100, 8: 20}
 CALIBRATION = 512
 """Training images that give the ranges of int8."""
+INT8 = ", int8"
+"""The end of the names of networks in int8."""
 
 Step = Callable[[Tensor], Tensor]
 
@@ -123,14 +125,14 @@ def measure(runs: list[Path], count: int, rounds: int | None) -> list[dict[str, 
         for at, (name, network) in enumerate(networks.items()):
             for target in RUNTIMES:
                 path = Path(folder) / f"{at}-int8-{target}{TARGETS[target].suffix}"
-                int8[target, f"{name}, int8"], found[target, f"{name}, int8"] = quantize(network, path, target, images)
+                int8[target, name + INT8], found[target, name + INT8] = quantize(network, path, target, images)
         for batch, most in ROUNDS.items():
             x = images.held_out[:batch].contiguous()
             steps = {}
             for at, (name, network) in enumerate(networks.items()):
                 for runtime, step, known in open_float32(network, Path(folder) / f"{at}-float32", x):
                     steps[runtime, name] = partial(step, x)
-                    top1 = found.get(("onnx", f"{name}, int8"), {}).get("float32 top1")
+                    top1 = found.get(("onnx", name + INT8), {}).get("float32 top1")
                     found[runtime, name] = known | {"top1": top1}
             for (target, name), step in int8.items():
                 if QUANTIZERS[target].batch in (None, batch):
@@ -169,22 +171,22 @@ def open_float32(network: nn.Module, path: Path, x: Tensor) -> Iterator[tuple[st
 
 
 def make_table(rows: list[dict[str, Any]]) -> str:
-    """Return a Markdown table: one row a runtime and network, in float32 and in int8."""
-    found = {(row["runtime"], row["variant"], row["batch"]): row for row in rows}
-    lines = [
-        "| runtime | network | MB | top-1 | ms, batch 1 | over plain | ms, batch 8 | over plain |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for runtime, variant in dict.fromkeys(key[:2] for key in found):
-        first = found[runtime, variant, 1]
-        cells = [RUNTIMES.get(runtime, "PyTorch"), variant, f"{first['bytes'] / 1e6:.2f}", f"{first['top1']:.2f}"]
-        for batch in ROUNDS:
-            row = found.get((runtime, variant, batch))
-            own = variant == "plain"
-            spread = "" if row is None or own else f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
-            cells += ["" if row is None else f"{row['ms']:.2f}", spread]
+    """Return a Markdown table at batch 1: one row a runtime and network, in float32 and then in int8."""
+    found = {(row["runtime"], row["variant"]): row for row in rows if row["batch"] == 1}
+    values = "MB | top-1 | ms | over plain"
+    lines = [f"| runtime | network | {values} | int8: {values} |", f"|{'---|' * 10}"]
+    for runtime, variant in (key for key in found if not key[1].endswith(INT8)):
+        cells = [RUNTIMES.get(runtime, "PyTorch"), variant]
+        for row in (found[runtime, variant], found.get((runtime, variant + INT8))):
+            cells += [""] * 4 if row is None else describe(row)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def describe(row: dict[str, Any]) -> list[str]:
+    """Return the four cells of one file."""
+    ratio = "" if row["variant"] == "plain" else f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+    return [f"{row['bytes'] / 1e6:.2f}", f"{row['top1']:.2f}", f"{row['ms']:.2f}", ratio]
 
 
 if __name__ == "__main__":
