@@ -154,12 +154,3 @@ def test_a_gate_alone_runs_the_passes_that_a_caller_prefers(lean_passes):
     with torch.no_grad(), ops.prefer_impl("lean"):
         ECA(4, 3)(torch.randn(1, 4, 2, 2))
     assert lean_passes == [16]
-
-
-@torch.no_grad()
-def test_one_image_has_the_gates_that_it_has_in_a_batch():
-    """One sample without gradients is a convolution, several are a matrix product."""
-    for attention in (ECA(16, 5, bias=True), ECA(16, 3, padding_mode="circular")):
-        torch.nn.init.normal_(attention.conv.weight)
-        x = torch.randn(3, 16, 2, 2)
-        torch.testing.assert_close(attention(x)[:1], attention(x[:1]))

@@ -132,10 +132,9 @@ class ECA(ChannelAttention):
         bias = None if bias is None else bias.to(p.dtype)
         if self.padding_mode == "circular":
             p, r = F.pad(p[:, None], (r, r), mode="circular")[:, 0], 0
-        is_small = p.device.type == "cpu" and len(p) == 1 and not torch.is_grad_enabled()
-        if is_small or ops.is_jit_tracing() or ops.is_exporting():
+        if ops.is_jit_tracing() or ops.is_exporting():
             return F.conv1d(p[:, None], weight, bias, padding=r).squeeze(1).sigmoid()
-        # Else a matrix product over k taps: F.conv1d is slow on a CPU for several samples and the weight's gradient.
+        # Outside of tracing, use a matrix product over k taps: the weight gradient of F.conv1d is slow on a CPU.
         kernel = weight[0].transpose(-2, -1)  # k 1
         sums = (F.pad(p, (r, r)).unfold(1, self.kernel_size, 1) @ kernel)[..., 0]
         return (sums if bias is None else sums + bias).sigmoid()
