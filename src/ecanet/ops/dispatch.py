@@ -141,20 +141,9 @@ def squeeze_scale(x: Tensor, gate: Gate, *, mask: Tensor | None = None, impl: Im
         return reference.squeeze_scale(x, gate, mask)
     check_input(x, mask)
     passes = choose(impl, x, "a mask needs the reference" if mask is not None else None, gated=True)
-    if passes is None or (impl == "auto" and passes is lean and prefers_plain_scale(x, gate)):
+    if passes is None:
         return reference.squeeze_scale(x, gate, mask)
     return tail.squeeze_scale(make_dense(x), gate, passes)
-
-
-def prefers_plain_scale(x: Tensor, gate: Gate) -> bool:
-    """Return whether PyTorch's operations are as fast as the lean passes for ``x * gate(mean(x))``.
-
-    By measurement they are without gradients, and for small tensors. In 16 bits they round once more.
-    """
-    if isinstance(gate, reference.MomentsGate) or get_requested_impl() is not None:
-        return False
-    is_wide = x.dtype == reference.accumulation_dtype(x.dtype)
-    return is_wide and (not torch.is_grad_enabled() or x.numel() < lean.SMALL)
 
 
 def residual_tail(
