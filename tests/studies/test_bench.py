@@ -110,6 +110,15 @@ def test_a_kernel_counts_each_of_its_tensors_once():
         assert measure.count_moved_mb(bench_layers.make_steps(b)["gate ecanet"]) == pytest.approx(7 * b.z.nbytes / 1e6)
 
 
+def test_random_numbers_are_drawn_on_the_cpu_whatever_the_default_device_is():
+    with torch.device("meta"):
+        b = bench_layers.make_block((2, 32, 3, 3), "cpu", torch.float32)
+        images = bench_networks.make_images(2, 4, "cpu")
+        near = bench_check.perturb_last_digit(images)
+    parameters = (p for module in (b.norm, b.gate, b.timm_gate) for p in module.parameters())
+    assert {x.device.type for x in (b.z, b.shortcut, b.dy, *parameters, images, near)} == {"cpu"}
+
+
 def test_a_block_tail_moves_eleven_times_its_output():
     b = bench_layers.make_block((4, 16, 24, 24), "cpu", torch.float32)
     steps, size = bench_layers.make_steps(b), b.z.nbytes / 1e6

@@ -87,6 +87,16 @@ def test_what_an_ablations_pictures_say_can_be_read(ablation):
         assert find_unreadable(figure) == []
 
 
+def test_scores_of_two_seeds_stay_in_their_range_and_names_stand_on_the_intervals(ablation):
+    wide = [replace(one, score=replace(one.score, half=150.0)) for one in ablation.results]
+    panels = [figure.axes[0] for figure in ablate_figures.draw_panels(replace(ablation, results=wide))]
+    (axes,) = [axes for axes in panels if axes.get_xlabel() == "parameters"]
+    low, high = axes.get_ylim()
+    assert -5 < low < high < 105
+    assert len(axes.texts) == len(wide)
+    assert all(name.get_bbox_patch() is not None for name in axes.texts)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_networks_that_differ_by_a_few_parameters_only_can_be_told_apart(ablation, count):
     small = replace(ablation, results=ablation.results[:count])
