@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import tensors
+from quick_weights import speed_up_drawing
 
 
 def speed_up_interpreter() -> None:
@@ -21,6 +22,7 @@ def speed_up_interpreter() -> None:
     """
     try:
         import triton.language as tl
+        from triton.language.semantic import TritonSemantic
         from triton.runtime import interpreter
         from triton.runtime.interpreter import InterpretedFunction
     except ImportError:
@@ -45,13 +47,37 @@ def speed_up_interpreter() -> None:
         vars(self).update(contents[kind.name], handle=handle)
 
     tl.tensor.__init__ = initialize_as_before
+    describe, described = tl.block_type.__init__, {}
+
+    def describe_once(self: tl.block_type, element_ty: tl.dtype, shape: list[int]) -> None:
+        key = (element_ty.name, *shape)
+        if not all(type(size) is int for size in key[1:]):
+            describe(self, element_ty, shape)
+            return
+        if key not in described:
+            describe(self, element_ty, shape)
+            described[key] = {**vars(self)}
+        vars(self).update(described[key], element_ty=element_ty)
+
+    tl.block_type.__init__ = describe_once
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast_unequal(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+        a, b = lhs.type, rhs.type
+        if a.is_block() and b.is_block() and [*a.shape] == [*b.shape]:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    TritonSemantic.broadcast_impl_value = broadcast_unequal
     call, prepared = InterpretedFunction.__call__, {tl}  # a launch prepares `tl` itself
+    found = {}
 
     def call_prepared(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
-        languages = {value for value in self.fn.__globals__.values() if value is tl or value is tl.core}
-        if languages <= prepared:
+        if self not in found:
+            found[self] = {value for value in self.fn.__globals__.values() if value is tl or value is tl.core}
+        if found[self] <= prepared:
             return self.rewrite()(*args, **kwargs)
-        prepared.update(languages)
+        prepared.update(found[self])
         return call(self, *args, **kwargs)
 
     InterpretedFunction.__call__ = call_prepared
@@ -87,6 +113,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     So no test hands a tensor of the CPU to a compiled kernel: those that are not marked run in the interpreter.
     """
+    speed_up_drawing()
+    os.fsync = lambda descriptor: None  # no test cuts the power
     gc.disable()  # until the tests are collected: the collector would walk through all modules again and again
     chosen = config.option.markexpr
     if torch.cuda.is_available() and "gpu" in chosen and "not gpu" not in chosen:
