@@ -20,6 +20,7 @@ from ecanet.ops import dispatch, nodes, proof
 pytest.importorskip("triton")
 
 CPU = torch.device("cpu")
+CASES = proof.CASES
 
 
 @pytest.fixture
@@ -28,6 +29,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(dispatch, "runs_on_gpu", lambda x: True)
     monkeypatch.setattr(proof, "_passed", {})
     monkeypatch.setattr(proof, "SHAPES", ((2, 9, 5, 3),))
+    monkeypatch.setattr(proof, "CASES", CASES[:1])
 
 
 @pytest.fixture
@@ -121,6 +123,7 @@ WRONG = {
 def test_wrong_kernel_is_found_and_warned_of_once(bug, gpu, ran, monkeypatch):
     from ecanet.ops.triton.launch import Launch
 
+    monkeypatch.setattr(proof, "CASES", CASES)
     name, change = WRONG[bug]
     call = Launch.__call__
 
