@@ -280,7 +280,7 @@ def test_cost_of_cbam():
 def small(attention: str) -> nn.Module:
     torch.manual_seed(0)
     options = {"reduction": 4} if attention in ("cbam", "gc") else {}
-    return ecanet.create_model("resnet20", attention=attention, num_classes=10, in_channels=1, **options)
+    return ecanet.create_model("resnet14", attention=attention, num_classes=10, in_channels=1, **options)
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> list[float]:

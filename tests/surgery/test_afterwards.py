@@ -25,7 +25,7 @@ from torchvision.models.quantization import resnet18 as quantizable_resnet18
 import ecanet
 from ecanet.errors import ConfigError
 
-IMAGE = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+IMAGE = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
 PAGE = Path(__file__).parents[2] / "docs" / "proof.md"
 
 # torch.ao.quantization is about to move to torchao, which every call says.
@@ -321,7 +321,7 @@ def train_in_process(rank, store):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for step in range(2):  # the second step fails if the first left a parameter unused
         optimizer.zero_grad()
-        wrapped(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2 * step + rank))).sum().backward()
+        wrapped(torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(2 * step + rank))).sum().backward()
         optimizer.step()
     gates = torch.cat([model.get_submodule(site.name).conv.weight.flatten() for site in ecanet.attached(model)])
     both = [torch.empty_like(gates) for _ in range(2)]

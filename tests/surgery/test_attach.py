@@ -26,7 +26,7 @@ def network(name="resnet18", dtype=torch.float32):
     return model.to(dtype).eval()
 
 
-def image(dtype=torch.float32, size=64):
+def image(dtype=torch.float32, size=40):
     return noise(2, 3, size, size).to(dtype)
 
 
@@ -187,7 +187,7 @@ def test_channels_are_axis_1_where_nothing_else_is_known():
 @pytest.mark.parametrize(
     ("preserve", "sizes"),
     [
-        (True, {}),
+        pytest.param(True, {}, marks=pytest.mark.slow),
         (False, {}),
         (True, {"kernel_sizes": "official"}),
         pytest.param(False, {"kernel_sizes": "official"}, marks=pytest.mark.slow),

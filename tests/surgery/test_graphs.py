@@ -13,7 +13,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import ecanet
 from ecanet.errors import AttachError
 
-IMAGE = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+IMAGE = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
 
 MAKERS = {"trace": fx.symbolic_trace, "export": lambda model: torch.export.export(model, (IMAGE,)).module()}
 
@@ -68,16 +68,35 @@ class Functional(nn.Module):
         return x + torch.mul(torch.tanh(F.conv2d(F.relu(x), self.conv.weight, padding=1)), self.scale)
 
 
-@pytest.mark.parametrize("maker", MAKERS)
+def vgg():
+    """The convolutions of VGG-11 without its layers of a hundred million weights."""
+    convolutions = models.vgg.make_layers(models.vgg.cfgs["A"])
+    return nn.Sequential(convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 5))
+
+
+NETWORKS = {
+    models.resnet18: 8,
+    models.mobilenet_v3_small: 11,
+    models.mobilenet_v2: 17,
+    vgg: 5,
+    ChannelsLast: 1,
+    Functional: 2,
+}
+
+
 @pytest.mark.parametrize(
-    ("factory", "count"),
+    ("factory", "count", "maker"),
     [
-        (models.resnet18, 8),
-        (models.mobilenet_v3_small, 11),
-        (models.mobilenet_v2, 17),
-        (models.vgg11, 5),
-        (ChannelsLast, 1),
-        (Functional, 2),
+        # an exported network of many nodes takes many seconds: a ResNet stands for all
+        pytest.param(
+            factory,
+            count,
+            maker,
+            id=f"{factory.__name__}-{count}-{maker}",
+            marks=[pytest.mark.slow] * (maker == "export" and count > 8),
+        )
+        for factory, count in NETWORKS.items()
+        for maker in MAKERS
     ],
 )
 def test_gates_in_a_graph_change_nothing_and_come_out_again(factory, count, maker):
@@ -110,7 +129,7 @@ def test_gates_in_a_graph_have_the_keys_and_the_effect_of_those_in_the_network(m
     assert set(graph.state_dict()) == set(network.state_dict())
     graph.load_state_dict(network.state_dict())
     torch.testing.assert_close(run(graph), run(network))
-    image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    image = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(1))
     graph(image).square().sum().backward()
     network(image).square().sum().backward()
     for name, parameter in network.named_parameters():

@@ -29,7 +29,7 @@ TIMM_SE = {
 }
 TIMM_ECA = {"ecaresnet26t": 8, "eca_nfnet_l0": 12, "eca_resnet33ts": 10, "ecaresnet50t": 16}
 NO_CHANNEL_ATTENTION = ["resnest14d", "skresnet18", "convnext_atto", "repvgg_a0", "poolformer_s12"]
-IMAGE = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+IMAGE = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
 
 
 def replace(model, kind):
@@ -39,14 +39,16 @@ def replace(model, kind):
     return len(ecanet.attached(model))
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+SLOW = {"nfnet_l0", "seresnet50", "regnety_008", "eca_resnet33ts", "ecaresnet50t", "regnet_y_400mf", "efficientnet_b0"}
+"""Large networks, whose modules the others have, too: timm's `SEModule` and `EcaModule`, torchvision's one class."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in TORCHVISION])
 def test_squeeze_excite_of_torchvision(name):
     assert replace(getattr(models, name)(), "se") == TORCHVISION[name]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "nfnet_l0")) for name in TIMM_SE]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in TIMM_SE])
 def test_squeeze_excite_of_timm(name):
     model = pytest.importorskip("timm").create_model(name)
     convolutions = [type(m) for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
@@ -54,9 +56,7 @@ def test_squeeze_excite_of_timm(name):
     assert [type(m) for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)] == convolutions
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "ecaresnet50t")) for name in TIMM_ECA]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in TIMM_ECA])
 def test_eca_of_timm(name):
     torch.manual_seed(0)
     model = pytest.importorskip("timm").create_model(name).eval()
