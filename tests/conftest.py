@@ -22,7 +22,6 @@ def speed_up_interpreter() -> None:
     """
     try:
         import triton.language as tl
-        from triton.language.semantic import TritonSemantic
         from triton.runtime import interpreter
         from triton.runtime.interpreter import InterpretedFunction
     except ImportError:
@@ -47,6 +46,27 @@ def speed_up_interpreter() -> None:
         vars(self).update(contents[kind.name], handle=handle)
 
     tl.tensor.__init__ = initialize_as_before
+    call, prepared = InterpretedFunction.__call__, {tl}  # a launch prepares `tl` itself
+    found = {}
+
+    def call_prepared(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
+        if self not in found:
+            found[self] = {value for value in self.fn.__globals__.values() if value is tl or value is tl.core}
+        if found[self] <= prepared:
+            return self.rewrite()(*args, **kwargs)
+        prepared.update(found[self])
+        return call(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call_prepared
+
+
+def describe_types_once() -> None:
+    """Let Triton's interpreter describe the type of a block once, and spread no block over another of its shape."""
+    try:
+        import triton.language as tl
+        from triton.language.semantic import TritonSemantic
+    except ImportError:
+        return
     describe, described = tl.block_type.__init__, {}
 
     def describe_once(self: tl.block_type, element_ty: tl.dtype, shape: list[int]) -> None:
@@ -69,18 +89,6 @@ def speed_up_interpreter() -> None:
         return broadcast(self, lhs, rhs)
 
     TritonSemantic.broadcast_impl_value = broadcast_unequal
-    call, prepared = InterpretedFunction.__call__, {tl}  # a launch prepares `tl` itself
-    found = {}
-
-    def call_prepared(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
-        if self not in found:
-            found[self] = {value for value in self.fn.__globals__.values() if value is tl or value is tl.core}
-        if found[self] <= prepared:
-            return self.rewrite()(*args, **kwargs)
-        prepared.update(found[self])
-        return call(self, *args, **kwargs)
-
-    InterpretedFunction.__call__ = call_prepared
 
 
 def read_one_number() -> None:
@@ -122,6 +130,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     os.environ["TRITON_INTERPRET"] = "1"
     speed_up_interpreter()
+    describe_types_once()
     read_one_number()
 
 
