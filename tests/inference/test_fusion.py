@@ -47,7 +47,7 @@ def test_fused_is_the_same(name):
     assert len(blocks) == sum(len(stage) for stage in (fused.layer1, fused.layer2, fused.layer3, fused.layer4))
     assert all(type(stage) is Stage for stage in (fused.layer1, fused.layer4))
     assert list(fused.state_dict()) == list(plain.state_dict())
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 40, 40, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     for a, b in zip(step(fused, images), step(plain, images), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
@@ -59,18 +59,18 @@ def test_the_lean_tail_is_what_runs(monkeypatch):
     original, reduce = ops.lean.apply, ops.lean.reduce
     monkeypatch.setattr(ops.lean, "apply", lambda z, *rest: shapes.append(z.shape) or original(z, *rest))
     monkeypatch.setattr(ops.lean, "reduce", lambda dy, more, *rest: folds.append(more) or reduce(dy, more, *rest))
-    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    model(torch.randn(2, 3, 40, 40)).sum().backward()
     assert len(shapes) == 8  # resnet26: two blocks in each of four stages
     assert not any(more is not None for more in folds)
     folds.clear()
     monkeypatch.setattr(ops, "uses_kernels", lambda x: True)
-    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    model(torch.randn(2, 3, 40, 40)).sum().backward()
     assert sum(more is not None for more in folds) == 4
 
 
 def test_copies_and_pickles():
     model = ecanet.fuse(NETWORKS["torchvision resnet18"]()).eval()
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 40, 40)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other.layer1[0]) is type(model.layer1[0])
         assert torch.equal(other(images), model(images))
@@ -79,7 +79,7 @@ def test_copies_and_pickles():
 
 def test_gates_attached_later_and_before():
     """A gate that attach hangs into a fused block, and a block that had one, are applied once."""
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 40, 40)
     torch.manual_seed(0)
     plain = torchvision.models.resnet18(num_classes=5).eval()
     gated = copy.deepcopy(plain)
@@ -110,7 +110,7 @@ def test_what_stays_as_it_is():
     model.layer2[0].register_forward_hook(lambda *_: heard.append(1))
     ecanet.fuse(model)
     assert type(model.layer2) is nn.Sequential
-    model(torch.randn(1, 3, 64, 64))
+    model(torch.randn(1, 3, 40, 40))
     assert heard == [1]
 
 
@@ -118,7 +118,7 @@ def test_a_hook_on_the_gate_hears():
     model = ecanet.fuse(NETWORKS["timm se"]())
     heard = []
     model.layer1[0].se.register_forward_hook(lambda *_: heard.append(1))
-    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    model(torch.randn(2, 3, 40, 40)).sum().backward()
     assert heard == [1]
 
 
@@ -137,7 +137,7 @@ def test_automatic_fused_runs_the_whole_network_in_kernels(network, monkeypatch)
         model = ecanet.create_model("resnet8", attention="eca", num_classes=3)
     else:
         model = ecanet.fuse(torchvision.models.resnet18(num_classes=3))
-    model, images = model.double(), torch.randn(2, 3, *((8, 8) if network == "own" else (64, 64))).double()
+    model, images = model.double(), torch.randn(2, 3, *((8, 8) if network == "own" else (40, 40))).double()
     expected = step(copy.deepcopy(model), images)
     launched, run = [], Launch.__call__
     monkeypatch.setattr(Launch, "__call__", lambda self, *x: launched.append(self.kernel.fn.__name__) or run(self, *x))

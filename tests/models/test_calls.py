@@ -114,11 +114,20 @@ def test_a_block_changed_afterwards_is_what_it_was_changed_to(change, make):
     assert_same(model, expected)
 
 
-@pytest.mark.parametrize("make", SHORT.values(), ids=SHORT)
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def alternate(names):
+    """Return each change with one of ``names`` by turns, and with the others under the marker slow."""
+    return [
+        pytest.param(change, name, id=f"{key}-{name if isinstance(name, str) else name.__name__}",
+                     marks=[pytest.mark.slow] * ((row + column) % len(names) > 0))
+        for row, (key, change) in enumerate(CHANGES.items())
+        for column, name in enumerate(names)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "make"), alternate([*SHORT]))
 def test_a_block_changed_after_its_first_run(change, make):
     """A block remembers that its parts may be run: a later change must be noticed."""
-    expected, model = plain(), make()
+    expected, model = plain(), SHORT[make]()
     outputs(model)
     model.load_state_dict(expected.state_dict())  # running statistics have moved
     for network in (expected, model):
@@ -126,8 +135,7 @@ def test_a_block_changed_after_its_first_run(change, make):
     assert_same(model, outputs(expected))
 
 
-@pytest.mark.parametrize("short", [ecanet.fuse, ecanet.optimize])
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(("change", "short"), alternate([ecanet.fuse, ecanet.optimize]))
 def test_a_block_changed_before_is_left_alone(change, short):
     model = plain()
     change(model.layer1[0])

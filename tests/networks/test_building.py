@@ -8,7 +8,7 @@ from ecanet.errors import CheckpointError, ConfigError
 from ecanet.networks import build, find
 from ecanet.recipes import ModelConfig
 
-IMAGE = (3, 64, 64)
+IMAGE = (3, 40, 40)
 LARGE = pytest.param("timm:resnet26d", marks=pytest.mark.slow)
 OTHERS = ["torchvision:mobilenet_v2", LARGE, "timm:convnext_atto", "torchvision:squeezenet1_1"]
 

@@ -109,7 +109,7 @@ def test_traced_model_can_be_saved():
     import torchvision
 
     for model in (ecanet.attach(torchvision.models.resnet18()), ecanet.create_model("mobilenet_v2")):
-        x = torch.randn(2, 3, 64, 64)
+        x = torch.randn(2, 3, 40, 40)
         file = io.BytesIO()
         torch.jit.save(torch.jit.trace(model.eval(), x), file)
         file.seek(0)
@@ -162,9 +162,16 @@ def test_input_is_not_modified(activation):
     assert torch.equal(z, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("attention", ["eca", "se"])
-@pytest.mark.parametrize("short", [ecanet.fuse, ecanet.optimize])
+@pytest.mark.parametrize(
+    ("short", "attention", "dtype"),
+    [
+        # by default, each two of the three in every combination
+        pytest.param(short, attention, dtype, marks=[pytest.mark.slow] * ((a + b + c) % 2))
+        for a, short in enumerate([ecanet.fuse, ecanet.optimize])
+        for b, attention in enumerate(["eca", "se"])
+        for c, dtype in enumerate([torch.bfloat16, torch.float16])
+    ],
+)
 def test_timm_gates_in_half_precision(short, attention, dtype):
     torch.manual_seed(0)
     options = {"attn_layer": attention}

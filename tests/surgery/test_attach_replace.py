@@ -28,7 +28,7 @@ class eca_layer(nn.Module):  # noqa: N801
 
 
 def image():
-    return noise(2, 3, 64, 64)
+    return noise(2, 3, 40, 40)
 
 
 def pasted(k=5):

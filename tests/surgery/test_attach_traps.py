@@ -35,7 +35,7 @@ def small(attached=True, trained=True):
 
 
 def image():
-    return noise(2, 3, 64, 64)
+    return noise(2, 3, 40, 40)
 
 
 def test_sync_batchnorm_conversion_keeps_the_gates():
@@ -225,7 +225,7 @@ import ecanet
 calls = []
 handles = [m.register_forward_hook(lambda *a: calls.append(1)) for m in model.modules()]
 assert len(ecanet.attached(model)) == 8
-x = torch.rand((2, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+x = torch.rand((2, 3, 40, 40), generator=torch.Generator().manual_seed(0))
 before = model(x)
 model.layer1[0].eca.neutralize()
 assert not torch.equal(model(x), before)

@@ -94,7 +94,7 @@ def test_gates_attached_in_inference_mode_train(network, options, dtype):
     gates = gates_of(model)
     assert gates
     assert not any(tensor.is_inference() for gate in gates for tensor in (*gate.parameters(), *gate.buffers()))
-    model.eval()(noise(2, 3, 64, 64).to(dtype)).square().sum().backward()
+    model.eval()(noise(2, 3, 40, 40).to(dtype)).square().sum().backward()
     assert all(p.grad is not None and p.dtype == dtype for gate in gates for p in gate.parameters())
 
 
@@ -140,10 +140,10 @@ def gates_of(model):
 
 
 def test_outputs_stay_the_same_in_inference_mode():
-    model, x = models.resnet18().eval(), noise(2, 3, 64, 64)
+    model, x = models.resnet18().eval(), noise(2, 3, 40, 40)
     with torch.inference_mode():
         before = model(x)
-        ecanet.attach(model, example=torch.rand(1, 3, 64, 64))
+        ecanet.attach(model, example=torch.rand(1, 3, 40, 40))
         assert torch.equal(model(x), before)
         ecanet.detach(model)
         assert torch.equal(model(x), before)

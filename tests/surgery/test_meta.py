@@ -52,7 +52,7 @@ def stir(model):
 
 
 def image():
-    return noise(2, 3, 64, 64)
+    return noise(2, 3, 40, 40)
 
 
 def check_file(model, written):
@@ -66,7 +66,7 @@ def check_file(model, written):
             assert torch.equal(model(image()), written(image()))
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", [pytest.param(n, marks=[pytest.mark.slow] * (n == "densenet")) for n in NETWORKS])
 def test_the_same_gates_as_on_the_cpu(network):
     written, model = make(NETWORKS[network]), make_on_meta(NETWORKS[network])
     assert str(ecanet.attached(model)) == str(ecanet.attached(written))
@@ -96,7 +96,11 @@ def test_created_networks_take_their_tensors_from_a_file(network, attention):
     check_file(model, written)
 
 
-@pytest.mark.parametrize("attention", ["eca", "se", "se-gc", "cbam", "gsop", "gc", "a2", "non-local", "gct", "srm"])
+ABSENT = ["eca", "se", "cbam", "gsop", "a2", "gct"]
+ABSENT += [pytest.param(name, marks=pytest.mark.slow) for name in ("se-gc", "gc", "non-local", "srm")]
+
+
+@pytest.mark.parametrize("attention", ABSENT)
 def test_a_file_without_gates_and_neutral_gates_give_the_plain_outputs(attention):
     """The recipe of the guide."""
     plain = models.resnet18().eval()

@@ -63,7 +63,7 @@ def build_plain(channels):
     return Plain(channels, bias=False)
 
 
-IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+IMAGE = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
 
 
 def network():

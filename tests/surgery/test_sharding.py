@@ -55,7 +55,7 @@ def gates_of(model):
 
 
 def image():
-    return noise(2, 3, 64, 64)
+    return noise(2, 3, 40, 40)
 
 
 @pytest.mark.parametrize("attention", ["eca", "se", "cbam", "se-gc"])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ecanet.data.scenes import SceneConfig, make_scenes
 from ecanet.errors import ConfigError, DataError
 from ecanet.models.detection import DETECTORS, create_detector
 from ecanet.recipes import find, with_settings
+from ecanet.report import Report
 from ecanet.studies.cost import count
 from ecanet.training.tasks.outcome import METRICS, Outcome, compute_average_precision, is_correct
 
@@ -42,7 +44,9 @@ TABLE_5 = {
 }
 
 
-@pytest.mark.parametrize(("name", "backbone"), TABLE_5)
+@pytest.mark.parametrize(
+    ("name", "backbone"), [pytest.param(*cell, marks=[pytest.mark.slow] * (cell[1] == "resnet101")) for cell in TABLE_5]
+)
 def test_trainable_parameters_are_the_papers(name, backbone):
     measured = tuple(f"{trainable(name, backbone, a) / 1e6:.2f}" for a in ("none", "se", "eca"))
     assert measured == TABLE_5[name, backbone]
@@ -52,7 +56,9 @@ def test_plain_counts_are_known_exactly():
     assert [trainable(name, "resnet50", "none") for name in DETECTORS] == [41_531_812, 44_175_349, 37_743_348]
 
 
-@pytest.mark.parametrize(("backbone", "added"), [("resnet50", "0.11"), ("resnet101", "0.18")])
+@pytest.mark.parametrize(
+    ("backbone", "added"), [("resnet50", "0.11"), pytest.param("resnet101", "0.18", marks=pytest.mark.slow)]
+)
 def test_the_gates_add_what_the_paper_prints(backbone, added):
     with torch.device("meta"):
         plain, eca = (count(create_model(backbone, attention=a), (3, 800, 1280)) for a in ("none", "eca"))
@@ -70,8 +76,16 @@ def batch(data):
     return [image.float() / 255 for image, _ in items], [target for _, target in items]
 
 
-@pytest.mark.parametrize("name", DETECTORS)
-@pytest.mark.parametrize("norm", ["eval", "frozen", "train"])
+def cross(names, others):
+    """Return all pairs: the first of ``names`` with each of ``others`` and each name with the first are not slow."""
+    return [
+        pytest.param(name, other, marks=[pytest.mark.slow] * (at > 0 and other != others[0]))
+        for at, name in enumerate(names)
+        for other in others
+    ]
+
+
+@pytest.mark.parametrize(("name", "norm"), cross(DETECTORS, ["train", "eval", "frozen"]))
 def test_frozen_parameters_do_not_change_and_every_gate_has_a_gradient(name, norm, some):
     torch.manual_seed(0)
     model = create_detector(name, "resnet18", norm=norm, **SMALL)
@@ -109,8 +123,7 @@ def test_frozen_stages_and_frozen_gates():
         create_detector("retinanet", "resnet18", frozen_stages=5, **SMALL)
 
 
-@pytest.mark.parametrize("backbone", ["resnet20", "mobilenet_v2", "resnet18"])
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize(("name", "backbone"), cross(DETECTORS, ["resnet20", "mobilenet_v2", "resnet18"]))
 def test_every_backbone_fits_every_detector(name, backbone, some):
     model = create_detector(name, backbone, attention="se", **SMALL)
     images, targets = batch(some)
@@ -248,6 +261,16 @@ def tiny(monkeypatch, tmp_path, **settings):
     monkeypatch.setattr("ecanet.data.boxes.SceneConfig", lambda **_: few)
     changes = {"data.root": str(tmp_path / "scenes"), "data.batch_size": 4, "detector.backbone": "resnet20"}
     return with_settings(find("scenes"), {**changes, "epochs": 2, **settings})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of one epoch, which no test changes."""
+    from ecanet.training.trainer import run
+
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        return run(tiny(patch, folder, epochs=1), folder=folder / "run", device="cpu", quiet=True).folder
 
 
 def test_a_run_writes_its_results_and_resumes_exactly(monkeypatch, tmp_path, figures):
@@ -418,25 +441,22 @@ def test_unreadable_images_neither_train_nor_count(monkeypatch, tmp_path, capsys
         evaluate(last, device="cpu")
 
 
-def test_metrics_are_returned_if_result_files_cannot_be_written(monkeypatch, tmp_path, capsys):
+def test_metrics_are_returned_if_result_files_cannot_be_written(monkeypatch, tmp_path, capsys, finished):
     from ecanet.training import trained
-    from ecanet.training.trainer import run
 
-    report = run(tiny(monkeypatch, tmp_path, epochs=1), folder=tmp_path / "run", device="cpu", quiet=True)
-    (tmp_path / "run" / "checkpoints" / "last-results").write_text("in the way")
-    scores = trained.evaluate(report.last_checkpoint, device="cpu")
-    assert scores["AP"] == report.metrics["AP"]
+    tiny(monkeypatch, finished.parent)
+    place = Path(shutil.copytree(finished, tmp_path / "run"))
+    (place / "checkpoints" / "last-results").write_text("in the way")
+    scores = trained.evaluate(place / "checkpoints" / "last.ckpt", device="cpu")
+    assert scores["AP"] == Report.read(finished).metrics["AP"]
     assert "result files were not written" in capsys.readouterr().err
 
 
-def test_functions_for_classifiers_refuse_a_detector(monkeypatch, tmp_path, some):
+def test_functions_for_classifiers_refuse_a_detector(some, finished):
     from ecanet.training import restore, trained
-    from ecanet.training.trainer import run
 
-    place = tmp_path / "run"
-    run(tiny(monkeypatch, tmp_path, epochs=1), folder=place, device="cpu", quiet=True)
     with pytest.raises(ConfigError, match="mask_rcnn is a detector; use ecanet detect"):
-        next(trained.predict(restore(place), [some.annotations.pictures[0].path]))
+        next(trained.predict(restore(finished), [some.annotations.pictures[0].path]))
 
 
 @pytest.mark.parametrize("setting", [{"mixup": 0.8}, {"loss": "bce"}, {"label_smoothing": 0.1}, {"cutmix": 1.0}])
@@ -448,12 +468,8 @@ def test_losses_of_the_other_task_are_refused_in_training(monkeypatch, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-def test_detect_by_the_command_line(monkeypatch, tmp_path, some, ecanet):
-    import shutil
-
-    from ecanet.training.trainer import run
-
-    run(tiny(monkeypatch, tmp_path, epochs=1), folder=tmp_path / "run", device="cpu", quiet=True)
+def test_detect_by_the_command_line(tmp_path, some, ecanet, finished):
+    shutil.copytree(finished, tmp_path / "run")
     photos = tmp_path / "photos"
     photos.mkdir()
     for number in range(2):

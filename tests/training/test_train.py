@@ -339,7 +339,11 @@ class CrashError(Exception):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"ema_decay": 0.8, "mixup": 0.3, "accumulate": 2}], ids=["plain", "everything"]
+    "changes",
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+        pytest.param({"ema_decay": 0.8, "mixup": 0.3, "accumulate": 2}, id="everything"),
+    ],
 )
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_with_the_weights_of_a_whole_run(tmp_path, changes, workers):
