@@ -119,3 +119,54 @@ def test_small_tails_with_gates_on_moments_keep_the_errors_and_the_empty_batch()
     before = {key: value.clone() for key, value in norm.state_dict().items() if "running" in key}
     assert ops.residual_tail(torch.randn(0, 4, 3, 3), norm, gate).shape == (0, 4, 3, 3)
     assert all(torch.equal(norm.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.fixture
+def lean_passes(monkeypatch):
+    """Return a list of the elements of each tensor that the lean passes multiply; the limit is 100 elements."""
+    elements = []
+    apply = ops.lean.apply
+    monkeypatch.setattr(ops.lean, "apply", lambda z, *args: elements.append(z.numel()) or apply(z, *args))
+    monkeypatch.setattr(ops.lean, "SMALL", 100)
+    return elements
+
+
+@pytest.mark.parametrize(
+    ("elements", "grad", "dtype", "expected"),
+    [
+        (96, True, torch.float32, []),
+        (100, True, torch.float32, [100]),
+        (400, False, torch.float32, []),
+        (96, True, torch.bfloat16, [96]),  # PyTorch's operations round once more
+        (96, False, torch.bfloat16, [96]),
+    ],
+)
+def test_a_gate_alone_takes_pytorchs_operations_where_they_are_faster(lean_passes, elements, grad, dtype, expected):
+    x = torch.randn(1, elements // 4, 2, 2, dtype=dtype)
+    attention = ECA(x.shape[1], 3)
+    with torch.set_grad_enabled(grad):
+        y = attention(x)
+        assert lean_passes == expected
+        torch.testing.assert_close(y, ops.squeeze_scale(x, attention.weigh, impl="lean"))
+
+
+def test_a_gate_alone_runs_the_passes_that_a_caller_prefers(lean_passes):
+    with torch.no_grad(), ops.prefer_impl("lean"):
+        ECA(4, 3)(torch.randn(1, 4, 2, 2))
+    assert lean_passes == [16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("samples", [0, 1, 3])
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"padding_mode": "circular"}], ids=str)
+def test_gates_without_gradients_are_those_with_them(options, samples, dtype):
+    """Without gradients a gate is one convolution over all samples, with them a matrix product."""
+    attention = ECA(16, 5, **options).to(dtype)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter)
+    p = torch.randn(samples, 16)
+    with torch.no_grad():
+        found = attention.gate(p)
+    assert found.dtype == p.dtype
+    torch.testing.assert_close(found, attention.gate(p).detach())
+    assert not samples or found.std() > 0.1, "gates that are all alike would show nothing"

@@ -120,7 +120,7 @@ def test_random_numbers_are_drawn_on_the_cpu_whatever_the_default_device_is():
 
 
 def test_a_block_tail_moves_eleven_times_its_output():
-    b = bench_layers.make_block((4, 16, 24, 24), "cpu", torch.float32)
+    b = bench_layers.make_block((4, 16, 64, 64), "cpu", torch.float32)
     steps, size = bench_layers.make_steps(b), b.z.nbytes / 1e6
     # forward: z; z, shortcut, y. Backward: dy, y, z, t; t, z, dz
     assert measure.count_moved_mb(steps["tail ecanet"]) == pytest.approx(11 * size)

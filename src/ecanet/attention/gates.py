@@ -126,15 +126,19 @@ class ECA(ChannelAttention):
 
     def gate(self, p: Tensor) -> Tensor:
         """Return ``sigmoid(conv1d_k(p))``."""
-        if vars(self.conv)["_forward_pre_hooks"]:  # pruning and older weight norm compute the weight in a hook
-            return self.conv(p[:, None].to(self.conv.weight.dtype))[:, 0].to(p.dtype).sigmoid()
-        r, weight, bias = self.kernel_size // 2, self.conv.weight.to(p.dtype), self.conv.bias
+        conv = self.conv
+        if vars(conv)["_forward_pre_hooks"]:  # pruning and older weight norm compute the weight in a hook
+            return conv(p[:, None].to(conv.weight.dtype))[:, 0].to(p.dtype).sigmoid()
+        r, weight, bias = conv.kernel_size[0] // 2, conv.weight.to(p.dtype), conv.bias
         bias = None if bias is None else bias.to(p.dtype)
         if self.padding_mode == "circular":
             p, r = F.pad(p[:, None], (r, r), mode="circular")[:, 0], 0
         if ops.is_jit_tracing() or ops.is_exporting():
             return F.conv1d(p[:, None], weight, bias, padding=r).squeeze(1).sigmoid()
-        # Outside of tracing, use a matrix product over k taps: the weight gradient of F.conv1d is slow on a CPU.
+        if not torch.is_grad_enabled() and not ops.is_traced(p) and p.device.type == "cpu" and p.shape[0] > 0:
+            # All samples are rows of one image: on a CPU F.conv1d is slow for several samples.
+            return F.conv2d(p.unsqueeze(0), weight.unsqueeze(0), bias, padding=(0, r)).squeeze(0).sigmoid_()
+        # Otherwise a matrix product over k taps: on a CPU the weight gradient of a convolution is slow.
         kernel = weight[0].transpose(-2, -1)  # k 1
         sums = (F.pad(p, (r, r)).unfold(1, self.kernel_size, 1) @ kernel)[..., 0]
         return (sums if bias is None else sums + bias).sigmoid()

@@ -140,10 +140,23 @@ def squeeze_scale(x: Tensor, gate: Gate, *, mask: Tensor | None = None, impl: Im
     if is_traced(x):  # its rank and dtype are not known
         return reference.squeeze_scale(x, gate, mask)
     check_input(x, mask)
+    if impl == "auto" and prefers_plain_scale(x, gate):
+        return reference.squeeze_scale(x, gate, mask)
     passes = choose(impl, x, "a mask needs the reference" if mask is not None else None, gated=True)
     if passes is None:
         return reference.squeeze_scale(x, gate, mask)
     return tail.squeeze_scale(make_dense(x), gate, passes)
+
+
+def prefers_plain_scale(x: Tensor, gate: Gate) -> bool:
+    """Return whether PyTorch's operations are at least as fast as the lean passes for ``x * gate(mean(x))``.
+
+    By measurement they are without gradients, and for small tensors. In 16 bits they round once more.
+    """
+    if runs_on_gpu(x) or isinstance(gate, reference.MomentsGate) or get_requested_impl() is not None:
+        return False
+    is_wide = x.dtype == reference.accumulation_dtype(x.dtype)
+    return is_wide and (not torch.is_grad_enabled() or x.numel() < lean.SMALL)
 
 
 def residual_tail(

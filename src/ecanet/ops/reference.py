@@ -70,7 +70,7 @@ def squeeze(x: Tensor, mask: Tensor | None = None) -> Tensor:
 def scale(x: Tensor, g: Tensor) -> Tensor:
     """Multiply each channel of ``x`` (N, C, ...) by its weight in ``g`` (N, C); keep ``x``'s dtype and layout."""
     for _ in range(x.dim() - 2):  # N C 1 ...; unlike reshape, this puts no shape into an exported graph
-        g = g[..., None]
+        g = g.unsqueeze(-1)
     return (x.to(g.dtype) * g).to(x.dtype)
 
 
