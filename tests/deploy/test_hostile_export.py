@@ -197,6 +197,16 @@ def test_a_trace_of_steps_that_depend_on_values_is_refused(kind, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("target", ["torch-export", "onnx"])
+def test_a_graph_of_steps_that_depend_on_values_is_refused_in_one_line(target, tmp_path, capfd):
+    pytest.importorskip("onnxscript" if target == "onnx" else "torch")
+    path = tmp_path / f"model{targets.TARGETS[target].suffix}"
+    with pytest.raises(ExportError, match=r"forward of Around reads values of the images .* torch\.where"):
+        export(Around(READS["condition"]), path, target=target)
+    assert capfd.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_numbers_from_shapes_and_buffers_are_no_values_of_images(tmp_path):
     model = Around(lambda self, network, x: network(x) * float(self.one) if x.shape[1] == 3 and self.one > 0 else x)
     export(model, tmp_path / "model.pt", check=False)

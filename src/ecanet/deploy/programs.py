@@ -1,9 +1,10 @@
 """What the targets share: a network's inputs, its trace, and a file opened in its own runtime."""
 
 import copy
+import io
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ecanet.deploy.value_reads import reads_values, refuse_value_reads
 from ecanet.errors import ConfigError, ExportError, show_value, summarize
 from ecanet.models import is_detector
 
@@ -100,10 +102,14 @@ def record(network: nn.Module, example: Tensor, axes: Sequence[int]) -> torch.ex
         ExportError: `torch.export` cannot record it.
     """
     sizes = (dict.fromkeys(axes, torch.export.Dim.AUTO),) if axes else None
+    reads = reads_values(network, [example])
     try:
-        with quiet():
+        # The recorder prints the whole graph where it meets such a value.
+        with quiet(), redirect_stderr(io.StringIO()) if reads else nullcontext():
             return torch.export.export(network, (example,), dynamic_shapes=sizes)
     except Exception as error:  # the recorder raises errors of many classes
+        if reads:
+            raise refuse_value_reads(network) from error
         raise ExportError(f"torch.export cannot record {type(network).__name__}: {summarize(error)}") from error
 
 

@@ -9,11 +9,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ecanet.deploy.about import KEY, About
-from ecanet.deploy.programs import Session, flatten, list_varying_axes, quiet, run_network, trace
+from ecanet.deploy.programs import Session, flatten, list_varying_axes, quiet, trace
+from ecanet.deploy.value_reads import reads_values, refuse_value_reads
 from ecanet.errors import ExportError, summarize
 
 # The writers go through memory: on a full disk PyTorch's own writer of files ends the process without a word of Python.
@@ -53,35 +52,6 @@ def open_export(path: Path) -> Session:
     return Session(run=run, operations=dict(calls), takes=list_varying_axes(program))
 
 
-class ValueReads(TorchDispatchMode):
-    """Find out whether a network turns values of its input into Python's numbers, while it runs.
-
-    A trace would hold those of one input. Shapes, and numbers from weights and buffers, are no such values.
-    """
-
-    def __init__(self, inputs: Sequence[Tensor]):
-        super().__init__()  # pyright: ignore[reportUnknownMemberType]
-        self.found = False
-        self.derived = {find_storage(x): x for x in inputs}
-        """Tensors computed from the input by their storage, which views share. None of them goes while this lives."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation ``func``; its results are derived from the input if one of its arguments is."""
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        outputs = func(*args, **(kwargs or {}))
-        if any(find_storage(x) in self.derived for x in given):
-            self.found |= func is torch.ops.aten._local_scalar_dense.default
-            written = given if func._schema.is_mutable else []
-            made = (x for x in tree_leaves(outputs) if isinstance(x, Tensor))
-            self.derived |= {find_storage(x): x for x in (*made, *written)}
-        return outputs
-
-
-def find_storage(x: Tensor) -> int:
-    """Return the address of the memory that ``x`` and its views share."""
-    return x.untyped_storage().data_ptr() if x.layout is torch.strided else id(x)
-
-
 def write_script(network: nn.Module, inputs: Sequence[Tensor], about: About, path: Path) -> dict[str, object]:
     """Write the trace of ``network``; `torch.jit.load` reads it without Python, too.
 
@@ -90,13 +60,8 @@ def write_script(network: nn.Module, inputs: Sequence[Tensor], about: About, pat
     """
     file = io.BytesIO()
     try:
-        with ValueReads(inputs) as reads:
-            run_network(network, inputs)
-        if reads.found:
-            raise ExportError(
-                f"the forward of {type(network).__name__} reads values of the images (an if, a loop, float(x)), and a "
-                "trace holds those of the example alone; write it with tensors, such as torch.where"
-            )
+        if reads_values(network, inputs):
+            raise refuse_value_reads(network)
         with quiet(), torch.no_grad():
             # A dictionary of outputs is not strict, and the check compares them.
             traced = jit.trace(network, tuple(inputs), check_trace=False, strict=False)
