@@ -251,7 +251,16 @@ def test_a_function_of_the_users_decides():
         ({"budget": 1.5}, "budget must be a share"),
         ({"budget": "1%"}, "budget must be a share"),
         ({"images": IMAGES[:0]}, "images: there are no images"),
-        ({"images": [(IMAGES, torch.zeros(60))]}, "images must be float tensors .*, without labels, got 'tuple'"),
+        ({"images": [(IMAGES, torch.zeros(60))]}, "images must be float tensors .*, without labels, got a tuple"),
+        ({"images": None}, "images must be float tensors .*, without labels, got a NoneType"),
+        ({"images": IMAGES.int()}, r"without labels, got a tensor of shape 60x.* in int32 on cpu"),
+        ({"images": IMAGES.to("meta")}, r"without labels, got a tensor of shape 60x.* in float32 on meta"),
+        ({"images": IMAGES / 0}, "images have NaN or infinity in them"),
+        ({"images": IMAGES[:1].expand(60, -1, -1, -1)}, "images: all images are the same"),
+        ({"also": {"night": torch.zeros(60, 3, 16, 16)}}, "night: all images are the same"),
+        ({"images": IMAGES.double()}, r"does not run on images of 2x.* in float64: .*; give them as in training"),
+        ({"images": IMAGES[:, :1]}, r"ResNet does not run on images of 2x1x.* in float32: "),
+        ({"images": list(IMAGES)}, r"ResNet does not run on images of 2x"),
         ({"images": 3}, "images must be float tensors"),
         ({"budget": 0.05}, "a budget of 0.05 needs 118 images or more, every second one of which judges, got about 60"),
         ({"also": {"rain": IMAGES[:3]}, "budget": 0.2}, "also 'rain': a budget of 0.2 needs 14 images or more, got 3"),
@@ -270,6 +279,23 @@ def test_mistakes_are_one_line(arguments, message):
     with pytest.raises(ConfigError, match=message) as caught:
         ecanet.slim(call.pop("model"), call.pop("images"), **call)
     assert "\n" not in str(caught.value)
+
+
+def test_a_network_that_changes_from_run_to_run_is_refused():
+    model = make_model()
+    model.register_forward_hook(lambda module, inputs, output: output + torch.rand_like(output))
+    with pytest.raises(ConfigError, match="ResNet returns other numbers when it runs on the same images again"):
+        ecanet.slim(model, IMAGES, budget=0.2)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_a_wrapped_network_is_slimmed_as_it_was(wrap):
+    """Nothing is compiled: that would take minutes."""
+    found, report = ecanet.slim(wrap(make_model()), IMAGES, budget=0.9)
+    expected, plain = ecanet.slim(make_model(), IMAGES, budget=0.9)
+    assert type(found) is type(expected)
+    assert report.folded == plain.folded
+    assert torch.equal(found(IMAGES), expected(IMAGES))
 
 
 def test_a_network_without_gates_is_refused():

@@ -46,8 +46,7 @@ def attach(model=None):
     model = ecanet.attach((model or resnet18(num_classes=10)).eval())
     for site in ecanet.attached(model):
         nn.init.normal_(model.get_submodule(site.name).conv.weight)
-    with torch.no_grad():
-        return model, model(IMAGE)
+    return model, model(IMAGE).detach()  # with gradients, as it is compared: without, sums have another order
 
 
 def count_acts(model, run=None):

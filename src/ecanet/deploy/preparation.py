@@ -16,7 +16,16 @@ from ecanet.errors import AttachError, ConfigError
 from ecanet.models import is_pointwise
 from ecanet.surgery import attached, fold
 
-__all__ = ["WRAPPERS", "Prepared", "copy_unwrapped", "count_attention", "prepare", "remove_attention", "unwrap"]
+__all__ = [
+    "WRAPPERS",
+    "Prepared",
+    "copy_unwrapped",
+    "count_attention",
+    "prepare",
+    "remove_attention",
+    "unwrap",
+    "unwrap_inside",
+]
 
 AS_IT_IS = "as it is"
 
@@ -66,12 +75,20 @@ def copy_unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: it cannot be copied, or a wrapper has a hook.
     """
-    copied = inference.copy_model(unwrap(model))
-    for parent in list(copied.modules()):
+    return unwrap_inside(inference.copy_model(unwrap(model)))
+
+
+def unwrap_inside(model: nn.Module) -> nn.Module:
+    """Unwrap what is compiled or wrapped inside of ``model``, and return it.
+
+    Raises:
+        ConfigError: a wrapper has a hook.
+    """
+    for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__ in WRAPPERS:
                 setattr(parent, name, unwrap(child))
-    return copied
+    return model
 
 
 def prepare(model: nn.Module, form: Form, *, early: bool) -> Prepared:

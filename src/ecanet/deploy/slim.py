@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ecanet import inference, progress
+from ecanet.deploy.preparation import unwrap, unwrap_inside
 from ecanet.deploy.slim_fit import Constant, Frozen, find_constant_factor, fit
-from ecanet.deploy.slim_images import Images, Sets, split_images
+from ecanet.deploy.slim_images import Images, Sets, check_runs, split_images
 from ecanet.deploy.slim_judge import Answers, Decide, Share, answer, compare, mean_divergence, shift
 from ecanet.deploy.slim_report import GateReport, SlimReport
 from ecanet.deploy.slim_tune import copy_affines, restore_affines, tune
@@ -77,15 +78,17 @@ def slim(
     (3, [])
 
     Raises:
-        ConfigError: an argument has another type, there are too few images for the budget, or the network's decisions
-            are not known, or it has no weights yet.
-        AttachError: the network has no gates, cannot be run on the images, returns NaN for them, or folding changes
-            outputs by more than 1e-5 of the largest.
+        ConfigError: an argument has another type, the network does not run on the images, there are too few of them for
+            the budget, or the network's decisions are not known, or it has no weights yet.
+        AttachError: the network has no gates, returns NaN for the images, or folding changes outputs by more than 1e-5
+            of the largest.
     """
     sets = split_images(model, images, budget, also, fit_images)
-    result = inference.copy_for_evaluation(model)
+    model = unwrap(model)
+    result = unwrap_inside(inference.copy_for_evaluation(model))
     to = next((p.device for p in result.parameters()), torch.device("cpu"))
     sets = sets.to(to)
+    check_runs(result, sets.fitted[0][:2])
     report = SlimReport(budget=budget, fitted=sum(map(len, sets.fitted)))
     with find_scalings(result, sets.fitted[0][:2]) as scalings:
         if not scalings:
@@ -94,7 +97,7 @@ def slim(
         trial.fold_constants()
         trial.judge(sets, decide)
         trial.fold((sets.judged or sets.fitted)[0])
-    base = inference.copy_for_evaluation(model)
+    base = unwrap_inside(inference.copy_for_evaluation(model))
     for name, shifted in shift(sets.judged[:MOST_SHIFTED]).items() if report.changed else ():
         report.shifted[name] = compare(answer(base, shifted, decide), answer(result, shifted, decide)).share
     return result.eval(), report

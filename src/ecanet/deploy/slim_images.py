@@ -7,10 +7,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ecanet.deploy.programs import flatten
 from ecanet.deploy.slim_judge import count_needed
-from ecanet.errors import ConfigError, show_value
+from ecanet.errors import ConfigError, show_value, summarize
 
-__all__ = ["Images", "Sets", "split_images"]
+__all__ = ["Images", "Sets", "check_runs", "split_images"]
 
 Images = Tensor | Iterable[Tensor]
 """Images (N, ...) as the network takes them, or batches of such."""
@@ -76,7 +77,7 @@ def split_images(model: object, images: object, budget: object, also: object, fi
         )
     if not isinstance(also, Mapping | None):
         raise ConfigError(f"also= takes images by name, such as {{'noise': images}}, got a {type(also).__name__}")
-    if fit_images is images:
+    if fit_images is not None and fit_images is images:
         raise ConfigError("fit_images= must be other images than those that judge; without it, half of them judge")
     given = make_batches(images, "images")
     if fit_images is None:
@@ -121,11 +122,43 @@ def make_batches(images: object, name: str) -> list[Tensor]:
     found: list[Tensor] = []
     rest = [images] if isinstance(images, Tensor) else images
     for batch in cast("Iterable[object]", rest) if isinstance(rest, Iterable) else [rest]:
-        if not isinstance(batch, Tensor) or batch.dim() < 2 or not batch.is_floating_point():
-            raise ConfigError(
-                f"{name} must be float tensors (N, C, ...), without labels, got {show_value(type(batch).__name__)}"
-            )
+        if not isinstance(batch, Tensor) or batch.dim() < 2 or not batch.is_floating_point() or batch.is_meta:
+            what = describe(batch) if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
+            raise ConfigError(f"{name} must be float tensors (N, C, ...), without labels, got {what}")
+        if not batch.isfinite().all():
+            raise ConfigError(f"{name} have NaN or infinity in them; look at how they are normalized")
         found += [batch[i : i + BATCH].detach() for i in range(0, len(batch), BATCH)]
     if not found:
         raise ConfigError(f"{name}: there are no images; slim needs some to look at the gates")
+    first = found[0][:1]
+    same = all(batch.shape[1:] == first.shape[1:] and bool((batch == first).all()) for batch in found)
+    if same and sum(map(len, found)) > 1:
+        raise ConfigError(f"{name}: all images are the same, so that every gate would seem constant; give others")
     return found
+
+
+def describe(tensor: Tensor) -> str:
+    """Return shape, dtype and device of ``tensor`` in words."""
+    shape = "x".join(map(str, tensor.shape)) or "()"
+    return f"a tensor of shape {shape} in {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+@torch.no_grad()
+def check_runs(model: nn.Module, images: Tensor) -> None:
+    """Run ``model`` twice.
+
+    Raises:
+        ConfigError: it does not take the images, or does not return the same for them again.
+    """
+    try:
+        first, again = flatten(model(images)), flatten(model(images))
+    except Exception as error:  # a forward may raise anything
+        what = f"{'x'.join(map(str, images.shape))} in {str(images.dtype).removeprefix('torch.')}"
+        raise ConfigError(
+            f"{type(model).__name__} does not run on images of {what}: {summarize(error)}; give them as in training"
+        ) from error
+    if any(not torch.allclose(a, b, equal_nan=True) for a, b in zip(first, again, strict=True)):
+        raise ConfigError(
+            f"{type(model).__name__} returns other numbers when it runs on the same images again (random numbers, "
+            f"dropout in evaluation, a counter), so that nothing shows what a gate changes"
+        )
