@@ -34,18 +34,25 @@ def images(*, last=False):
 # graphs
 
 
-@pytest.mark.parametrize(
-    ("tracing_mode", "last"),
-    [
-        ("real", False),
-        ("real", True),
-        ("fake", False),
-        pytest.param("fake", True, marks=pytest.mark.slow),
-        ("symbolic", False),
-        pytest.param("symbolic", True, marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize("name", [*GATES, *OTHERS, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])
+MODES = [("real", False), ("symbolic", False), ("real", True), ("fake", False), ("symbolic", True), ("fake", True)]
+
+
+def choose_traced():
+    """Return each attention in each mode; all but every second of the first four are slow, and all of `LATER`."""
+    return [
+        pytest.param(
+            name,
+            mode,
+            last,
+            id=f"{name}-{mode}-{'channels_last' if last else 'contiguous'}",
+            marks=[pytest.mark.slow] * (name in LATER or at > 3 or (row + at // 2) % 2 > 0),
+        )
+        for row, name in enumerate([*GATES, *OTHERS, *LATER])
+        for at, (mode, last) in enumerate(MODES)
+    ]
+
+
+@pytest.mark.parametrize(("name", "tracing_mode", "last"), choose_traced())
 def test_a_graph_by_make_fx_has_values_and_gradients(name, tracing_mode, last):
     gate = make(name)
     parameters = {key: value.detach().clone().requires_grad_() for key, value in gate.named_parameters()}

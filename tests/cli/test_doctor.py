@@ -126,33 +126,6 @@ def test_a_broken_torchvision(tmp_path):
     assert doctor.TOGETHER in out
 
 
-def test_without_the_train_extra(tmp_path):
-    code = """
-import sys
-from importlib import metadata
-gone = ("typer", "rich", "lightning", "packaging")
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in gone:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
-real = metadata.version
-def version(name):
-    if name in gone:
-        raise metadata.PackageNotFoundError(name)
-    return real(name)
-metadata.version = version
-sys.argv = ["ecanet", "doctor"]
-from ecanet.__main__ import main
-main()
-"""
-    status, out, err = run(code, tmp_path)
-    assert (status, err) == (0, "")
-    assert "missing  train" in out
-    assert "lightning is not installed" in out
-    assert "pip install 'ecanet[train]'" in out
-
-
 def test_the_command(ecanet):
     status, out, err = ecanet("doctor")
     assert (status, err) == (0, "")

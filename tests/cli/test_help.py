@@ -129,12 +129,19 @@ def test_an_option_means_the_same_in_every_command():
 
 WITHOUT = """
 import contextlib, io, json, sys
+from importlib import metadata
 gone = set()
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in gone:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
+real = metadata.version
+def version(name):
+    if name in gone:
+        raise metadata.PackageNotFoundError(name)
+    return real(name)
+metadata.version = version
 from ecanet.__main__ import main
 found = {}
 for line, absent in json.loads(sys.argv[1]).items():
@@ -150,7 +157,7 @@ print(json.dumps(found))
 """
 
 LINES = {line: sorted(TRAIN_EXTRA) for line in ("", "--help", "--version", "models", "eval --help")}
-LINES |= {"-h": ["typer"], "train quickstart": ["lightning"]}
+LINES |= {"doctor": ["typer", "rich", "lightning", "packaging"], "-h": ["typer"], "train quickstart": ["lightning"]}
 """Command lines, and the packages that cannot be imported when they run. The last needs those that the others lack."""
 
 
@@ -182,6 +189,14 @@ def test_the_version_without_typer(answers):
 def test_a_command_without_the_train_extra_is_one_line(answers, arguments):
     said = "ecanet: typer is not installed; the command line needs more packages: pip install 'ecanet[train]'\n"
     assert answers[arguments] == (2, "", said)
+
+
+def test_the_doctor_without_the_train_extra(answers):
+    code, out, err = answers["doctor"]
+    assert (code, err) == (0, "")
+    assert "missing  train" in out
+    assert "lightning is not installed" in out
+    assert "pip install 'ecanet[train]'" in out
 
 
 def test_training_without_lightning_is_one_line(answers):

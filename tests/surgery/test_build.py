@@ -78,11 +78,11 @@ def test_a_seeded_run_sees_the_same_numbers_with_and_without_gates():
     ("network", "options", "dtype"),
     [
         (models.resnet18, {}, torch.float32),
-        (models.resnet18, {}, torch.bfloat16),
+        pytest.param(models.resnet18, {}, torch.bfloat16, marks=pytest.mark.slow),
         (models.resnet18, {"attention": "se", "preserve": False}, torch.float32),
         (models.resnet18, {"attention": Drawing}, torch.bfloat16),
         (models.mobilenet_v3_small, {"replace": "se"}, torch.bfloat16),
-        (models.mobilenet_v3_small, {"replace": "se"}, torch.float64),
+        pytest.param(models.mobilenet_v3_small, {"replace": "se"}, torch.float64, marks=pytest.mark.slow),
         (models.squeezenet1_1, {"attention": "cbam"}, torch.float32),
         (models.squeezenet1_1, {"attention": "cbam"}, torch.float64),
     ],
@@ -125,7 +125,9 @@ def test_a_network_that_changes_tensors_in_place_runs_in_inference_mode(example_
     assert [site.after for site in ecanet.attached(model)] == [f"network.layer{i}.0.bn2" for i in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("network", [models.resnet18, models.mobilenet_v2, models.densenet121])
+@pytest.mark.parametrize(
+    "network", [models.resnet18, models.mobilenet_v2, pytest.param(models.densenet121, marks=pytest.mark.slow)]
+)
 def test_gates_stand_at_the_same_places_in_inference_mode(network):
     """There in-place additions are not seen by a tensor's version."""
     reports = []
