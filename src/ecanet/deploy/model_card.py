@@ -7,9 +7,11 @@ from pathlib import Path
 
 from ecanet.networks import WEIGHTS, Pretrained, is_ours
 
-__all__ = ["PICTURE", "Measured", "Metric", "write_card"]
+__all__ = ["PICTURE", "WRITTEN_BY", "Measured", "Metric", "write_card"]
 
 PICTURE = "gates.png"
+WRITTEN_BY = "written by ecanet"
+"""What the card says of its writer, before the version."""
 
 MOST_NAMES = 20
 """Class names that the card lists; config.json has all of them."""
@@ -54,7 +56,7 @@ def write_card(config: Pretrained, parameters: int, measured: Measured | None) -
     parts = [
         f"---\n{_write_metadata(config, title, measured)}\n---",
         f"# {title}",
-        f"An image classifier of {len(config.class_names):,} classes, written by ecanet {config.version}.",
+        f"An image classifier of {len(config.class_names):,} classes, {WRITTEN_BY} {config.version}.",
         _write_usage(config),
         f"## Network\n\n{_write_network(config, parameters)}",
     ]

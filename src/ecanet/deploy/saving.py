@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ecanet import inference, networks
-from ecanet.deploy.model_card import PICTURE, Measured, write_card
+from ecanet.deploy.model_card import PICTURE, WRITTEN_BY, Measured, write_card
 from ecanet.deploy.preparation import WRAPPERS, unwrap
-from ecanet.errors import CheckpointError, ConfigError, EcanetError, show_value, summarize
+from ecanet.errors import CheckpointError, ConfigError, EcanetError, is_text, show_value, summarize
 from ecanet.models import get_origin
 from ecanet.networks import CONFIG, WEIGHTS, Preprocessing, Pretrained
 from ecanet.recipes import ModelConfig, to_dict
@@ -60,11 +60,13 @@ def save_pretrained(
 
     Raises:
         ConfigError: the network cannot be built again from its name, has no weights yet or computes something else
-            than its description says (by a hook, by another activation), or the folder cannot be written.
+            than its description says (by a hook, by another activation), or the folder cannot be written or holds
+            files of something else, such as a project's README.md.
         CheckpointError: a tensor is not finite, or a package is missing.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"save_pretrained takes a network (a torch.nn.Module), got {show_value(model)}")
+    folder = _check_folder(folder)
     if isinstance(class_names, str):
         raise ConfigError(f"class_names must be a sequence of names, got {show_value(class_names)}")
     model = _find_whole(model)
@@ -89,7 +91,6 @@ def save_pretrained(
         colour_order=networks.name_colour_order(preprocessing.channels),
         recipe=dict(recipe) if recipe is not None else known.recipe if known is not None else None,
     )
-    folder = Path(folder)
     try:
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".saving-") as temporary:
@@ -105,6 +106,35 @@ def save_pretrained(
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror or summarize(error)})") from None
     return description
+
+
+def _check_folder(folder: object) -> Path:
+    """Return the path ``folder`` after checking that it holds no file of somebody else that would be replaced.
+
+    Raises:
+        ConfigError: it does, or it is no name of a folder.
+    """
+    if not isinstance(folder, str | Path) or not is_text(str(folder)) or str(folder) == "" or "\0" in str(folder):
+        raise ConfigError(f"folder must be the name of a folder, got {show_value(folder)}")
+    place = Path(folder)
+    found = [file for file in FILES if (place / file).exists()]
+    if found and not _is_ours(place):
+        raise ConfigError(
+            f"{place} holds {', '.join(sorted(found))} of something else, which would be replaced; give another "
+            f"folder, or move them"
+        )
+    return place
+
+
+def _is_ours(folder: Path) -> bool:
+    """Return whether `save_pretrained` has written ``folder``, completely or, before it was stopped, its card."""
+    try:
+        if (folder / CONFIG).exists():
+            description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            return isinstance(description, dict) and cast("dict[str, object]", description).get("library") == "ecanet"
+        return f", {WRITTEN_BY} " in (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 def _find_whole(model: nn.Module) -> nn.Module:
