@@ -27,7 +27,7 @@ def test_the_range_of_relu6_is_its_own(largest):
     net = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Hardtanh(0, largest), nn.Conv2d(2, 1, 1)).eval()
     nn.init.constant_(net[0].weight, 10.0)
     images = torch.linspace(-6, 6, 64).reshape(1, 1, 8, 8)
-    graph = trace(net, images, fixed=True).module()
+    graph = trace(net, images, "nothing").module()
     prepared = tools.prepare_pt2e(graph, quantize_executorch._make_quantizer())
     with torch.no_grad():
         prepared(images)

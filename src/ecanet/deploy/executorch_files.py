@@ -31,7 +31,7 @@ def write_file(network: nn.Module, inputs: Sequence[Tensor], about: About, path:
     """
     exir: Any = importlib.import_module("executorch.exir")
     xnnpack: Any = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
-    program = trace(network, inputs[0], fixed=True)
+    program = trace(network, inputs[0], "nothing")
     keep_spatial_axes(program)
     try:
         with quiet():

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ecanet.deploy.about import KEY, About
-from ecanet.deploy.programs import Session, list_varying_axes, quiet, trace
+from ecanet.deploy.programs import Session, Varies, list_varying_axes, quiet, trace
 from ecanet.errors import ExportError, summarize
 from ecanet.models import is_detector
 
-__all__ = ["open_file", "write_file"]
+__all__ = ["list_inputs", "open_file", "write_file", "write_graph"]
 
 INPUT = "images"
 
@@ -25,17 +25,28 @@ def write_file(network: nn.Module, inputs: Sequence[Tensor], about: About, path:
     Raises:
         ExportError: the exporter cannot write it.
     """
+    return write_graph(network, inputs, about, path, "batch and size")
+
+
+def write_graph(
+    network: nn.Module, inputs: Sequence[Tensor], about: About, path: Path, varies: Varies
+) -> dict[str, object]:
+    """Do what `write_file` does, with a graph in which no more than ``varies`` varies.
+
+    Raises:
+        ExportError: the exporter cannot write it.
+    """
     onnx: Any = importlib.import_module("onnx")
     export = cast(Any, torch.onnx).export
-    varies = (False, False)
+    axes = (False, False)
     try:
         with quiet():
             if is_detector(network):
                 # The newer exporter cannot record how torchvision's detectors select regions.
                 export(network, (list(inputs),), str(path), dynamo=False, opset_version=18)
             else:
-                program = trace(network, inputs[0])
-                varies = list_varying_axes(program)
+                program = trace(network, inputs[0], varies)
+                axes = list_varying_axes(program)
                 written: Any = export(program, dynamo=True, input_names=[INPUT], verbose=False)
                 written.save(str(path), external_data=False)
     except (ExportError, OSError):
@@ -46,7 +57,7 @@ def write_file(network: nn.Module, inputs: Sequence[Tensor], about: About, path:
     use_global_pools(onnx, model.graph)
     onnx.helper.set_model_props(model, {KEY: about.to_json()})
     onnx.save(model, str(path))
-    return {"opset": int(model.opset_import[0].version), "batch varies": varies[0], "size varies": varies[1]}
+    return {"opset": int(model.opset_import[0].version), "batch varies": axes[0], "size varies": axes[1]}
 
 
 POOLS = {"ReduceMean": "GlobalAveragePool", "ReduceMax": "GlobalMaxPool"}

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +20,7 @@ from ecanet.models import is_detector
 __all__ = [
     "Float64",
     "Session",
+    "Varies",
     "choose_other_size",
     "flatten",
     "list_varying_axes",
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 
+Varies = Literal["batch and size", "batch", "nothing"]
+"""What may differ from the example's shape."""
 FLATTEN, SQUEEZE = torch.ops.aten.flatten.using_ints, torch.ops.aten.squeeze.dims
 
 
@@ -79,19 +82,20 @@ def read_example(model: nn.Module, example: object) -> list[Tensor]:
     return inputs
 
 
-def trace(network: nn.Module, example: Tensor, *, fixed: bool = False) -> torch.export.ExportedProgram:
-    """Return the graph of ``network``, whose batch and image sizes vary where the network allows it.
+def trace(network: nn.Module, example: Tensor, varies: Varies = "batch and size") -> torch.export.ExportedProgram:
+    """Return the graph of ``network``, in which that of the batch and image sizes varies which may and can.
 
     Raises:
         ExportError: `torch.export` cannot record it.
     """
-    if not fixed and len(example) == 1:  # torch.export takes a size of 1 for a constant
+    if varies == "nothing":
+        return record(network, example, ())
+    if len(example) == 1:  # torch.export takes a size of 1 for a constant
         example = torch.cat([example, example])
-    program = record(network, example, () if fixed else (0, *range(2, example.dim())))
-    if not fixed and list_varying_axes(program)[1] and not takes_another_size(program, example):
+    program = record(network, example, (0, *(range(2, example.dim()) if varies == "batch and size" else ())))
+    if list_varying_axes(program)[1] and not takes_another_size(program, example):
         program = record(network, example, (0,))
-    if not fixed:
-        squeeze_pooled(program)
+    squeeze_pooled(program)
     return program
 
 

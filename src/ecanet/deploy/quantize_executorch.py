@@ -41,7 +41,7 @@ def write_int8(network: nn.Module, calibration: Tensor, sample: Tensor, about: A
     xnnpack: Any = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
     tools: Any = importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
     one = calibration[:1]
-    graph = trace(network, one, fixed=True).module()
+    graph = trace(network, one, "nothing").module()
     try:
         with quiet(), torch.no_grad():
             prepared = tools.prepare_pt2e(copy.deepcopy(graph), _make_quantizer())  # it changes what it gets

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ecanet.deploy import executorch_files, onnx_files, openvino_files, torch_files
+from ecanet.deploy import executorch_files, onnx_blocked, onnx_files, openvino_files, torch_files
 from ecanet.deploy.about import About
 from ecanet.deploy.forms import Form
 from ecanet.deploy.programs import Session
@@ -50,6 +50,15 @@ TARGETS: dict[str, Target] = {
         extra="export",
         takes_detectors=True,
         write=onnx_files.write_file,
+        open=onnx_files.open_file,
+    ),
+    "onnxruntime": Target(
+        suffix=".onnx",
+        form="mixed",  # a kernel over the channels leaves the blocked layout
+        early=False,
+        packages=("onnx", "onnxscript", "onnxruntime"),
+        extra="export",
+        write=onnx_blocked.write_file,
         open=onnx_files.open_file,
     ),
     "openvino": Target(
