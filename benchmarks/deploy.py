@@ -1,13 +1,14 @@
 """Time networks with attention in other runtimes, beside the plain network in the same runtime.
 
 ResNet-50 and MobileNetV2 at 224 px, without attention, with ECA, SE and CBAM, and with timm's ECA module in the same
-places, each exported by `ecanet.export` to ONNX Runtime, OpenVINO and ExecuTorch, beside PyTorch itself (eager, as the
-network is). First every file's outputs are compared with PyTorch's. Then all files of one batch size take turns in one
-process, with one thread; the time is the processor's, so that other programs on the machine count little, and a ratio
-is of two times of one round.
+places, each exported by `ecanet.export` to ONNX Runtime (targets onnx and onnxruntime), OpenVINO and ExecuTorch, beside
+PyTorch itself (eager, as the network is). First every file's outputs are compared with PyTorch's. Then all files of one
+batch size take turns in one process, with one thread; the time is the processor's, so that other programs on the
+machine count little, and a ratio is of two times of one round.
 
     OMP_NUM_THREADS=1 python benchmarks/deploy.py           # run all; write JSON after each batch size, and the plot
     python benchmarks/deploy.py --variants plain eca        # of these alone; the other rows of the file stay
+    python benchmarks/deploy.py --runtimes onnx onnxruntime --rounds 60 20      # likewise, with more rounds
     python benchmarks/deploy.py --plot                      # draw from the JSON file, print the table
     python benchmarks/deploy.py --quick --out DIR           # ResNet-8 in two rounds, to see that everything runs
 
@@ -37,7 +38,14 @@ from ecanet.testing import measure_relative_error
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "deploy.json"
 PLOT = HERE.parent / "docs" / "export.png"
-RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "executorch": "ExecuTorch"}
+RUNTIMES = {
+    "eager": "PyTorch",
+    "onnx": "ONNX Runtime",
+    "onnxruntime": "ONNX Runtime, blocked",
+    "openvino": "OpenVINO",
+    "executorch": "ExecuTorch",
+}
+"""Names of PyTorch and of the targets."""
 VARIANTS = ("plain", "eca", "se", "cbam", "timm's eca")
 ROUNDS = {1: 15, 8: 5}
 COMMAND = "OMP_NUM_THREADS=1 python benchmarks/deploy.py"
@@ -50,6 +58,8 @@ def main() -> int:
     parser.add_argument(
         "--variants", nargs="+", default=VARIANTS, choices=VARIANTS, help="beside plain, which runs too"
     )
+    parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES)
+    parser.add_argument("--rounds", nargs=2, type=int, default=list(ROUNDS.values()), help="at batch 1 and at batch 8")
     parser.add_argument("--plot", action="store_true", help="draw from the JSON file and print the table")
     parser.add_argument("--quick", action="store_true", help="ResNet-8 at 32 px in two rounds, into the folder --out")
     parser.add_argument("--out", type=Path, help="folder for the JSON file and the plot")
@@ -62,10 +72,13 @@ def main() -> int:
             parser.error("--quick needs --out: its figures mean nothing and must not replace the published ones")
         for name in ["resnet8"] if options.quick else options.networks:
             variants = [one for one in VARIANTS if one == "plain" or one in options.variants]
-            for batch, rounds in ROUNDS.items():
-                new = run(name, variants, 32 if options.quick else 224, batch, 2 if options.quick else rounds)
-                found[name] = join(found.get(name), new)
-                write_file(results, json.dumps(found, indent=1))
+            side, rounds = (32, [2, 2]) if options.quick else (224, options.rounds)
+            with tempfile.TemporaryDirectory() as folder:
+                for batch, count in zip(ROUNDS, rounds, strict=True):
+                    x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+                    new = run(name, variants, options.runtimes, x, Path(folder), count)
+                    found[name] = join(found.get(name), new)
+                    write_file(results, json.dumps(found, indent=1))
     draw(found, plot)
     print(make_table(found))
     return 0
@@ -80,14 +93,14 @@ def build(name: str, variant: str) -> nn.Module:
     return ecanet.create_model(name, attention=attention).eval()
 
 
-def run(name: str, variants: list[str], side: int, batch: int, rounds: int) -> dict[str, Any]:
-    """Return sizes, errors and times of the ``variants`` of a network in every runtime, for one batch size."""
+def run(
+    name: str, variants: list[str], runtimes: list[str], x: torch.Tensor, folder: Path, rounds: int
+) -> dict[str, Any]:
+    """Return sizes, errors and times of the ``variants`` of a network in the ``runtimes``, for the batch ``x``."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
-        steps, found = prepare_steps(name, variants, x, Path(folder))
-        rows = list_rows(take_turns(steps, rounds), found, batch)
-    machine = environment() | {"command": COMMAND, "threads": 1, "time": "processor time", "image size": side}
+    steps, found = prepare_steps(name, variants, runtimes, x, folder)
+    rows = [row | {"rounds": rounds} for row in list_rows(take_turns(steps, rounds), found, len(x))]
+    machine = environment() | {"command": COMMAND, "threads": 1, "time": "processor time", "image size": x.shape[-1]}
     return {"environment": machine, "rows": rows}
 
 
@@ -125,7 +138,7 @@ def list_rows(times: dict[Any, list[float]], found: dict[Any, Any], batch: int) 
 
 
 def prepare_steps(
-    name: str, variants: list[str], x: torch.Tensor, folder: Path
+    name: str, variants: list[str], runtimes: list[str], x: torch.Tensor, folder: Path
 ) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """Return a function for each runtime and variant that runs ``x`` there, and what is known of the file.
 
@@ -138,9 +151,10 @@ def prepare_steps(
         network = build(name, variant)
         with torch.no_grad():
             expected = network(x)
-        steps["eager", variant] = lambda network=network: run_eager(network, x)
-        found["eager", variant] = {"bytes": 4 * sum(p.numel() for p in network.parameters()), "error": 0.0}
-        for target in RUNTIMES:
+        if "eager" in runtimes:
+            steps["eager", variant] = lambda network=network: run_eager(network, x)
+            found["eager", variant] = {"bytes": 4 * sum(p.numel() for p in network.parameters()), "error": 0.0}
+        for target in (one for one in runtimes if one != "eager"):
             path = folder / f"{target}-{VARIANTS.index(variant)}{TARGETS[target].suffix}"
             if not path.exists() or target == "executorch":  # whose files take one batch size
                 try:
@@ -173,9 +187,9 @@ def make_table(found: dict[str, Any]) -> str:
     ]
     for name, content in found.items():
         rows = {(row["runtime"], row["variant"], row["batch"]): row for row in content["rows"]}
-        for runtime in ("eager", *RUNTIMES):
+        for runtime in RUNTIMES:
             for variant in (one for one in VARIANTS if all((runtime, one, batch) in rows for batch in ROUNDS)):
-                cells = [name, RUNTIMES.get(runtime, "PyTorch"), variant]
+                cells = [name, RUNTIMES[runtime], variant]
                 cells.append(f"{rows[runtime, variant, 1]['bytes'] / 1e6:.1f}")
                 for batch in ROUNDS:
                     row = rows[runtime, variant, batch]
@@ -192,19 +206,19 @@ def draw(found: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 3.4), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(found), figsize=(6.5 * len(found), 3.4), squeeze=False, sharey=True)
     for panel, (name, content) in zip(axes[0], found.items(), strict=True):
         rows = {(r["runtime"], r["variant"]): r for r in content["rows"] if r["batch"] == 1}
         variants = [one for one in VARIANTS[1:] if ("eager", one) in rows]
         for at, variant in enumerate(variants):
-            runtimes = [one for one in ("eager", *RUNTIMES) if (one, variant) in rows]
+            runtimes = [one for one in RUNTIMES if (one, variant) in rows]
             some = [rows[runtime, variant] for runtime in runtimes]
             heights = [row["ratio"] for row in some]
             spread = [[r["ratio"] - r["low"] for r in some], [r["high"] - r["ratio"] for r in some]]
             middle = 0.2 * (at - (len(variants) - 1) / 2)
-            places = [("eager", *RUNTIMES).index(runtime) + middle for runtime in runtimes]
+            places = [list(RUNTIMES).index(runtime) + middle for runtime in runtimes]
             panel.bar(places, [h - 1 for h in heights], 0.18, bottom=1, yerr=spread, label=variant, capsize=2)
-        panel.set_xticks(range(len(RUNTIMES) + 1), ["PyTorch", *RUNTIMES.values()])
+        panel.set_xticks(range(len(RUNTIMES)), [label.replace(", ", ",\n") for label in RUNTIMES.values()])
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set_title(name)
     axes[0][0].set_ylabel("time over plain, batch 1")

@@ -123,7 +123,7 @@ def measure(runs: list[Path], count: int, rounds: int | None) -> list[dict[str, 
             sys.exit(f"{runs[0]} has attention; the first run is the plain network that the others are compared with")
         int8: dict[Any, Step] = {}
         for at, (name, network) in enumerate(networks.items()):
-            for target in RUNTIMES:
+            for target in QUANTIZERS:
                 path = Path(folder) / f"{at}-int8-{target}{TARGETS[target].suffix}"
                 int8[target, name + INT8], found[target, name + INT8] = quantize(network, path, target, images)
         for batch, most in ROUNDS.items():
@@ -158,7 +158,7 @@ def open_float32(network: nn.Module, path: Path, x: Tensor) -> Iterator[tuple[st
     """
     expected = run_eager(network, x)
     yield "eager", lambda x: run_eager(network, x), {"bytes": 4 * sum(p.numel() for p in network.parameters())}
-    for target in RUNTIMES:
+    for target in QUANTIZERS:
         own = f"-{len(x)}" if target == "executorch" else ""  # whose files take one batch size
         file = path.with_name(f"{path.name}-{target}{own}{TARGETS[target].suffix}")
         if not file.exists():
@@ -176,7 +176,7 @@ def make_table(rows: list[dict[str, Any]]) -> str:
     values = "MB | top-1 | ms | over plain"
     lines = [f"| runtime | network | {values} | int8: {values} |", f"|{'---|' * 10}"]
     for runtime, variant in (key for key in found if not key[1].endswith(INT8)):
-        cells = [RUNTIMES.get(runtime, "PyTorch"), variant]
+        cells = [RUNTIMES[runtime], variant]
         for row in (found[runtime, variant], found.get((runtime, variant + INT8))):
             cells += [""] * 4 if row is None else describe(row)
         lines.append(f"| {' | '.join(cells)} |")

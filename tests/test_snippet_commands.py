@@ -36,8 +36,8 @@ MINUTES = r"^ecanet (train|models|cost|doctor|export|shards|report)"
 """Commands that run among the slow tests."""
 
 FOREIGN = {
-    "--help", "--max-restarts", "--ntasks-per-node", "--part", "--plot", "--seconds", "--shapes", "--standalone",
-    "--strict", "--timm", "--torchvision",
+    "--help", "--max-restarts", "--ntasks-per-node", "--part", "--plot", "--rounds", "--runtimes", "--seconds",
+    "--shapes", "--standalone", "--strict", "--timm", "--torchvision", "--variants",
 }  # fmt: skip
 """Options of other programs and of scripts in benchmarks/."""
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ecanet.cli.deploy import show
-from ecanet.deploy import Int8Report
+from ecanet.cli.deploy import ENDINGS, name_file, show
+from ecanet.deploy import TARGETS, Int8Report
 
 LINE = ["export", "resnet8", "--to", "torchscript", "--no-check", "--image-size", 32]
 
@@ -59,3 +59,23 @@ def test_a_checkpoint_is_never_replaced_by_its_own_file(ecanet, tmp_path, more):
     assert (code, out) == (2, "")
     assert "is the checkpoint itself; give another name by --out" in err
     assert (tmp_path / "weights.pt").read_bytes() == b"trained for a week"
+
+
+def test_each_target_has_a_name_of_its_own_for_its_file(tmp_path):
+    """Two targets write .onnx, and neither replaces the other's file beside a run."""
+    assert list(ENDINGS) == list(TARGETS)
+    assert all(ending.endswith(TARGETS[name].suffix) for name, ending in ENDINGS.items())
+    assert len(set(ENDINGS.values())) == len(ENDINGS)
+    (tmp_path / "best.ckpt").touch()
+    ending = ENDINGS["onnxruntime"]
+    assert name_file(str(tmp_path), ending) == tmp_path / "model-onnxruntime.onnx"
+    assert name_file(str(tmp_path / "best.ckpt"), ending) == tmp_path / "best-onnxruntime.onnx"
+    assert str(name_file("timm:resnet18", ending)) == "resnet18-onnxruntime.onnx"
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "torchscript"])
+def test_a_target_without_int8_is_one_line_that_names_those_with_it(ecanet, target):
+    code, out, err = ecanet("export", "resnet8", "--to", target, "--int8", "--images", "fashion")
+    assert (code, out) == (2, "")
+    line = f"there is no int8 for {target}; give --to onnx or --to openvino or --to executorch"
+    assert line in " ".join(err.split())

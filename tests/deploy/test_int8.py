@@ -138,7 +138,8 @@ class Broken(nn.Module):
     ("options", "message"),
     [
         ({"target": "torchscript", "path": "net.pt"}, "there is no int8 for torchscript; choose onnx"),
-        ({"target": "nowhere"}, "unknown target 'nowhere'"),
+        ({"target": "nowhere"}, "there is no int8 for nowhere; choose onnx, openvino, executorch"),
+        ({"target": "onnxruntime"}, "there is no int8 for onnxruntime; choose onnx, openvino, executorch"),
         ({"path": "net.bin"}, "must end in .onnx"),
         ({"calibration": torch.zeros(4, 3, 8, 8)}, "must be images of one size"),
         ({"calibration": torch.zeros(1, 3, 16, 16)}, "calibration needs at least two images"),

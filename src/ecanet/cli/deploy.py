@@ -31,7 +31,15 @@ if TYPE_CHECKING:
 CALIBRATION, HELD_OUT = 512, 10_000
 """Training images that give the ranges of int8, and held-out images that measure it, at most."""
 
-SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "executorch": ".pte", "torch-export": ".pt2", "torchscript": ".pt"}
+ENDINGS = {
+    "onnx": ".onnx",
+    "onnxruntime": "-onnxruntime.onnx",  # not the name of the file for onnx, which it would replace
+    "openvino": ".xml",
+    "executorch": ".pte",
+    "torch-export": ".pt2",
+    "torchscript": ".pt",
+}
+"""Ends of the names of files, by their targets."""
 
 
 def export(
@@ -55,7 +63,7 @@ def export(
 ) -> None:
     """Write a trained network for another runtime.
 
-    --to onnx, openvino, executorch, torch-export or torchscript.
+    --to onnx, onnxruntime (on CPUs, one image size), openvino, executorch, torch-export or torchscript.
     Each runtime gets the form of the gates that it runs fast.
     The file is run there: its outputs, operations and time stand in the report.
     """
@@ -63,19 +71,21 @@ def export(
 
     from ecanet import deploy
 
-    if to not in SUFFIXES:
-        raise ConfigError(f"--to must be one of {', '.join(SUFFIXES)}, got {to!r}")
+    if to not in ENDINGS:
+        raise ConfigError(f"--to must be one of {', '.join(ENDINGS)}, got {to!r}")
     if int8 or images is not None:
         if not int8 or no_check or batch_size != 1 or image_size is not None:
             raise ConfigError("--images is for --int8, which takes no --batch-size, --image-size or --no-check")
+        if to not in deploy.QUANTIZERS:
+            raise ConfigError(f"there is no int8 for {to}; give --to {' or --to '.join(deploy.QUANTIZERS)}")
         named = not Path(source).exists()
         network = model_config(name_network(source), attention, kernel_sizes, weights) if named else None
-        place = name_file(source, SUFFIXES[to])
+        place = name_file(source, ENDINGS[to])
         path = out or place.with_stem(f"{place.stem}-int8")
         check_is_other(path, source)
         show(quantize(source, network, path, to, images), as_json)
         return
-    path = out or name_file(source, SUFFIXES[to])
+    path = out or name_file(source, ENDINGS[to])
     check_is_other(path, source)
     model, classes, expected = load(source, attention, kernel_sizes, weights)
     side = image_size or expected.size
@@ -189,7 +199,7 @@ def check_is_other(path: Path, source: str) -> None:
         raise ConfigError(f"{path} is the checkpoint itself; give another name by --out")
 
 
-def name_file(source: str, suffix: str) -> Path:
+def name_file(source: str, ending: str) -> Path:
     """Return the place of the file: in the run's directory, else here under the network's name.
 
     >>> name_file("timm:resnet18", ".onnx").name
@@ -197,7 +207,7 @@ def name_file(source: str, suffix: str) -> Path:
     """
     path = Path(source)
     if path.is_dir():
-        return path / f"model{suffix}"
-    return (
-        path.with_suffix(suffix) if path.is_file() and ":" not in source else Path(source.rpartition(":")[2] + suffix)
-    )
+        return path / f"model{ending}"
+    if path.is_file() and ":" not in source:
+        return path.with_name(path.stem + ending)
+    return Path(source.rpartition(":")[2] + ending)

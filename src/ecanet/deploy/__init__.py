@@ -2,14 +2,14 @@
 
 Read downward: `hub` (networks on the Hugging Face Hub), `saving` (writes one into a folder), `model_card` (the folder's
 README), `quantize` (`quantize`: int8, by `quantize_onnx`, `quantize_openvino` and `quantize_executorch`), `exporting`
-(`export`), `checking` (runs a file in its own runtime), `targets` (the table of targets), `onnx_files` (ONNX),
-`openvino_files`, `executorch_files`, `torch_files` (torch.export and TorchScript); for `slim`, which folds gates that
-barely vary into the layers beside them: `slim`, `slim_report` (what became of each gate), `slim_images` (checks and
-splits the images), `slim_tune` (makes the constants of several gates better together), `slim_judge` (which decisions
-change, without labels), `slim_fit` (the constant that stands for a gate best); and for all: `programs` (what the
-targets share), `value_reads` (forwards that read values of the images), `preparation` (the copy that is exported),
-`forms` (the operations of a gate), `cbam_form` (those of CBAM), `about` (what a file says about its images and
-classes), `reports` (what an export did).
+(`export`), `checking` (runs a file in its own runtime), `targets` (the table of targets), `onnx_blocked` (ONNX for
+ONNX Runtime on CPUs), `onnx_files` (ONNX), `openvino_files`, `executorch_files`, `torch_files` (torch.export and
+TorchScript); for `slim`, which folds gates that barely vary into the layers beside them: `slim`, `slim_report` (what
+became of each gate), `slim_images` (checks and splits the images), `slim_tune` (makes the constants of several gates
+better together), `slim_judge` (which decisions change, without labels), `slim_fit` (the constant that stands for a gate
+best); and for all: `programs` (what the targets share), `value_reads` (forwards that read values of the images),
+`preparation` (the copy that is exported), `forms` (the operations of a gate), `cbam_form` (those of CBAM), `about`
+(what a file says about its images and classes), `reports` (what an export did).
 """
 
 from ecanet.deploy.checking import time_in_turns

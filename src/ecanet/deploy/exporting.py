@@ -40,9 +40,9 @@ def export(
     Batch and image size vary where the target and the network allow it. ``model`` is not changed.
 
     Args:
-        model: Any classifier, or one of torchvision's detectors (ONNX only), in float32, with or without attention.
+        model: Any classifier, or one of torchvision's detectors (``onnx`` only), in float32, with or without attention.
         path: Of the file. It is written completely or not at all.
-        target: ``onnx``, ``openvino``, ``executorch``, ``torch-export`` or ``torchscript``.
+        target: ``onnx``, ``onnxruntime``, ``openvino``, ``executorch``, ``torch-export`` or ``torchscript``.
         example: A batch of images (N, C, H, W), or a list with one image (3, H, W) for a detector.
         check: Whether to run the file in its own runtime, beside PyTorch and beside the plain network.
         classes: Names of the classes, which are written into the file's metadata.
@@ -56,9 +56,7 @@ def export(
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"export takes a network (a torch.nn.Module), got {model!r}")
     if is_detector(model) and not goal.takes_detectors:
-        raise ExportError(
-            f"{target} cannot hold the loops of a detector, because their lengths vary; export it to onnx"
-        )
+        raise ExportError(f"{target} takes no detector, whose loops vary in length; export it to onnx")
     inputs = read_example(model, example)
     place = check_place(path, goal)
     about = About.of(classes, preprocessing)

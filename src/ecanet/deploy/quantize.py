@@ -124,7 +124,7 @@ def quantize(
         ConfigError: the target does not exist, cannot be quantised for or needs a package, or an argument does not fit.
         ExportError: the tool cannot quantise the network; nothing is left at ``path``.
     """
-    goal, quantizer = find_target(target), _find_quantizer(target)
+    quantizer, goal = _find_quantizer(target), find_target(target)
     images, labels = held_out
     _check_images(calibration, images, labels)
     place, about = check_place(path, goal), About.of(classes, preprocessing)
