@@ -154,6 +154,16 @@ def make_tensors_on_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def run_passes_on_small_tensors() -> Iterator[None]:
+    """Let gates alone take the passes in training: the tensors of tests are small, and those of networks are not."""
+    from ecanet.ops import lean
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lean, "SMALL_SCALE", 0)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def leave_figures_out(request: pytest.FixtureRequest) -> Iterator[dict[str, object]]:
     """Leave the drawings out of the pages of runs, which take longer than the runs of the tests.

@@ -127,7 +127,7 @@ def lean_passes(monkeypatch):
     elements = []
     apply = ops.lean.apply
     monkeypatch.setattr(ops.lean, "apply", lambda z, *args: elements.append(z.numel()) or apply(z, *args))
-    monkeypatch.setattr(ops.lean, "SMALL", 100)
+    monkeypatch.setattr(ops.lean, "SMALL_SCALE", 100)
     return elements
 
 

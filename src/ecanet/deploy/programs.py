@@ -106,8 +106,9 @@ def record(network: nn.Module, example: Tensor, axes: Sequence[int]) -> torch.ex
         ExportError: `torch.export` cannot record it.
     """
     sizes = (dict.fromkeys(axes, torch.export.Dim.AUTO),) if axes else None
-    reads = reads_values(network, [example])
+    reads = False
     try:
+        reads = reads_values(network, [example])
         # The recorder prints the whole graph where it meets such a value.
         with quiet(), redirect_stderr(io.StringIO()) if reads else nullcontext():
             return torch.export.export(network, (example,), dynamic_shapes=sizes)

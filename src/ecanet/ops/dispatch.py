@@ -156,7 +156,7 @@ def prefers_plain_scale(x: Tensor, gate: Gate) -> bool:
     if runs_on_gpu(x) or isinstance(gate, reference.MomentsGate) or get_requested_impl() is not None:
         return False
     is_wide = x.dtype == reference.accumulation_dtype(x.dtype)
-    return is_wide and (not torch.is_grad_enabled() or x.numel() < lean.SMALL)
+    return is_wide and (not torch.is_grad_enabled() or x.numel() < lean.SMALL_SCALE)
 
 
 def residual_tail(

@@ -28,12 +28,17 @@ LARGE_SAMPLE_MOMENTS = 2**16
 """Elements of a channels-last sample from which its variances are native. Contiguous ones are never faster so."""
 
 SMALL = 2**18
-"""Elements below which PyTorch's operations run in training too: `compute_gated_tail` for the tail of a `MomentsGate`,
-and `reference.squeeze_scale` for a gate alone.
+"""Elements below which the tail of a `MomentsGate` runs as PyTorch's operations, `compute_gated_tail`, in training too.
 
-Measured on one core, forward and backward, contiguous and channels-last: for a `MomentsGate` the passes take 0.3 to 0.8
-of the time of PyTorch's operations from 2^19 elements on, and for fewer than 2^17 up to twice as long. For ECA or SE
-alone they take 0.6 to 1.0 from 2^20 elements on, 0.8 to 1.2 at 2^19, and 1.3 to 3 for fewer than 2^18.
+Measured on one core, forward and backward, contiguous and channels-last: from 2^19 elements on the four passes take 0.3
+to 0.8 of its time, and for fewer than 2^17 up to twice as long.
+"""
+
+SMALL_SCALE = 2**18
+"""Elements below which a gate alone runs as PyTorch's operations, `reference.squeeze_scale`, in training too.
+
+Measured likewise for ECA and SE: the passes take 0.6 to 1.0 of its time from 2^20 elements on, 0.8 to 1.2 at 2^19, and
+1.3 to 3 for fewer than 2^18.
 """
 
 recomputes_sign = False
