@@ -13,6 +13,7 @@ import sys
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
+from typing import TypeGuard
 
 __all__ = [
     "AttachError",
@@ -23,6 +24,7 @@ __all__ = [
     "ExportError",
     "check_int",
     "check_positive_int",
+    "is_path",
     "is_text",
     "shorten_interrupts",
     "show_value",
@@ -74,6 +76,11 @@ def check_int(name: str, value: object, *, least: int) -> int:
         expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ConfigError(f"{name} must be {expected}, got {show_value(value)}")
     return int(value)
+
+
+def is_path(value: object) -> TypeGuard[str | Path]:
+    """Return whether ``value`` can be the name of a file or folder, in Unicode text."""
+    return isinstance(value, str | Path) and is_text(str(value)) and "\0" not in str(value)
 
 
 def is_text(value: str) -> bool:

@@ -16,7 +16,7 @@ from ecanet.deploy.preparation import copy_unwrapped, prepare
 from ecanet.deploy.programs import read_example, run_network
 from ecanet.deploy.reports import ExportReport
 from ecanet.deploy.targets import Target, find_target
-from ecanet.errors import ConfigError, ExportError, is_text, show_value, summarize
+from ecanet.errors import ConfigError, ExportError, is_path, show_value, summarize
 from ecanet.models import is_detector
 from ecanet.networks import Preprocessing
 
@@ -89,7 +89,7 @@ def check_place(place: object, target: Target) -> Path:
         ConfigError: it is no name of a file, has another suffix than the target's files, or is a directory, or the
             second file that the target writes would replace a file of something else.
     """
-    if not isinstance(place, str | Path) or not is_text(str(place)) or "\0" in str(place):
+    if not is_path(place):
         raise ConfigError(f"path must be the name of a file, got {show_value(place)}")
     path = Path(place)
     if path.name in ("", ".."):

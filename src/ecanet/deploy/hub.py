@@ -11,7 +11,7 @@ from torch import nn
 from ecanet import networks
 from ecanet.deploy.model_card import Measured
 from ecanet.deploy.saving import FILES, INSTALL, save_pretrained
-from ecanet.errors import CheckpointError, ConfigError, is_text, show_value, summarize
+from ecanet.errors import CheckpointError, ConfigError, is_path, show_value, summarize
 from ecanet.models import quiet_loggers
 from ecanet.networks import CONFIG, WEIGHTS, Preprocessing
 from ecanet.recipes import ModelConfig
@@ -36,7 +36,7 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, token: s
         CheckpointError: there is no such folder or repository, it cannot be reached, or its content is missing, broken
             or unsafe.
     """
-    if not isinstance(source, str | Path) or not is_text(str(source)) or "\0" in str(source):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not is_path(source):
         raise ConfigError(f"source must be a folder or the name of a repository, got {show_value(source)}")
     folder = Path(source)
     if not folder.exists():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ecanet import inference, networks
 from ecanet.deploy.model_card import PICTURE, WRITTEN_BY, Measured, write_card
 from ecanet.deploy.preparation import WRAPPERS, unwrap
-from ecanet.errors import CheckpointError, ConfigError, EcanetError, is_text, show_value, summarize
+from ecanet.errors import CheckpointError, ConfigError, EcanetError, is_path, show_value, summarize
 from ecanet.models import get_origin
 from ecanet.networks import CONFIG, WEIGHTS, Preprocessing, Pretrained
 from ecanet.recipes import ModelConfig, to_dict
@@ -114,7 +114,7 @@ def _check_folder(folder: object) -> Path:
     Raises:
         ConfigError: it does, or it is no name of a folder.
     """
-    if not isinstance(folder, str | Path) or not is_text(str(folder)) or str(folder) == "" or "\0" in str(folder):
+    if not is_path(folder) or str(folder) == "":
         raise ConfigError(f"folder must be the name of a folder, got {show_value(folder)}")
     place = Path(folder)
     found = [file for file in FILES if (place / file).exists()]

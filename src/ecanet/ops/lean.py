@@ -37,8 +37,7 @@ to 0.8 of its time, and for fewer than 2^17 up to twice as long.
 SMALL_SCALE = 2**18
 """Elements below which a gate alone runs as PyTorch's operations, `reference.squeeze_scale`, in training too.
 
-Measured likewise for ECA and SE: the passes take 0.6 to 1.0 of its time from 2^20 elements on, 0.8 to 1.2 at 2^19, and
-1.3 to 3 for fewer than 2^18.
+For ECA and SE the passes were slower for fewer elements, and faster from 2^20 on.
 """
 
 recomputes_sign = False
