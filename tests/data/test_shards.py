@@ -1,7 +1,9 @@
 """Training reads shards as it reads a folder; an epoch reads few of them at a time."""
 
 import json
-from collections import Counter
+import os
+import shutil
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ from ecanet.errors import DataError
 from ecanet.recipes import DataConfig, ModelConfig, OptimizerConfig, Recipe
 from ecanet.shards import pack
 from ecanet.training import evaluate, run
+
+Disk = namedtuple("Disk", "total used free")
 
 
 def draw_photo(label: int, seed: int) -> Image.Image:
@@ -117,7 +121,6 @@ def test_settings_that_do_not_fit_are_refused(sets):
 
 
 def test_a_shard_that_is_damaged_later_is_named(sets, tmp_path):
-    import shutil
 
     shutil.copytree(sets / "packed", tmp_path / "packed")
     name = read_shards(str(tmp_path / "packed")).parts["train"][0].name
@@ -139,9 +142,10 @@ def test_a_shard_that_is_damaged_later_is_named(sets, tmp_path):
 
 @pytest.fixture
 def remote(sets, tmp_path, monkeypatch):
-    """The packed set in fsspec's file system in memory; return its address."""
+    """The packed set in fsspec's file system in memory, and a disk with room for copies; return its address."""
     fsspec = pytest.importorskip("fsspec")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(total=3_000, used=0, free=1_000_000))
     files = fsspec.filesystem("memory")
     for path in (sets / "packed").iterdir():
         files.pipe(f"/bucket/set/{path.name}", path.read_bytes())
@@ -214,20 +218,18 @@ def test_a_connection_that_breaks_is_one_line(remote, monkeypatch, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.part"))
 
 
-def test_the_oldest_copies_make_room(remote, tmp_path, monkeypatch):
-    import os
-    import shutil
-    from collections import namedtuple
-
+def test_the_oldest_copies_make_room(remote, monkeypatch):
+    """A tenth of what the user may fill stays free; what the file system keeps for itself does not count."""
     shards = read_shards(remote)
     paths = [shards.get_path(file) for file in shards.parts["train"][:3]]
     for at, path in enumerate(paths):
         os.utime(path, (at, at))
-    usage, needed = namedtuple("usage", "total used free"), shards.parts["train"][3].bytes
+    needed = shards.parts["train"][3].bytes
 
-    def disk(_: object) -> object:
+    def disk(_: object) -> Disk:
         left = sum(path.exists() for path in paths)
-        return usage(total=100_000, used=0, free=needed + 12_500 - 1_000 * left)
+        free = needed + 12_500 - 1_000 * left
+        return Disk(total=300_000, used=100_000 - free, free=free)
 
     monkeypatch.setattr(shutil, "disk_usage", disk)
     shards.get_path(shards.parts["train"][3])

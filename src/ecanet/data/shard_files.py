@@ -163,11 +163,14 @@ def get_local_path(address: str, file: ShardFile) -> Path:
 
 
 def make_room(folder: Path, needed: int) -> None:
-    """Delete the oldest copies of shards below ``folder`` until `FREE_SHARE` of the disk is free beside ``needed``."""
+    """Delete the oldest copies of shards below ``folder`` until `FREE_SHARE` of the disk is free beside ``needed``.
+
+    The disk is what this user may fill: blocks kept for the administrator are not counted.
+    """
     copies = sorted(folder.glob("*/*.tar"), key=lambda path: path.stat().st_mtime)
     for path in copies:
         room = shutil.disk_usage(folder)
-        if room.free - needed > FREE_SHARE * room.total:
+        if room.free - needed > FREE_SHARE * (room.used + room.free):
             break
         path.unlink(missing_ok=True)
 
