@@ -1,10 +1,11 @@
 """Time networks with attention in other runtimes, beside the plain network in the same runtime.
 
 ResNet-50 and MobileNetV2 at 224 px, without attention, with ECA, SE and CBAM, and with timm's ECA module in the same
-places, each exported by `ecanet.export` to ONNX Runtime (targets onnx and onnxruntime), OpenVINO and ExecuTorch, beside
-PyTorch itself (eager, as the network is). First every file's outputs are compared with PyTorch's. Then all files of one
-batch size take turns in one process, with one thread; the time is the processor's, so that other programs on the
-machine count little, and a ratio is of two times of one round.
+places, each exported by `ecanet.export` to ONNX Runtime (targets onnx and onnxruntime), OpenVINO (the file as it is,
+and with its input fixed to the batch's shape before it is compiled) and ExecuTorch, beside PyTorch itself (eager, as
+the network is). First every file's outputs are compared with PyTorch's. Then all files of one batch size take turns in
+one process, with one thread; the time is the processor's, so that other programs on the machine count little, and a
+ratio is of two times of one round.
 
     OMP_NUM_THREADS=1 python benchmarks/deploy.py           # run all; write JSON after each batch size, and the plot
     python benchmarks/deploy.py --variants plain eca        # of these alone; the other rows of the file stay
@@ -33,22 +34,24 @@ import ecanet
 from ecanet.deploy import TARGETS
 from ecanet.errors import ExportError
 from ecanet.report import environment, write_file
+from ecanet.report.figures import PALETTE
 from ecanet.testing import measure_relative_error
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "deploy.json"
 PLOT = HERE.parent / "docs" / "export.png"
+FIXED = "openvino-fixed"
 RUNTIMES = {
     "eager": "PyTorch",
     "onnx": "ONNX Runtime",
     "onnxruntime": "ONNX Runtime, blocked",
     "openvino": "OpenVINO",
+    FIXED: "OpenVINO, one size",
     "executorch": "ExecuTorch",
 }
-"""Names of PyTorch and of the targets."""
+"""Names of PyTorch, of the targets, and of OpenVINO's with a fixed input."""
 VARIANTS = ("plain", "eca", "se", "cbam", "timm's eca")
 ROUNDS = {1: 15, 8: 5}
-COMMAND = "OMP_NUM_THREADS=1 python benchmarks/deploy.py"
 
 
 def main() -> int:
@@ -99,8 +102,10 @@ def run(
     """Return sizes, errors and times of the ``variants`` of a network in the ``runtimes``, for the batch ``x``."""
     torch.set_num_threads(1)
     steps, found = prepare_steps(name, variants, runtimes, x, folder)
-    rows = [row | {"rounds": rounds} for row in list_rows(take_turns(steps, rounds), found, len(x))]
-    machine = environment() | {"command": COMMAND, "threads": 1, "time": "processor time", "image size": x.shape[-1]}
+    command = f"OMP_NUM_THREADS=1 python benchmarks/deploy.py {' '.join(sys.argv[1:])}".rstrip()
+    how = {"rounds": rounds, "command": command}
+    rows = [row | how for row in list_rows(take_turns(steps, rounds), found, len(x))]
+    machine = environment() | {"threads": 1, "time": "processor time", "image size": x.shape[-1]}
     return {"environment": machine, "rows": rows}
 
 
@@ -154,7 +159,8 @@ def prepare_steps(
         if "eager" in runtimes:
             steps["eager", variant] = lambda network=network: run_eager(network, x)
             found["eager", variant] = {"bytes": 4 * sum(p.numel() for p in network.parameters()), "error": 0.0}
-        for target in (one for one in runtimes if one != "eager"):
+        for runtime in (one for one in runtimes if one != "eager"):
+            target = "openvino" if runtime == FIXED else runtime
             path = folder / f"{target}-{VARIANTS.index(variant)}{TARGETS[target].suffix}"
             if not path.exists() or target == "executorch":  # whose files take one batch size
                 try:
@@ -163,14 +169,25 @@ def prepare_steps(
                     print(f"{name}, batch {len(x)}, {target}, {variant}: {error}", flush=True)
                     continue
             size = sum(file.stat().st_size for file in folder.glob(f"{path.stem}.*"))
-            session = TARGETS[target].open(path)
+            session = TARGETS[target].open(fix_shape(path, x) if runtime == FIXED else path)
             error = measure_relative_error(session.run([x]), [expected])
-            assert error < 1e-4, (name, variant, target, error)
-            steps[target, variant] = lambda session=session: session.run([x])
+            assert error < 1e-4, (name, variant, runtime, error)
+            steps[runtime, variant] = lambda session=session: session.run([x])
             counts = {"operations": sum(session.operations.values()), "stray": session.stray}
-            found[target, variant] = {"bytes": size, "error": error, "partitions": session.partitions, **counts}
-            print(f"{name}, batch {len(x)}, {target}, {variant}: error {error:.1e}, {counts}", flush=True)
+            found[runtime, variant] = {"bytes": size, "error": error, "partitions": session.partitions, **counts}
+            print(f"{name}, batch {len(x)}, {runtime}, {variant}: error {error:.1e}, {counts}", flush=True)
     return steps, found
+
+
+def fix_shape(path: Path, x: torch.Tensor) -> Path:
+    """Return a copy of an OpenVINO file whose input has the shape of ``x`` alone."""
+    import openvino
+
+    model = openvino.Core().read_model(str(path))
+    model.reshape(list(x.shape))
+    copy = path.with_name(f"fixed-{len(x)}-{path.name}")
+    openvino.save_model(model, str(copy), compress_to_fp16=False)
+    return copy
 
 
 def run_eager(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -210,15 +227,17 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for panel, (name, content) in zip(axes[0], found.items(), strict=True):
         rows = {(r["runtime"], r["variant"]): r for r in content["rows"] if r["batch"] == 1}
         variants = [one for one in VARIANTS[1:] if ("eager", one) in rows]
-        for at, variant in enumerate(variants):
+        for at, (variant, color) in enumerate(zip(variants, PALETTE, strict=False)):
             runtimes = [one for one in RUNTIMES if (one, variant) in rows]
             some = [rows[runtime, variant] for runtime in runtimes]
             heights = [row["ratio"] for row in some]
             spread = [[r["ratio"] - r["low"] for r in some], [r["high"] - r["ratio"] for r in some]]
             middle = 0.2 * (at - (len(variants) - 1) / 2)
             places = [list(RUNTIMES).index(runtime) + middle for runtime in runtimes]
-            panel.bar(places, [h - 1 for h in heights], 0.18, bottom=1, yerr=spread, label=variant, capsize=2)
-        panel.set_xticks(range(len(RUNTIMES)), [label.replace(", ", ",\n") for label in RUNTIMES.values()])
+            panel.bar(
+                places, [h - 1 for h in heights], 0.18, bottom=1, yerr=spread, label=variant, color=color, capsize=2
+            )
+        panel.set_xticks(range(len(RUNTIMES)), [label.replace(" ", "\n") for label in RUNTIMES.values()])
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set_title(name)
     axes[0][0].set_ylabel("time over plain, batch 1")
