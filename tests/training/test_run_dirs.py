@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -111,3 +112,15 @@ def test_a_finished_run_takes_no_other_learning_rate(tmp_path, done, epochs, fit
     else:
         with pytest.raises(ConfigError, match="is finished, and another learning rate would change nothing"):
             choose_run_dir(other, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [("folder:photos/", "photos"), ("folder:a/我的 照片", "我的_照片"), ("shards:s3://bucket/set/", "set"),
+     ("coco:.", "boats"), ("folder:/", "finetune"), ("scenes:fashion-mnist", "finetune")],
+)  # fmt: skip
+def test_a_run_is_named_by_what_it_trains_on(data, name, tmp_path, monkeypatch):
+    (tmp_path / "boats").mkdir()
+    monkeypatch.chdir(tmp_path / "boats")
+    run_dir = choose_run_dir(Recipe(name="finetune", data=DataConfig(name=data)), None, resume=False)
+    assert re.fullmatch(rf"{name}-\d{{8}}-\d{{6}}", run_dir.name)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ def choose_run_dir(recipe: Recipe, folder: str | Path | None, resume: bool) -> P
     if folder is None:
         if resume:
             raise ConfigError("resume=True needs the folder of the run")
-        stamp = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        stamp = f"{_name_run(recipe)}-{datetime.now():%Y%m%d-%H%M%S}"
         return next(p for n in range(1, 1000) if not (p := Path("runs", stamp + (f"-{n}" if n > 1 else ""))).exists())
     folder = Path(folder)
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -97,6 +98,20 @@ def choose_run_dir(recipe: Recipe, folder: str | Path | None, resume: bool) -> P
     elif _is_first_process() and (folder / "recipe.json").exists():
         raise _make_taken_error(folder)
     return folder
+
+
+def _name_run(recipe: Recipe) -> str:
+    """Return the folder's or the set's own name if the recipe's data have a path, else the recipe's name.
+
+    >>> from ecanet.recipes import DataConfig
+    >>> _name_run(Recipe(name="finetune", data=DataConfig(name="folder:/data/my photos")))
+    'my_photos'
+    """
+    kind, _, path = recipe.data.name.partition(":")
+    if kind not in {"folder", "shards", "coco"}:
+        return recipe.name
+    last = path.rstrip("/").rpartition("/")[2] if "://" in path else Path(path).expanduser().absolute().name
+    return re.sub(r"[^\w.-]+", "_", last).strip("_.-") or recipe.name
 
 
 @contextmanager
