@@ -28,16 +28,36 @@ def find_text(output):
     return (output[:, 0] if isinstance(output, torch.Tensor) else output[0][:, 0]) > 0.3
 
 
-def test_the_gates_of_a_graph_are_found_and_two_are_folded():
-    """The other eight are of the form x + x g(x), so that the sum reads their input too."""
+def draw_noise():
+    """Return 32 images of pixels that are black or white."""
+    pixels = torch.randint(0, 2, (32, 1, 96, 96), generator=torch.Generator().manual_seed(0))
+    return (2.0 * pixels - 1).expand(-1, 3, -1, -1)
+
+
+def test_the_gates_of_a_graph_are_folded():
+    """Eight of them are of the form x + x g(x). Finding text, the network can do without any of the ten."""
     model, _, _, count = load("detector")
     text = torch.stack([write_text(seed) for seed in range(64)])
-    noise = torch.randn((32, 3, 96, 96), generator=torch.Generator().manual_seed(0))
-    slimmed, report = ecanet.slim(model, text, budget=0.15, also={"noise": noise}, decide=find_text)
-    assert len(report.gates) == count == 10
-    assert len(report.folded) == 2
-    assert all("another operation reads its input too" in gate.reason for gate in report.gates if not gate.folded)
+    slimmed, report = ecanet.slim(model, text, budget=0.15, also={"noise": draw_noise()}, decide=find_text)
+    assert len(report.folded) == len(report.gates) == count == 10
     assert max(report.changed.share, report.also["noise"].share) <= 0.15
     with torch.no_grad():
         changed = (find_text(slimmed(text[1::2])) != find_text(model(text[1::2]))).double().mean()
     assert report.changed.share == pytest.approx(float(changed), abs=1e-4)
+
+
+def round_scores(output):
+    """Return the logits to the nearest whole number: decisions that see any change of the scores."""
+    return output[:, 0].round().long()
+
+
+def test_a_gate_that_is_constant_on_text_is_kept_where_noise_moves_it():
+    model, _, _, _ = load("detector")
+    text = torch.stack([write_text(seed) for seed in range(64)])
+    _, alone = ecanet.slim(model, text, budget=0.15, decide=round_scores)
+    (constant,) = alone.folded
+    assert constant.spread < 1e-3
+    _, report = ecanet.slim(model, text, budget=0.15, also={"noise": draw_noise()}, decide=round_scores)
+    assert report.folded == []
+    (kept,) = (gate for gate in report.gates if gate.name == constant.name)
+    assert "of decisions change on noise" in kept.reason

@@ -44,6 +44,38 @@ def attach(model, name="eca"):
     return model
 
 
+class Sum(nn.Module):
+    """x + x g(x), in operations that a symbolic trace sees."""
+
+    def __init__(self, *, swapped=False):
+        super().__init__()
+        self.conv, self.fc, self.swapped = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), swapped
+
+    def forward(self, x):
+        y = self.conv(x)
+        product = y * torch.sigmoid(self.fc(y.mean((2, 3), keepdim=True)))
+        return torch.relu(product + y if self.swapped else torch.add(y, product)).mean((2, 3))
+
+
+class SumTwice(Sum):
+    """The sum is the product's second reader."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        product = y * torch.sigmoid(self.fc(y.mean((2, 3), keepdim=True)))
+        return (torch.relu(y + product) + product).mean((2, 3))
+
+
+class SumInPlace(Sum):
+    """The sum changes one of the two, which is read afterwards."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        product = y * torch.sigmoid(self.fc(y.mean((2, 3), keepdim=True)))
+        total = product.add_(y) if self.swapped else y.add_(product)
+        return (torch.relu(total) + y).mean((2, 3))
+
+
 NETWORKS = {  # how it is built, the side of its images, and the number of its gates
     "resnet8, eca built in": (lambda: ecanet.create_model("resnet8", num_classes=5), 16, 3),
     "resnet8, se built in": (lambda: ecanet.create_model("resnet8", attention="se", num_classes=5), 16, 3),
@@ -66,6 +98,8 @@ NETWORKS = {  # how it is built, the side of its images, and the number of its g
     "group norm, gate": (lambda: Row(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), ASR(4, 1), nn.ReLU()), 8, 1),
     "activation, gate, convolution": (act_then_gate, 8, 1),
     "activation, gate, padded convolution": (lambda: act_then_gate(padding=1), 8, 1),
+    "traced, y + y g(y)": (lambda: torch.fx.symbolic_trace(Sum()), 8, 1),
+    "traced, y g(y) + y": (lambda: torch.fx.symbolic_trace(Sum(swapped=True)), 8, 1),
     "activation, gate, grouped convolution": (lambda: act_then_gate(groups=2, bias=False), 8, 1),
 }
 SLOW = ("mobilenet_v2, eca built in", "resnet18, eca attached", "traced mobilenet_v3_small, its own se")
@@ -192,6 +226,10 @@ class Ends(Fork):
         (Shared, "'conv' shares its weight with another module, and no convolution alone reads its output"),
         (Again, "'conv' beside it runs several times, and no convolution alone reads its output"),
         (Ends, "no norm or convolution is before it, and no convolution alone reads its output"),
+        (
+            lambda: torch.fx.symbolic_trace(SumTwice()),
+            "another operation reads its input too, and no convolution alone reads its output",
+        ),
         (lambda: Row(nn.Conv2d(3, 4, 1), ecanet.make_attention("cbam", 4)), "it is not one factor for a channel"),
         (
             lambda: Row(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False), ECA(4), nn.ReLU()),
@@ -204,13 +242,43 @@ def test_what_is_in_the_way_is_said(build, reason):
         assert [one.obstacle for one in scalings] == [reason]
 
 
-def test_graphs_are_as_before_when_nothing_was_folded():
-    model = torch.fx.symbolic_trace(torchvision.models.mobilenet_v3_small(num_classes=5)).eval()
+class Maximum(Sum):
+    """Another operation than a sum is behind the product."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        product = y * torch.sigmoid(self.fc(y.mean((2, 3), keepdim=True)))
+        return torch.maximum(product, y).mean((2, 3))
+
+
+def test_another_operation_on_the_product_is_no_sum():
+    model, x = torch.fx.symbolic_trace(Maximum()).eval(), image(2, 3, 8, 8)
+    with find_scalings(model, x) as scalings:
+        (product,) = scalings
+        assert "another operation reads its input too" in product.obstacle
+        names = [node.name for node in product.module.graph.nodes]
+        assert names == ["x", "mean", "fc", "sigmoid", "mul", "output"]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_sum_in_place_stays_where_it_is(swapped):
+    model, x = torch.fx.symbolic_trace(SumInPlace(swapped=swapped)).eval(), image(2, 3, 8, 8)
+    before = model(x)
+    with find_scalings(model, x) as scalings:
+        assert scalings == []
+        assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize(
+    ("build", "count"), [(lambda: torchvision.models.mobilenet_v3_small(num_classes=5), 9), (Sum, 1), (SumTwice, 1)]
+)
+def test_graphs_are_as_before_when_nothing_was_folded(build, count):
+    model = torch.fx.symbolic_trace(build()).eval()
     keys, nodes = list(model.state_dict()), [str(node) for node in model.graph.nodes]
     x = image(2, 3, 32, 32)
     before = model(x)
     with find_scalings(model, x) as scalings:
-        assert len(scalings) == 9
+        assert len(scalings) == count
     assert list(model.state_dict()) == keys
     assert len(list(model.graph.nodes)) == len(nodes)
     assert torch.equal(model(x), before)

@@ -8,7 +8,7 @@ from torch import fx, nn
 from ecanet.surgery.graphs import Moved, find_block, group, is_editable, ungroup
 from ecanet.surgery.insertion import find_free_key
 from ecanet.surgery.modules import list_modules
-from ecanet.surgery.recording import PRODUCTS, Trace, Value
+from ecanet.surgery.recording import ADDITIONS, PRODUCTS, Trace, Value
 from ecanet.surgery.records import read_record
 
 LIMIT = 64
@@ -35,17 +35,23 @@ def group_attention(model: nn.Module, trace: Trace, replace: object) -> Generato
                 record.moved = left[record.replaced]
 
 
-def group_all(model: nn.Module, trace: Trace) -> Generator[tuple[fx.GraphModule, Moved]]:
-    """Make modules of the parts of all graphs that may be channel attention; yield each, and what left the graph."""
+def group_all(model: nn.Module, trace: Trace, *, with_sum: bool = False) -> Generator[tuple[fx.GraphModule, Moved]]:
+    """Make modules of the parts of all graphs that may be channel attention; yield each, and what left the graph.
+
+    With ``with_sum`` the module of x + x * f(x) is all of it and not the product alone.
+    """
     for _, module in list_modules(model):
         if not isinstance(module, fx.GraphModule) or not is_editable(module):
             continue
         values = {node: value for graph, node, value in reversed(trace.steps) if graph is module}
-        for last in list(module.graph.nodes):
-            found = find_product(last, values, trace.changing)
+        for node in list(module.graph.nodes):
+            found, last = find_product(node, values, trace.changing), node
             if found is None:
                 continue
             source, body = found
+            total = find_sum(last, source, values) if with_sum else None
+            if total is not None:
+                body, last = [*body, last], total
             block = find_block(module, last)
             key = find_free_key(module.get_submodule(block), "attention")
             grouped, call, moved = group(module, source, body, last, f"{block}.{key}".lstrip("."))
@@ -76,6 +82,14 @@ def find_product(
         if changing.isdisjoint([*others, *([last] if outside else [])]):
             return source, body
     return None
+
+
+def find_sum(product: fx.Node, source: fx.Node, values: dict[fx.Node, Value]) -> fx.Node | None:
+    """Return the node that adds ``source`` to the ``product`` and alone reads that, if there is one."""
+    reader, *others = product.users
+    value = values.get(reader)
+    adds = value is not None and value.op in ADDITIONS and set(reader.all_input_nodes) == {product, source}
+    return reader if adds and not others else None
 
 
 def reduces(value: Value, x: Value) -> bool:

@@ -42,7 +42,7 @@ class Value:
     """Position in `Trace.values`, in the order in which values were made."""
     op: str
     """Name of the operation that made it; "input" for the model's inputs, "module" for code that cannot be seen."""
-    parents: tuple["Value", ...]
+    parents: tuple["Value", ...] = field(repr=False)  # all that led here, over and over
     shape: torch.Size
     device: torch.device
     dtype: torch.dtype

@@ -123,7 +123,7 @@ def find_scalings(model: nn.Module, example: object) -> Generator[list[Scaling]]
         AttachError: the model does not run on ``example``.
     """
     trace = record_run(model, example)
-    groups = list(group_all(model, trace))
+    groups = list(group_all(model, trace, with_sum=True))
     try:
         trace = record_run(model, example) if groups else trace
         yield list_scalings(model, trace)
