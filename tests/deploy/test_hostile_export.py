@@ -1,6 +1,7 @@
 """`export` gives a right file or one line for odd paths, names, images and networks, and replaces nobody's file."""
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 import ecanet
 from ecanet import deploy
 from ecanet.deploy import checking, exporting, preparation, programs, targets
+from ecanet.deploy.value_reads import reads_values
 from ecanet.errors import ConfigError, EcanetError, ExportError
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -247,3 +249,18 @@ def test_quantize_takes_the_same_care_of_paths():
     labels = torch.zeros(2, dtype=torch.long)
     with pytest.raises(EcanetError, match="path '' names no file"):
         deploy.quantize(make(), "", target="onnx", calibration=X, held_out=(X, labels))
+
+
+def test_the_search_for_value_reads_keeps_no_activations():
+    alive, live = weakref.WeakSet(), []
+
+    def note(*args):
+        alive.add(args[-1].untyped_storage())
+        live.append(len(alive))
+
+    model = nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(9)))
+    for layer in model:
+        layer.register_forward_hook(note)
+    assert not reads_values(model, [torch.randn(1, 3, 40, 40)])
+    assert len(live) == 9
+    assert max(live) <= 3

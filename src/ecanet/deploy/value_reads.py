@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,21 +39,24 @@ class ValueReads(TorchDispatchMode):
     def __init__(self, inputs: Sequence[Tensor]):
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.found = False
-        self.derived = {find_storage(x): x for x in inputs}
-        """Tensors computed from the input by their storage, which views share. None of them goes while this lives."""
+        self.derived = dict(map(identify_memory, inputs))
+        """The memory of tensors computed from the input: what names it, and what keeps that name, not the memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation ``func``; its results are derived from the input if one of its arguments is."""
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = func(*args, **(kwargs or {}))
-        if any(find_storage(x) in self.derived for x in given):
+        if any(identify_memory(x)[0] in self.derived for x in given):
             self.found |= func is torch.ops.aten._local_scalar_dense.default
             written = given if func._schema.is_mutable else []
             made = (x for x in tree_leaves(outputs) if isinstance(x, Tensor))
-            self.derived |= {find_storage(x): x for x in (*made, *written)}
+            self.derived |= dict(map(identify_memory, (*made, *written)))
         return outputs
 
 
-def find_storage(x: Tensor) -> int:
-    """Return the address of the memory that ``x`` and its views share."""
-    return x.untyped_storage().data_ptr() if x.layout is torch.strided else id(x)
+def identify_memory(x: Tensor) -> tuple[int, object]:
+    """Return a name for the memory that ``x`` and its views share; no other has it as long as the object lives."""
+    if x.layout is not torch.strided:
+        return id(x), x
+    storage: Any = StorageWeakRef(x.untyped_storage())
+    return storage.cdata, storage
