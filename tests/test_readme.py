@@ -140,3 +140,10 @@ def test_each_command_finds_the_run_that_an_earlier_line_trains(path):
         assert runs <= made, line
         used += len(runs)
     assert used > 8
+
+
+@BOTH
+def test_underscores_are_not_bold(path):
+    """Outside of code and addresses, ``__main__`` is a bold "main"."""
+    words = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", path.read_text(), flags=re.DOTALL)
+    assert "__" not in words

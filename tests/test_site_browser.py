@@ -31,6 +31,12 @@ return found
 """
 """Search draws its results in a shadow tree, which selectors do not reach."""
 
+FIND_WIDE_CODE = """
+const blocks = [...document.querySelectorAll(".highlight:not(.language-text) pre > code")]
+return blocks.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent.slice(0, 60))
+"""
+"""Blocks of code that must be moved to be read; drawn tables and output may be."""
+
 READ_COLOURS = """
 const style = getComputedStyle(document.querySelector(".md-typeset p"))
 return [getComputedStyle(document.body).backgroundColor, style.color]
@@ -127,6 +133,8 @@ def test_no_page_is_wider_than_a_phone(browser, address, pages):
         width = browser.execute_script("return document.documentElement.scrollWidth")
         if width > 400:
             wide.append((page, width))
+        code = browser.execute_script(FIND_WIDE_CODE)
+        wide += [(page, text) for text in code]
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert wide == []
 
