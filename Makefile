@@ -42,7 +42,7 @@ soak: $(READY)  ## 3,000 steps of training: memory and open files stay as they a
 
 test-deploy: $(READY)  ## export networks to every runtime and compare (installs OpenVINO and ExecuTorch)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[executorch,openvino]'
-	$(BIN)/python -m pytest -q -m deploy tests/deploy
+	$(BIN)/python -m pytest -q -m deploy tests/deploy tests/test_snippets.py tests/test_snippet_commands.py
 
 # spikingjelly asks for torchaudio, which fails beside a torch for another CUDA, so its other needs are in the extra.
 sweep: $(READY)  ## attach gates to all networks of tests/sweep_networks (installs their libraries)

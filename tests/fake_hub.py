@@ -8,7 +8,10 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_right"
@@ -113,3 +116,14 @@ def serve() -> Generator[FakeHub]:
         hub.shutdown()
         hub.server_close()
         thread.join()
+
+
+def answer_for_the_hub(patch: pytest.MonkeyPatch, hub: FakeHub, folder: Path) -> None:
+    """Send the client's requests to ``hub``: set what HF_ENDPOINT and HF_HOME set when the client is imported."""
+    from huggingface_hub import constants
+
+    patch.setattr(constants, "ENDPOINT", hub.address)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    patch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    patch.delenv("HF_TOKEN", raising=False)

@@ -39,7 +39,8 @@ document.querySelectorAll("svg g[id^=text_]").forEach((group, at) => {
   const svg = group.ownerSVGElement.getBoundingClientRect(), place = group.closest(".wide")?.getBoundingClientRect()
   found.push({words: (comment ? comment.data : "").trim(), x: box.x + scrollX, y: box.y + scrollY, width: box.width,
               height: box.height, colour: getComputedStyle(glyphs).fill, size: 100 * Math.hypot(matrix.a, matrix.b),
-              cut: box.left < svg.left - 1 || box.right > svg.right + 1 || (place && box.right > place.right + 1),
+              cut: box.left < svg.left - 1 || box.right > svg.right + 1 || (place && box.right > place.right + 1) ||
+                   box.top < svg.top - 1 || box.bottom > svg.bottom + 1,
               turned: Math.abs(matrix.b) > 1e-6, drawn: group.ownerSVGElement.outerHTML.length + svg.y})
 })
 return found

@@ -22,18 +22,25 @@ UsageError = typer.BadParameter.__base__  # newer versions of Typer have a click
 
 NOT_RUN = {
     r"weights default|torchvision:(mobilenet|resnet)\S*( |$)(?!.*weights (none|\S+\.pth))": "downloads weights",
-    r"^ecanet (bench|ablate|app|paper|inspect|cost timm:eff)": "takes minutes, or waits; its tests run a small form",
+    r"^ecanet (bench|ablate)": "takes minutes or days; tests/studies/test_bench.py, test_ablate.py run small ones",
+    r"^ecanet app": "waits for a browser; tests/studies/test_app_browser.py",
+    r"^ecanet paper( 3 .*(accuracy|speed)| [^3].*|)$": "needs weights, or minutes; tests/studies/test_paper.py",
+    r"^ecanet inspect (?!runs/\w+$)": "needs a data set's classes; tests/studies/test_inspect*.py, test_gates.py",
     r"coco:|COCO|scenes|glyphs|imagenet|IMAGENET|fashion|PATH|^ecanet detect": "needs a data set or a detector",
-    r"push runs/\w+ me/": "uploads",
-    r"--cam|--to (executorch|openvino)|--int8|--logger csv,wandb": "needs an extra, or calibrates",
-    r"NAME runs|--model NAME|--attention NAME|RUN|FOLDER|RECIPE|COMMAND|^ecanet( \w+)?$|mygates": "has gaps to fill",
+    r"push runs/\w+ me/": "uploads; tests/deploy/test_hub.py",
+    r"runs/eca-1 --int8|--logger csv,wandb": "names a run of another page; needs an account",
+    r"NAME runs|--model NAME|--attention NAME|RUN|FOLDER|RECIPE|COMMAND|mygates": "has gaps to fill",
+    r"^ecanet( (?!doctor)\w+)?( --int8)?$": "is only named, without its arguments",
     r"^ecanet slim": "needs more held-out images than the tiny run has; tests/deploy/test_slim.py",
     r"^ecanet train (?!folder:photos --model (mine|nets/mine)\.py)": "trains; its recipe is looked up",
 }
 """Commands that are parsed alone, by pattern, and why. All others run."""
 
-MINUTES = r"^ecanet (train|models|cost|doctor|export|shards|report)"
+MINUTES = r"^ecanet (train|models|cost|doctor|export|shards|report|paper|inspect)"
 """Commands that run among the slow tests."""
+
+DEPLOY = r"--to (executorch|openvino)"
+"""Commands that run where their runtime is, by `make test-deploy`."""
 
 FOREIGN = {
     "--help", "--max-restarts", "--ntasks-per-node", "--part", "--plot", "--rounds", "--runtimes", "--seconds",
@@ -161,14 +168,19 @@ def workspace(tmp_path_factory):
         yield folder
 
 
-def is_run(text: str, slow: bool) -> bool:
-    return not any(re.search(pattern, text) for pattern in NOT_RUN) and bool(re.search(MINUTES, text)) == slow
+def find_tests(text: str) -> str:
+    """Return which tests run a command line: "quick", "slow", "deploy" or "none"."""
+    if any(re.search(pattern, text) for pattern in NOT_RUN):
+        return "none"
+    if re.search(DEPLOY, text):
+        return "deploy"
+    return "slow" if re.search(MINUTES, text) else "quick"
 
 
-def list_runs(slow: bool) -> list[str]:
-    """Return the different command lines that run, in the order of the pages."""
+def list_runs(kind: str) -> list[str]:
+    """Return the different command lines that tests of a kind run, in the order of the pages."""
     lines = [c.text for page in PAGES for c in find_commands(page) if c.words[0] == "ecanet"]
-    return [text for text in dict.fromkeys(lines) if is_run(text, slow)]
+    return [text for text in dict.fromkeys(lines) if find_tests(text) == kind]
 
 
 def run_command(text: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> object:
@@ -185,13 +197,21 @@ def run_command(text: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("text", list_runs(slow=False))
+@pytest.mark.parametrize("text", list_runs("quick"))
 def test_a_quick_command_runs(text, workspace, monkeypatch, capsys):
     assert run_command(text, workspace, monkeypatch) == 0, capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("text", list_runs(slow=True))
+@pytest.mark.parametrize("text", list_runs("slow"))
 def test_a_longer_command_runs(text, workspace, monkeypatch, capsys):
+    assert run_command(text, workspace, monkeypatch) == 0, capsys.readouterr().err
+
+
+@pytest.mark.deploy
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("text", list_runs("deploy"))
+def test_a_command_for_another_runtime_runs(text, workspace, monkeypatch, capsys):
+    pytest.importorskip("executorch" if "executorch" in text else "openvino")
     assert run_command(text, workspace, monkeypatch) == 0, capsys.readouterr().err

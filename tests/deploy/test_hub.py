@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from huggingface_hub import constants
 
 import ecanet
 import fake_hub
@@ -15,13 +14,7 @@ from ecanet.errors import CheckpointError, ConfigError
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     with fake_hub.serve() as server:
-        # What HF_ENDPOINT and HF_HOME set when the client is imported.
-        monkeypatch.setattr(constants, "ENDPOINT", server.address)
-        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        fake_hub.answer_for_the_hub(monkeypatch, server, tmp_path)
         yield server
 
 
@@ -90,7 +83,7 @@ def test_what_is_no_repositorys_name_is_refused_before_anything_is_sent(hub, mod
 def test_without_a_connection_the_cache_is_taken(hub, model, monkeypatch, tmp_path):
     ecanet.push_to_hub(model, "me/net", token=fake_hub.TOKEN)
     ecanet.from_pretrained("me/net")
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert type(ecanet.from_pretrained("me/net")) is type(model)
     for act in (lambda: ecanet.from_pretrained("me/other"), lambda: ecanet.push_to_hub(model, "me/net", token="hf_x")):
         with pytest.raises((CheckpointError, ConfigError), match=re.escape("127.0.0.1:9 cannot be reached")) as caught:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from browsing import open_browser
+from ecanet import recipes
 from ecanet.recipes import Recipe
 from ecanet.report import Report, environment
 from reading import find_faults, set_screen
@@ -46,6 +47,45 @@ def page(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """The report of a detector: twelve metrics, gates deep in the network, and a long path in its settings."""
+    losses = ("train_loss", "classifier_loss", "box_reg_loss", "mask_loss", "objectness_loss", "rpn_box_reg_loss")
+    metrics = [f"{kind}AP{part}" for kind in ("", "mask_") for part in ("", "50", "75", "S", "M", "L")]
+    history = [
+        {"epoch": epoch + 1, **{name: (7 - at) / (epoch + 1) for at, name in enumerate(losses)},
+         **{name: (5 * at + 7 * epoch) % 12 / 12 for at, name in enumerate(metrics)},
+         "learning_rate": 0.1 - 0.01 * epoch}
+        for epoch in range(5)
+    ]  # fmt: skip
+    boxes = torch.tensor([[10.0, 20.0, 50.0, 60.0], [70.0, 5.0, 120.0, 40.0]])
+    found = {"boxes": boxes, "labels": torch.tensor([1, 2]), "scores": torch.tensor([0.9, 0.6])}
+    example = {"image": torch.full((3, 128, 128), 200, dtype=torch.uint8), "right": False, "found": found,
+               "truth": {"boxes": boxes + 3, "labels": torch.tensor([2, 2])}}  # fmt: skip
+    gates = [
+        {"name": f"backbone.body.layer{1 + at // 3}.{at % 3}.eca", "mean": [0.4, 0.5, 0.6], "deviation": [0.1] * 3,
+         "alarms": []}
+        for at in range(9)
+    ]  # fmt: skip
+    recipe = recipes.find("scenes")
+    report = Report(
+        recipe=recipe.but(data=recipe.data.but(name="coco:/data/photographs/of/boats/and/harbours"), epochs=5),
+        metrics=history[-1],
+        history=history,
+        seconds=6.0,
+        parameters=12345,
+        folder=tmp_path_factory.mktemp("detector"),
+        environment=environment(),
+        artifacts={
+            "class_names": ["boat", "harbour"],
+            "precision_recall": {"boxes": [1 - at / 100 for at in range(101)], "masks": [0.5] * 101},
+            "detections": [example, {**example, "right": True}],
+            "gates": gates,
+        },
+    )
+    return report.write().as_uri()
+
+
+@pytest.fixture(scope="module")
 def browser():
     with open_browser() as browser:
         yield browser
@@ -56,6 +96,16 @@ def browser():
 def test_everything_on_the_page_can_be_read(browser, page, width, scheme):
     set_screen(browser, width, scheme)
     browser.get(page)
+    assert find_faults(browser, width) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 800, 1600])
+def test_everything_about_a_detector_can_be_read(browser, detector, width, scheme):
+    set_screen(browser, width, scheme)
+    browser.get(detector)
+    sides = browser.execute_script("return [...document.querySelectorAll('.grid img')].map(e => e.clientWidth)")
+    assert min(sides) >= 300  # the names on it have 11 of its 384 pixels at least
     assert find_faults(browser, width) == []
 
 

@@ -69,28 +69,33 @@ NARROWEST = 270
 def plot_curves(history: Sequence[Mapping[str, float]]) -> str:
     """Return the losses, the metrics and the learning rate by epoch, as one SVG each in a row that wraps.
 
-    A value far outside the others does not decide the axis: a triangle at the edge and its number stand for it.
+    A detector has a panel for the metrics of its masks, too. A value far outside the others does not decide the axis:
+    a triangle at the edge and its number stand for it.
     """
+    metrics = [name for name in history[0] if not name.endswith("loss") and name not in NOT_METRICS]
     panels = [
         ("loss", [name for name in history[0] if name.endswith("loss")]),
-        ("held-out metrics", [n for n in history[0] if not n.endswith("loss") and n not in NOT_METRICS]),
+        ("held-out metrics", [name for name in metrics if not name.startswith("mask_")]),
+        ("held-out metrics of the masks", [name for name in metrics if name.startswith("mask_")]),
         ("learning rate", ["learning_rate"]),
     ]
     epochs = [row["epoch"] for row in history]
     drawings: list[str] = []
     for title, names in panels:
+        if not names:
+            continue
         figure, axes = make_axes(4, 3, title=title, xlabel="epoch")
         curves = {name.replace("_", " "): [row[name] for row in history] for name in names}
         for name, values in curves.items():
             axes.plot(epochs, values, marker="o", markersize=3, label=name)
+        # Twelve names would cover a detector's curves, so they are below the drawing.
+        legend = show_legend(axes.get_lines()) if len(names) > 1 else ""
         limits = find_limits([value for values in curves.values() for value in values])
         if limits is not None and title != "learning rate":
             axes.set_ylim(limits)
             _mark_outside(axes, epochs, curves.values(), limits)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if len(names) > 1:
-            axes.legend(frameon=False)
-        drawings.append(to_svg(figure))
+        drawings.append(f"<div>{to_svg(figure)}{legend}</div>")
     return f"<div class=plots>{''.join(drawings)}</div>"
 
 
@@ -188,7 +193,8 @@ def plot_gates(gates: Sequence[GateSummary]) -> str:
     deviation between images, averaged over the channels: a gate at 0 is a constant.
     """
     width = max(4, 1.2 + 0.32 * len(gates))
-    figure = Figure(figsize=(width, 4.6), layout="constrained")
+    names = max(len(gate["name"]) for gate in gates)  # a letter takes 0.065 inches of height
+    figure = Figure(figsize=(width, 3.8 + 0.065 * names), layout="constrained")
     weights, deviations = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for at, gate in enumerate(gates):
         low, first, middle, third, high = torch.tensor(gate["mean"]).quantile(torch.linspace(0, 1, 5)).tolist()
@@ -198,8 +204,8 @@ def plot_gates(gates: Sequence[GateSummary]) -> str:
         deviations.bar(at, float(torch.tensor(gate["deviation"]).mean()), 0.6, color=PALETTE[1])
     if max(max(gate["mean"]) for gate in gates) > 0.8:  # lossless gates begin at 1
         weights.axhline(1, color=INK, linewidth=0.8, linestyle=":")
-    weights.set(ylabel="mean weight of a channel")
-    deviations.set(ylabel="between images")
+    weights.set(ylabel="mean weight\nof a channel")
+    deviations.set(ylabel="deviation\nbetween images")
     deviations.set_xticks(range(len(gates)), [gate["name"] for gate in gates], rotation=60, ha="right", fontsize=9)
     for axes in (weights, deviations):
         axes.grid(alpha=0.3, axis="y")

@@ -73,7 +73,7 @@ def show_detections(examples: Sequence[DetectionExample], class_names: Sequence[
         picture = draw_detections(example["image"], example["found"], class_names, boxes)
         names = ", ".join(class_names[int(label) - 1] for label in truth["labels"]) or "nothing"
         cards.append(_make_card(picture, f"is {html.escape(names)}", example["right"]))
-    return f"<div class=grid>{''.join(cards)}</div>"
+    return f"<div class='grid large'>{''.join(cards)}</div>"  # the names on them are to be read
 
 
 def _make_card(image: Tensor, caption: str, correct: bool) -> str:

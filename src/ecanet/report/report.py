@@ -110,8 +110,9 @@ class Report:
 
     def to_html(self) -> str:
         """Return the report as one HTML page that needs no other file."""
-        # held-out metrics first, then losses
-        chosen = sorted((n for n in self.metrics if n not in (*figures.NOT_METRICS, "train_loss")), key=_is_loss)
+        # held-out metrics first, then their loss; the training's losses are among the curves
+        skipped = [*figures.NOT_METRICS, *(name for name in self.metrics if _is_loss(name) and name != "val_loss")]
+        chosen = sorted((name for name in self.metrics if name not in skipped), key=_is_loss)
         tiles = [(f"{self.metrics[name]:.4g}", UNITS.get(name, name.replace("_", " "))) for name in chosen]
         tiles += [(f"{self.parameters:,}", "parameters"), (f"{self.seconds:,.0f} s", "training and evaluation")]
         model, data = self.recipe.model, self.recipe.data
@@ -173,7 +174,7 @@ def _make_usage(report: Report) -> Section:
 def _make_examples(report: Report) -> Section | None:
     if not (examples := report.artifacts.get("examples")):
         return None
-    note = "The first held-out images that were classified correctly, and the first that were not."
+    note = "The first held-out images that were classified correctly, and the first that were not (dashed)."
     return "Examples", note, pictures.show_examples(examples, report.artifacts.get("class_names", []))
 
 
@@ -187,7 +188,7 @@ def _make_precision_recall(report: Report) -> Section | None:
 def _make_detections(report: Report) -> Section | None:
     if not (examples := report.artifacts.get("detections")):
         return None
-    note = "The first held-out images with every object found, and the first with mistakes (true boxes in white)."
+    note = "The first held-out images with mistakes (dashed; true boxes in white), and the first with none."
     return "Detections", note, pictures.show_detections(examples, report.artifacts.get("class_names", []))
 
 

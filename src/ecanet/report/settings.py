@@ -14,14 +14,15 @@ def show_settings(recipe: Recipe) -> str:
     """Return the settings of ``recipe`` that differ from the recipe of its name, and all others folded away."""
     differences = find_differences(recipe)
     rows = "".join(
-        f"<tr><td class=long><code>{html.escape(name)}</code></td><td>{_show(here)}</td><td>{_show(there)}</td></tr>"
+        f"<tr><td class=long><code>{html.escape(name)}</code></td><td data-name='this run'>{_show(here)}</td>"
+        f"<td data-name='recipe {html.escape(recipe.name)}'>{_show(there)}</td></tr>"
         for name, (here, there) in differences.items()
     )
     if recipe.name not in RECIPES:
         changed = ""
     elif rows:
         head = f"<tr><th>setting</th><th>this run</th><th>recipe {html.escape(recipe.name)}</th></tr>"
-        changed = f"<table>{head}{rows}</table>"
+        changed = f"<table class=rows>{head}{rows}</table>"
     else:
         changed = f"<p>As in the recipe {html.escape(recipe.name)}.</p>"
     used = html.escape(json.dumps(select_used(recipe), indent=2))
