@@ -1,6 +1,7 @@
 """int8: close to float32 in the target's own runtime, gates with their whole range, and one line for mistakes."""
 
 import json
+import math
 import re
 
 import onnx
@@ -134,6 +135,26 @@ class Broken(nn.Module):
         return x.sum((2, 3)) if x.sum() > 0 else x.mean((2, 3))
 
 
+class Around(nn.Module):
+    """A classifier whose scores are those of ``change``."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.conv, self.change = nn.Conv2d(3, 3, 1), change
+
+    def forward(self, x):
+        return self.change(self.conv(x).mean((2, 3)))
+
+
+def spoil(images, number):
+    """Return ``images`` with one pixel of this ``number``."""
+    images[0, 0, 0, 0] = number
+    return images
+
+
+IMAGES, LABELS = make_images(8, 1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -142,9 +163,25 @@ class Broken(nn.Module):
         ({"target": "onnxruntime"}, "there is no int8 for onnxruntime; choose onnx, openvino, executorch"),
         ({"path": "net.bin"}, "must end in .onnx"),
         ({"calibration": torch.zeros(4, 3, 8, 8)}, "must be images of one size"),
-        ({"calibration": torch.zeros(1, 3, 16, 16)}, "calibration needs at least two images"),
+        ({"calibration": torch.randn(1, 3, 16, 16)}, "calibration needs at least two images"),
+        ({"calibration": torch.zeros(8, 3, 16, 16)}, "calibration needs at least two images that are not empty"),
+        ({"calibration": spoil(make_images(8, 0)[0], math.nan)}, "calibration has numbers that are NaN or infinite"),
+        ({"calibration": torch.zeros(8, 3, 16, 16, device="meta")}, "calibration must be a tensor with values"),
+        ({"held_out": (spoil(make_images(8, 0)[0], math.inf), LABELS)}, "held_out has numbers that are NaN or"),
+        ({"held_out": (IMAGES, LABELS + 1)}, "ResNet has classes 0 to 2, and the labels are 1 to 3"),
+        ({"held_out": (IMAGES, LABELS - 1)}, "ResNet has classes 0 to 2, and the labels are -1 to 1"),
+        ({"held_out": (IMAGES, LABELS.float())}, "labels of held_out must be integers, the numbers of the classes"),
+        ({"held_out": IMAGES}, "held_out must be a pair of images and labels"),
+        ({"held_out": (IMAGES, LABELS, LABELS)}, "held_out must be a pair of images and labels"),
+        ({"model": "resnet8"}, "quantize takes a network (a torch.nn.Module), got 'resnet8'"),
+        ({"model": Around(lambda y: y[..., None])}, "it needs the scores (N, K) of two classes or more"),
+        ({"model": Around(lambda y: y[:, :1])}, "it needs the scores (N, K) of two classes or more"),
+        ({"model": Around(lambda y: y > 0)}, "it needs the scores (N, K) of two classes or more"),
+        ({"model": Around(lambda y: y + torch.rand(3))}, "Around returns other scores when it runs again"),
+        ({"model": Around(lambda y: y / 0 * 0)}, "Around returns scores that are NaN or infinite"),
+        ({"model": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())}, "no convolution or linear layer"),
         ({"calibration": torch.zeros(4, 3, 16, 16, dtype=torch.uint8)}, "calibration must be images (N, C, H, W) in"),
-        ({"held_out": (torch.zeros(4, 3, 16, 16), torch.zeros(3))}, "have one label each"),
+        ({"held_out": (torch.zeros(4, 3, 16, 16), torch.zeros(3).long())}, "have one label each"),
         ({"model": Broken()}, "the forward of Broken reads values of the images"),
     ],
 )  # fmt: skip

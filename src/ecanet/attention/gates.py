@@ -136,6 +136,8 @@ class ECA(ChannelAttention):
         if ops.is_jit_tracing() or ops.is_exporting():
             return F.conv1d(p[:, None], weight, bias, padding=r).squeeze(1).sigmoid()
         if not torch.is_grad_enabled() and not ops.is_traced(p) and p.device.type == "cpu" and p.shape[0] > 0:
+            if p.shape[0] == 1:  # the sample is the one channel of a signal
+                return F.conv1d(p, weight, bias, padding=r).sigmoid_()
             # All samples are rows of one image: on a CPU F.conv1d is slow for several samples.
             return F.conv2d(p.unsqueeze(0), weight.unsqueeze(0), bias, padding=(0, r)).squeeze(0).sigmoid_()
         # Otherwise a matrix product over k taps: on a CPU the weight gradient of a convolution is slow.

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -125,11 +126,13 @@ def quantize(
         ExportError: the tool cannot quantise the network; nothing is left at ``path``.
     """
     quantizer, goal = _find_quantizer(target), find_target(target)
-    images, labels = held_out
-    _check_images(calibration, images, labels)
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"quantize takes a network (a torch.nn.Module), got {show_value(model)}")
+    calibration, images, labels = _check_images(calibration, held_out)
     place, about = check_place(path, goal), About.of(classes, preprocessing)
     model = copy_unwrapped(model).cpu()
     check_example(model, [images[:2]], about)
+    _check_scores(model, images[:2], labels)
     prepared = prepare(model, goal.form, early=goal.early)
     with write_beside(place) as file:
         with progress.show(f"calibrating on {len(calibration)} images"):
@@ -164,23 +167,59 @@ def _find_quantizer(target: str) -> Quantizer:
     return quantizer
 
 
-def _check_images(calibration: Tensor, images: Tensor, labels: Tensor) -> None:
-    """Raise ConfigError unless there are images of one shape for both, with a label for each held-out one."""
-    for name, value in (("calibration", calibration), ("held_out", images), ("the labels of held_out", labels)):
-        if not isinstance(value, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError(f"{name} must be a tensor, got {show_value(value)}")
-    for name, value in (("calibration", calibration), ("held_out", images)):
+def _check_images(calibration: object, held_out: object) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the calibration images, the held-out ones and their labels, dense and on the CPU.
+
+    Raises:
+        ConfigError: they are not images of one shape, with a label for each held-out one, or not finite.
+    """
+    pair = cast("Sequence[object]", held_out) if isinstance(held_out, tuple | list) else ()
+    if len(pair) != 2:
+        raise ConfigError(f"held_out must be a pair of images and labels, got {show_value(cast(object, held_out))}")
+    given = {"calibration": calibration, "held_out": pair[0], "the labels of held_out": pair[1]}
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or value.is_meta:
+            raise ConfigError(f"{name} must be a tensor with values, got {show_value(value)}")
+    dense = {name: cast(Tensor, value).detach().cpu().contiguous() for name, value in given.items()}
+    ranges, images, labels = dense.values()
+    for name, value in list(dense.items())[:2]:
         if value.dim() != 4 or value.dtype != torch.float32 or not len(value):
             raise ConfigError(
                 f"{name} must be images (N, C, H, W) in float32, got {value.dtype} of shape {tuple(value.shape)}"
             )
-    if labels.shape != images.shape[:1] or calibration.shape[1:] != images.shape[1:]:
+        if not value.isfinite().all():
+            raise ConfigError(f"{name} has numbers that are NaN or infinite; look how the images were normalized")
+    if labels.shape != images.shape[:1] or ranges.shape[1:] != images.shape[1:]:
         raise ConfigError(
             f"calibration and held_out must be images of one size, and have one label each, got "
-            f"{tuple(calibration.shape)}, {tuple(images.shape)} and labels {tuple(labels.shape)}"
+            f"{tuple(ranges.shape)}, {tuple(images.shape)} and labels {tuple(labels.shape)}"
         )
-    if len(calibration) < 2:
-        raise ConfigError("calibration needs at least two images; a few hundred are usual")
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ConfigError(f"the labels of held_out must be integers, the numbers of the classes, got {labels.dtype}")
+    if len(ranges) < 2 or ranges.min() == ranges.max():
+        raise ConfigError("calibration needs at least two images that are not empty; a few hundred are usual")
+    return ranges, images, labels
+
+
+def _check_scores(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Check that ``model`` returns scores (N, K) of its classes, K more than all ``labels``.
+
+    Raises:
+        ConfigError: it does not, or returns others when it runs again.
+    """
+    name, scores = type(model).__name__, run_network(model, [images])[0]
+    if scores.dim() != 2 or scores.shape[1] < 2 or not scores.is_floating_point():
+        raise ConfigError(
+            f"{name} returns {tuple(scores.shape)} in {scores.dtype}; int8 is compared by class, so it needs the "
+            f"scores (N, K) of two classes or more"
+        )
+    if not scores.isfinite().all():
+        raise ConfigError(f"{name} returns scores that are NaN or infinite; look for such numbers in its weights")
+    if not torch.equal(scores, run_network(model, [images])[0]):
+        raise ConfigError(f"{name} returns other scores when it runs again; make it deterministic in evaluation mode")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= scores.shape[1]:
+        raise ConfigError(f"{name} has classes 0 to {scores.shape[1] - 1}, and the labels are {low} to {high}")
 
 
 def _count_share(correct: Tensor) -> float:
