@@ -78,15 +78,17 @@ def split_command(line: str) -> tuple[str, ...]:
 
     >>> split_command("OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m ecanet train imagenet …  # on four GPUs")
     ('ecanet', 'train', 'imagenet')
-    >>> split_command("srun ecanet train … --out runs/a"), split_command("# nothing"), split_command("ecanet.fold")
+    >>> split_command("srun -n 8 ecanet train … --out runs/a"), split_command("# nothing"), split_command("ecanet.fold")
     (('ecanet', 'train', '--out', 'runs/a'), (), ())
     """
     try:
         words = [word for word in shlex.split(line, comments=True) if word != "…"]
     except ValueError:  # an apostrophe: a sentence, and no command
         return ()
-    while words and (re.fullmatch(r"[A-Z_]+=\S+", words[0]) or words[0] == "srun"):
+    while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):
         words.pop(0)
+    if words[:1] == ["srun"]:
+        words = words[words.index("ecanet") :] if "ecanet" in words else []
     if words[:1] == ["torchrun"]:
         words = words[words.index("-m") + 1 :] if "-m" in words else []
     if words[:2] == ["python", "-m"]:

@@ -13,7 +13,7 @@ from PIL import Image
 from ecanet import training
 from ecanet.__main__ import main
 from ecanet.cli import app
-from snippets import PAGES, ROOT, Command, find_commands
+from snippets import PAGES, ROOT, Command, find_commands, find_snippets, split_command
 from tiny_runs import TINY, add_tiny, run
 
 by_name = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -84,6 +84,18 @@ def parse(command, name, words, parent=None):
 
 
 @by_name
+def test_every_line_of_a_shell_block_is_a_command(page):
+    """What `split_command` does not know would be neither parsed nor run."""
+    lines = [
+        line
+        for snippet in find_snippets(page)
+        if snippet.language == "bash"
+        for line in snippet.code.replace("\\\n", " ").splitlines()
+    ]
+    assert [line for line in lines if line.strip() and not line.startswith("#") and not split_command(line)] == []
+
+
+@by_name
 def test_every_option_that_a_sentence_names_exists(page):
     known = FOREIGN | {name for command in walk(GROUP) for option in command.params for name in option.opts}
     named = {match[1] for match in re.finditer(r"`(--[a-z][a-z0-9-]*)[ `=]", page.read_text())}
@@ -96,7 +108,11 @@ def walk(command):
 
 @by_name
 def test_every_other_command_names_what_is_there(page):
-    """Extras of pip, targets of make, scripts and tests."""
+    """Extras of pip, targets of make, scripts and tests.
+
+    They do not run here: pip would change the environment, targets and benchmarks take minutes to hours. Small forms of
+    the benchmarks run in tests/studies/test_benchmark_scripts.py, and the tests that a page names are tests.
+    """
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys() | {"NAME"}
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for command in find_commands(page):
