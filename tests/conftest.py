@@ -1,137 +1,48 @@
 """Settings of every test run: the Triton interpreter, the profiles of random tests, and the command line."""
 
-import dataclasses
 import gc
 import os
 import sys
 from collections.abc import Iterator
 
 import pytest
-import torch
-from hypothesis import HealthCheck, settings
-
-import tensors
-from quick_weights import speed_up_drawing
 
 
-def speed_up_interpreter() -> None:
-    """Let Triton's interpreter do once what it would do again for each call and each operation.
+def register_profiles() -> None:
+    """Draw the same random cases in every run, so that a failure can be repeated, whatever the machine's speed."""
+    from hypothesis import HealthCheck, settings
 
-    It prepares its language for each launch, not for each call of a device function, which takes longer than the
-    function itself. It adds no check for overflow to each integer operation; compiled kernels have none either.
-    """
-    try:
-        import triton.language as tl
-        from triton.runtime import interpreter
-        from triton.runtime.interpreter import InterpretedFunction
-    except ImportError:
-        return
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    find_dtype, dtypes = interpreter._get_np_dtype, {}
-
-    def find_dtype_once(kind: tl.dtype) -> object:
-        name = kind.scalar.name
-        if name not in dtypes:
-            dtypes[name] = find_dtype(kind)
-        return dtypes[name]
-
-    interpreter._get_np_dtype = find_dtype_once
-    initialize, contents = tl.tensor.__init__, {}
-
-    def initialize_as_before(self: tl.tensor, handle: object, kind: tl.dtype) -> None:
-        if kind.name not in contents:
-            initialize(self, handle, kind)
-            contents[kind.name] = {**vars(self)}
-        vars(self).update(contents[kind.name], handle=handle)
-
-    tl.tensor.__init__ = initialize_as_before
-    call, prepared = InterpretedFunction.__call__, {tl}  # a launch prepares `tl` itself
-    found = {}
-
-    def call_prepared(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
-        if self not in found:
-            found[self] = {value for value in self.fn.__globals__.values() if value is tl or value is tl.core}
-        if found[self] <= prepared:
-            return self.rewrite()(*args, **kwargs)
-        prepared.update(found[self])
-        return call(self, *args, **kwargs)
-
-    InterpretedFunction.__call__ = call_prepared
+    common = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    settings.register_profile("default", max_examples=40, derandomize=True, **common)
+    settings.register_profile("thorough", max_examples=4000, **common)
+    settings.load_profile("default")
 
 
-def describe_types_once() -> None:
-    """Let Triton's interpreter describe the type of a block once, and spread no block over another of its shape."""
-    try:
-        import triton.language as tl
-        from triton.language.semantic import TritonSemantic
-    except ImportError:
-        return
-    describe, described = tl.block_type.__init__, {}
-
-    def describe_once(self: tl.block_type, element_ty: tl.dtype, shape: list[int]) -> None:
-        key = (element_ty.name, *shape)
-        if not all(type(size) is int for size in key[1:]):
-            describe(self, element_ty, shape)
-            return
-        if key not in described:
-            describe(self, element_ty, shape)
-            described[key] = {**vars(self)}
-        vars(self).update(described[key], element_ty=element_ty)
-
-    tl.block_type.__init__ = describe_once
-    broadcast = TritonSemantic.broadcast_impl_value
-
-    def broadcast_unequal(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-        a, b = lhs.type, rhs.type
-        if a.is_block() and b.is_block() and [*a.shape] == [*b.shape]:
-            return lhs, rhs
-        return broadcast(self, lhs, rhs)
-
-    TritonSemantic.broadcast_impl_value = broadcast_unequal
-
-
-def read_one_number() -> None:
-    """Let the interpreter of Triton 3.6 take an array of one element for a number, as later ones do.
-
-    NumPy warns of its way, and from 2.4 on refuses it.
-    """
-    try:
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    patch = interpreter._patch_lang_tensor
-
-    def patch_tensor(tensor: type, scope: interpreter._LangPatchScope) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_tensor
-
-
-# The same cases in every run, so that a failure can be repeated; a loaded machine must not fail a test by its speed.
-COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("default", max_examples=40, derandomize=True, **COMMON)
-settings.register_profile("thorough", max_examples=4000, **COMMON)
-settings.load_profile("default")
-
-
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Choose where kernels run, before anything imports Triton: compiled with ``-m gpu`` on a GPU, else interpreted.
 
     So no test hands a tensor of the CPU to a compiled kernel: those that are not marked run in the interpreter.
+    With ``-n``, the first process only hands out tests to others, which begin when it is ready: it imports nothing.
     """
+    hands_out = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
+    if hands_out and not config.getoption("--hypothesis-profile"):
+        return
+    import torch
+
+    import tensors
+    from quick_interpreter import run_in_interpreter
+    from quick_weights import speed_up_drawing
+
+    register_profiles()
     speed_up_drawing()
     os.fsync = lambda descriptor: None  # no test cuts the power
     gc.disable()  # until the tests are collected: the collector would walk through all modules again and again
     chosen = config.option.markexpr
     if torch.cuda.is_available() and "gpu" in chosen and "not gpu" not in chosen:
         tensors.DEVICE = "cuda"
-        return
-    os.environ["TRITON_INTERPRET"] = "1"
-    speed_up_interpreter()
-    describe_types_once()
-    read_one_number()
+    else:
+        run_in_interpreter()
 
 
 def pytest_collection_finish() -> None:
@@ -147,6 +58,10 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def make_tensors_on_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     """Make the tensors of a test that is marked ``gpu`` on the GPU, if kernels are compiled."""
+    import torch
+
+    import tensors
+
     if tensors.DEVICE == "cpu" or not request.node.get_closest_marker("gpu"):
         yield
         return
@@ -190,6 +105,8 @@ def figures(leave_figures_out: dict[str, object], monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def interpreter() -> None:
     """Skip a test that looks into Triton's interpreter, or takes the CPU for a GPU, if kernels are compiled."""
+    import tensors
+
     if tensors.DEVICE != "cpu":
         pytest.skip("needs Triton's interpreter")
 

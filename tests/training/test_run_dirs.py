@@ -1,11 +1,11 @@
 """One run trains in a folder at a time, and one command starts it or goes on."""
 
 import json
+import multiprocessing
 import os
 import re
+import signal
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,25 +17,26 @@ from ecanet.training.run_dirs import HOLDER, choose_run_dir, lock_run_dir
 
 TINY = Recipe(data=DataConfig(name="digits", batch_size=600), model=ModelConfig(name="resnet8"), epochs=1)
 
-OTHER = """
-import sys
-from pathlib import Path
-from ecanet.training.run_dirs import lock_run_dir
 
-with lock_run_dir(Path(sys.argv[1]), new=False):
-    print("locked", flush=True)
-    sys.stdin.readline()
-"""
+def hold_lock(folder, locked):
+    with lock_run_dir(folder, new=False):
+        locked.set()
+        signal.pause()
 
 
 @pytest.fixture
 def other(tmp_path):
-    """Return a process that trains in the folder ``run``."""
-    command = [sys.executable, "-c", OTHER, str(tmp_path / "run")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "locked\n"
+    """Return a process that trains in the folder ``run``: a copy of this one, which imports nothing again."""
+    context = multiprocessing.get_context("fork")
+    locked = context.Event()
+    process = context.Process(target=hold_lock, args=(tmp_path / "run", locked))
+    process.start()
+    try:
+        assert locked.wait(60)
         yield process
+    finally:
         process.kill()
+        process.join()
 
 
 def test_a_folder_in_which_another_process_trains_is_refused(other, tmp_path):
@@ -44,7 +45,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(other, tmp_path):
         run(TINY, folder=tmp_path / "run", device="cpu", quiet=True)
     assert "\n" not in str(caught.value)
     other.kill()  # whatever happens to the process, the lock goes with it
-    other.wait()
+    other.join()
     assert (tmp_path / "run" / HOLDER).exists()
     run(TINY, folder=tmp_path / "run", device="cpu", quiet=True)
     assert not (tmp_path / "run" / HOLDER).exists()
