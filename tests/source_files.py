@@ -50,11 +50,14 @@ def exported_names() -> frozenset[str]:
     return frozenset(found)
 
 
-def docstrings(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the line and the text of every docstring of a file."""
-    for node in ast.walk(tree(path)):
-        if isinstance(node, Definition) and (text := ast.get_docstring(node)):
-            yield node.body[0].lineno, text
+@cache
+def docstrings(path: Path) -> list[tuple[int, str]]:
+    """Return the line and the text of every docstring of a file."""
+    return [
+        (node.body[0].lineno, text)
+        for node in ast.walk(tree(path))
+        if isinstance(node, Definition) and (text := ast.get_docstring(node))
+    ]
 
 
 def name(path: Path, line: int | None = None) -> str:

@@ -51,6 +51,13 @@ def report(tmp_path):
     )
 
 
+@pytest.fixture
+def without_drawings(monkeypatch):
+    """Leave the drawings out, which take longer than the rest of the page."""
+    for name in [name for name in vars(figures) if name.startswith("plot_")]:
+        monkeypatch.setattr(figures, name, lambda *values: "")
+
+
 def test_the_page_needs_no_other_file(report):
     page = report.to_html()
     sources = re.findall(r"""(?:src|href)=["']?([^"'\s>]+)""", page)
@@ -82,6 +89,7 @@ def test_the_page_is_well_formed_and_escapes_names(report):
     assert opened == []
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_the_page_shows_the_numbers(report):
     text = re.sub(r"<[^>]+>", " ", report.to_html())
     for shown in (
@@ -132,6 +140,7 @@ def test_to_png_keeps_the_pixels():
         assert torch.equal(read if channels == 1 else read.permute(2, 0, 1), image.squeeze(0))
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_a_report_is_read_as_it_was_written(report):
     page = report.write()
     assert page.read_text() == report.to_html()
@@ -186,6 +195,7 @@ def test_drawings_take_the_colour_of_the_pages_text(report):
     assert 'name="viewport"' in page
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_the_page_shows_what_differs_from_the_named_recipe(report):
     from ecanet import recipes
 
@@ -204,6 +214,7 @@ def test_the_page_shows_what_differs_from_the_named_recipe(report):
     assert "frozen_stages" in show_text(report)
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_the_page_says_how_the_network_is_used(report, tmp_path):
     from ecanet import recipes
 

@@ -20,7 +20,7 @@ from ecanet.studies.bench import pages as bench_pages
 from ecanet.studies.bench import timing as bench
 from ecanet.studies.bench.measure import Budget
 
-TINY = {"model": "resnet18", "image_size": 64, "batch_sizes": (2,), "quick": True}
+TINY = {"model": "resnet18", "image_size": 48, "batch_sizes": (2,), "quick": True}
 NETWORKS = ["ecanet plain", "ecanet eca", "timm eca", "timm se", "torchvision plain"]
 TAILS = ["tail plain", "tail reference", "tail timm", "tail ecanet", "gate timm", "gate ecanet"]
 
@@ -246,7 +246,7 @@ def test_a_run_has_every_row(result):
         *(("training", name) for name in NETWORKS),
         *(("inference", name) for name in NETWORKS + optimized),
     ]
-    shapes = [[2, 64, 16, 16], [2, 128, 8, 8], [2, 256, 4, 4], [2, 512, 2, 2]]
+    shapes = [[2, 64, 12, 12], [2, 128, 6, 6], [2, 256, 3, 3], [2, 512, 2, 2]]
     assert [(row["shape"], row["variant"]) for row in result["layers"]] == [(s, name) for s in shapes for name in TAILS]
     for row in result["networks"] + result["layers"]:
         assert len(row["seconds"]) == 2
@@ -284,7 +284,7 @@ def test_a_run_describes_its_environment(result, lines):
     for name in ("torch", "torchvision", "timm", "ecanet", "python", "platform", "threads", "device", "date", "dtype"):
         assert environment[name], name
     assert "commit" in environment
-    assert (environment["model"], environment["image_size"], environment["layout"]) == ("resnet18", 64, "channels_last")
+    assert (environment["model"], environment["image_size"], environment["layout"]) == ("resnet18", 48, "channels_last")
     assert len(result["checks"]) == 2 * 4 + 5 * len(TAILS)
     assert all(check["error"] <= check["allowed"] for check in result["checks"])
     assert lines == ["checking, then timing for about 1 minutes", f"{len(result['checks'])} checks passed"]

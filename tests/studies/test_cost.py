@@ -36,7 +36,7 @@ OPERATIONS = {
 ATTENTIONS = ("none", "se", "eca")
 
 
-DEEP = ("resnet101", "resnet152")
+DEEP = ("resnet34", "resnet101", "resnet152")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in DEEP)) for n in PARAMETERS])
@@ -87,7 +87,7 @@ def test_the_counts_are_those_torchvision_publishes(name):
         assert make_table([f"torchvision:{name}"], side=96)[0]["MACs"] == row["MACs"]
 
 
-@pytest.mark.parametrize("attention", ["eca", "se"])
+@pytest.mark.parametrize("attention", [pytest.param("eca", marks=pytest.mark.slow), "se"])
 def test_attached_gates_are_counted_as_built_in_ones(attention):
     (built, gated), (plain, attached) = (
         make_table([name], attentions=["none", attention]) for name in ("resnet18", "torchvision:resnet18")

@@ -11,6 +11,13 @@ from later_attentions import mark_slow
 from tensors import noise
 
 ATTACHABLE = [name for name in ATTENTIONS if name != "aa"]
+
+
+def short():
+    """A ResNet with one block in each stage."""
+    return models.resnet.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+
+
 NETWORKS = {
     "resnet18": models.resnet18,
     "mobilenet_v2": models.mobilenet_v2,
@@ -78,7 +85,7 @@ def test_the_same_gates_as_on_the_cpu(network):
 
 @pytest.mark.parametrize("attention", mark_slow(ATTACHABLE))
 def test_every_attention_takes_its_tensors_from_a_file(attention):
-    written, model = make(models.resnet18, attention), make_on_meta(models.resnet18, attention)
+    written, model = make(short, attention), make_on_meta(short, attention)
     assert model.state_dict().keys() == written.state_dict().keys()
     stir(written)
     check_file(model, written)
@@ -103,8 +110,8 @@ ABSENT += [pytest.param(name, marks=pytest.mark.slow) for name in ("se-gc", "gc"
 @pytest.mark.parametrize("attention", ABSENT)
 def test_a_file_without_gates_and_neutral_gates_give_the_plain_outputs(attention):
     """The recipe of the guide."""
-    plain = models.resnet18().eval()
-    model = give_memory(make_on_meta(models.resnet18, attention))
+    plain = short().eval()
+    model = give_memory(make_on_meta(short, attention))
     missing = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
     gates = tuple(f"{site.name}." for site in ecanet.attached(model))
     assert missing
@@ -132,7 +139,7 @@ class Scaled(ecanet.ChannelAttention):
 
 
 def test_a_class_of_the_users_is_tried_on_numbers():
-    check_file(make_on_meta(models.resnet18, Scaled), make(models.resnet18, Scaled))
+    check_file(make_on_meta(short, Scaled), make(short, Scaled))
 
 
 def test_detach_gives_the_plain_network():

@@ -259,7 +259,7 @@ def tiny(monkeypatch, tmp_path, **settings):
     """Return the scenes recipe on eight scenes, with ``settings`` changed."""
     few = SceneConfig(train=8, held_out=4)
     monkeypatch.setattr("ecanet.data.boxes.SceneConfig", lambda **_: few)
-    changes = {"data.root": str(tmp_path / "scenes"), "data.batch_size": 4, "detector.backbone": "resnet20"}
+    changes = {"data.root": str(tmp_path / "scenes"), "data.batch_size": 4, "detector.backbone": "resnet8"}
     return with_settings(find("scenes"), {**changes, "epochs": 2, **settings})
 
 

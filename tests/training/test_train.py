@@ -571,7 +571,7 @@ def photographs(folder: Path, names: tuple[str, ...] = ("cat", "dog")) -> Path:
 
 def of_photographs(folder: Path, **changes: Any) -> Recipe:
     recipe = Recipe(
-        data=DataConfig(name=f"folder:{folder}", image_size=16, batch_size=4, workers=2),
+        data=DataConfig(name=f"folder:{folder}", image_size=16, batch_size=4, workers=0),
         model=ModelConfig(name="resnet8"),
         epochs=3,
     )
@@ -580,6 +580,7 @@ def of_photographs(folder: Path, **changes: Any) -> Recipe:
 
 def test_an_interrupted_run_on_photographs_draws_the_same_crops(tmp_path):
     recipe = of_photographs(photographs(tmp_path / "photos"))
+    recipe = recipe.but(data=recipe.data.but(workers=1))
     whole = run(recipe, tmp_path / "whole")
     cut = tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch:
