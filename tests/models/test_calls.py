@@ -220,6 +220,8 @@ def test_a_norm_that_shares_torchvisions_name():
             scale = self.weight * (self.running_var + 1e-5).rsqrt()
             return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
 
+    assert ops.is_frozen_norm(torchvision.ops.FrozenBatchNorm2d(3))
+    assert not ops.is_frozen_norm(FrozenBatchNorm2d(3))
     model = torchvision.models.resnet18(num_classes=5, norm_layer=FrozenBatchNorm2d).double().eval()
     expected = model(IMAGES)
     torch.testing.assert_close(ecanet.optimize(model)(IMAGES), expected)
