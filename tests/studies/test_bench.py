@@ -387,8 +387,10 @@ def test_the_benchmark_needs_a_cpu_or_a_cuda_gpu(monkeypatch):
 
 def test_timm_must_be_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
+    lines = []
     with pytest.raises(ConfigError, match="timm is not installed: pip install timm"):
-        bench.run(**TINY, say=lambda line: None)
+        bench.run(**TINY, say=lines.append)
+    assert lines == []
 
 
 def test_only_a_full_run_compiles_by_default(monkeypatch):

@@ -95,8 +95,8 @@ def run(
         bench_check.check_compiler()
     budgets = QUICK if quick else FULL
     minutes = len(sizes) * sum(budget.seconds for budget in budgets.values()) / 60 + 1
-    say(f"checking, then timing for about {minutes:.0f} minutes{', compiling not included' if compiled else ''}")
     networks = bench_networks.build(model, device)
+    say(f"checking, then timing for about {minutes:.0f} minutes{', compiling not included' if compiled else ''}")
     shapes = bench_networks.list_stage_shapes(networks["ecanet plain"], image_size)
     checks = bench_check.check_networks(networks, image_size, device)
     checks += bench_check.check_layers(shapes, device, fused=device == "cuda")
