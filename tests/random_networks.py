@@ -89,6 +89,15 @@ def convolution(axes: int, width: int, out: int, kernel_size: int, stride: int =
     return CONVOLUTIONS[axes - 1](width, out, kernel_size, stride, padding=kernel_size // 2, bias=bias)
 
 
+def project_size(stride: int) -> int:
+    """Return the size of a projection's kernel: 1, or 3 with a stride.
+
+    On a CPU, the backward pass of PyTorch 2.15 writes beyond the memory of a channels-last tensor where a 1x1
+    convolution with a stride has fewer than 8 channels.
+    """
+    return 1 if stride == 1 else 3
+
+
 def add(x: Tensor, y: Tensor, form: Addition) -> Tensor:
     """Return the sum of the shortcut ``x`` and the branch ``y``, written as ``form`` says."""
     match form:
@@ -152,7 +161,7 @@ class Concatenated(nn.Module):
     def __init__(self, plan: BlockPlan, axes: int, width: int, out: int):
         super().__init__()
         self.left = Branch(plan, axes, width, out)
-        self.right = nn.Sequential(convolution(axes, width, 3, 1, plan.stride), nn.ReLU())
+        self.right = nn.Sequential(convolution(axes, width, 3, project_size(plan.stride), plan.stride), nn.ReLU())
         self.project = convolution(axes, out + 3, out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,7 +178,7 @@ class Block(nn.Module):
         width, out = (width - self.half,) * 2 if plan.kind == "split" else (width, plan.out_width or width)
         self.branch = self.build_branch(plan, axes, width, out)
         projects = plan.kind not in ("plain", "split") and (plan.stride > 1 or out != width)
-        self.project = convolution(axes, width, out, 1, plan.stride) if projects else None
+        self.project = convolution(axes, width, out, project_size(plan.stride), plan.stride) if projects else None
         self.act = activation(plan.activation)
 
     @staticmethod
