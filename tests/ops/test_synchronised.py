@@ -37,7 +37,6 @@ def run(modules, tensors, samples, impl, gated, activation="relu"):
 def compare_part(rank, store, impls):
     import torch.distributed as dist
 
-    torch.set_num_threads(1)  # a copied process has no others
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
     tensors = [2 * torch.randn(4, 37, 3, 2).double() + 5 for _ in range(3)]
@@ -74,15 +73,13 @@ def check_second_order(rank, modules, tensors, impl):
 
 
 @pytest.mark.filterwarnings("ignore:gradients with create_graph")
-@pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_reduce is deprecated:FutureWarning")
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
-    from torch.multiprocessing import start_processes
+    import torch.multiprocessing as mp
 
     impls = [("lean", "lean")]
     if len(ops.list_implementations()) > 1:  # a process with an empty batch runs lean's algebra
         impls += [("lean", "fused"), ("fused", "fused")]
-    # copies of this process, which import nothing again
-    start_processes(compare_part, (str(tmp_path / "store"), impls), nprocs=2, start_method="fork")
+    mp.spawn(compare_part, (str(tmp_path / "store"), impls), nprocs=2)  # type: ignore[attr-defined]
 
 
 def test_the_norm_of_a_shortcut_stays_in_the_tail():

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecanet import __main__ as entry
 from ecanet.data.sources import SMALL_SETS
 from ecanet.errors import CheckpointError, ConfigError, DataError
 from ecanet.models import create_model
@@ -385,38 +383,27 @@ def test_resuming_something_else_is_refused(tmp_path):
         run(TINY, tmp_path / "nothing", resume=True)
 
 
-def train_quickstart(folder: Path, output: int) -> None:
-    torch.set_num_threads(1)  # a copied process has no others
-    os.dup2(output, 1)
-    sys.stdout = open(1, "w", buffering=1)  # noqa: SIM115 (it is killed)
-    options = ["--model", "resnet8", "--epochs", "2", "--device", "cpu", "--out", str(folder)]
-    sys.argv = ["ecanet", "train", "quickstart", *options]
-    entry.main()
-
-
 def test_a_killed_run_resumes(tmp_path):
     """The run is stopped by SIGKILL in its second epoch."""
-    killed, (reader, writer) = tmp_path / "killed", os.pipe()
-    # a copy of this process, which imports nothing again
-    process = multiprocessing.get_context("fork").Process(target=train_quickstart, args=(killed, writer))
-    process.start()
-    os.close(writer)
+    arguments = ["quickstart", "--model", "resnet8", "--epochs", "2", "--device", "cpu"]
+    command = [sys.executable, "-m", "ecanet", "train", *arguments]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
     try:
-        with os.fdopen(reader) as lines:
-            for line in lines:
-                if line.startswith("epoch 1/2"):
-                    break
-            # the second epoch, which takes some tenths of a second, begins after the checkpoint of the first
-            for _ in range(6000):
-                if (killed / "checkpoints" / "last.ckpt").exists():
-                    break
-                time.sleep(0.01)
-            process.kill()
-            process.join(60)
-        assert process.exitcode == -signal.SIGKILL
+        for line in process.stdout:
+            if line.startswith("epoch 1/2"):
+                break
+        # the second epoch, which takes some tenths of a second, begins after the checkpoint of the first
+        for _ in range(6000):
+            if (tmp_path / "killed" / "checkpoints" / "last.ckpt").exists():
+                break
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait(timeout=60) == -signal.SIGKILL
     finally:
         process.kill()
-        process.join()
+        process.stdout.close()
+        process.wait()
     assert not (tmp_path / "killed" / "report.html").exists()
     recipe = read_recipe(tmp_path / "killed")
     threads = torch.get_num_threads()
