@@ -16,7 +16,7 @@ from ecanet.deploy.exporting import check_example, check_place, write_beside
 from ecanet.deploy.preparation import copy_unwrapped, prepare
 from ecanet.deploy.programs import run_network
 from ecanet.deploy.targets import find_target
-from ecanet.errors import ConfigError, show_value
+from ecanet.errors import ConfigError, ExportError, show_value
 from ecanet.networks import Preprocessing
 
 __all__ = ["QUANTIZERS", "Int8Report", "quantize"]
@@ -137,6 +137,8 @@ def quantize(
     with write_beside(place) as file:
         with progress.show(f"calibrating on {len(calibration)} images"):
             layers = quantizer.write(prepared.network, calibration, images[:SAMPLE], about, file)
+        if not layers:
+            raise ExportError(f"{type(model).__name__} has no convolution or linear layer, so int8 changes nothing")
         written = list(file.parent.iterdir())
         run, size = quantizer.open(file), quantizer.batch or BATCH
         batches = [images[at : at + size] for at in range(0, len(images), size)]

@@ -61,7 +61,7 @@ def write_int8(network: nn.Module, calibration: Tensor, sample: Tensor, about: A
         onnx.save(model, str(path))
         names = _name_layers(graph, model.graph)
         if not names:
-            raise ExportError(f"{type(network).__name__} has no convolution or linear layer, so int8 changes nothing")
+            return {}
         before = _read_outputs(onnx, float_path, list(names), sample)
         after = _read_outputs(onnx, path, [name for name, _ in names.values()], sample)
     rows = zip(names.values(), after, before, strict=True)
