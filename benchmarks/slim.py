@@ -4,7 +4,8 @@
         ecanet train fashion --attention ${RUN%-*} --seed ${RUN#*-} --out runs/$RUN
         ecanet slim runs/$RUN --out runs/$RUN/slim
     done
-    OMP_NUM_THREADS=1 python benchmarks/slim.py runs/*/slim --out benchmarks/results/slim.json
+    ecanet slim runs/eca-0 --budget 0.05 --finetune 0.2 --out runs/eca-0/slim-finetune
+    OMP_NUM_THREADS=1 python benchmarks/slim.py runs/*/slim* --out benchmarks/results/slim.json
 
 The time does not depend on the weights, so the timed networks are new ones, with a budget that folds every gate. The
 plain network, the one with gates and the folded one take turns; the ratio of each round is to its plain network.

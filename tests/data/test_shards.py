@@ -121,7 +121,6 @@ def test_settings_that_do_not_fit_are_refused(sets):
 
 
 def test_a_shard_that_is_damaged_later_is_named(sets, tmp_path):
-
     shutil.copytree(sets / "packed", tmp_path / "packed")
     name = read_shards(str(tmp_path / "packed")).parts["train"][0].name
     content = (tmp_path / "packed" / name).read_bytes()

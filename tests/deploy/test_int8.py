@@ -177,7 +177,7 @@ IMAGES, LABELS = make_images(8, 1)
         ({"model": Around(lambda y: y[..., None])}, "it needs the scores (N, K) of two classes or more"),
         ({"model": Around(lambda y: y[:, :1])}, "it needs the scores (N, K) of two classes or more"),
         ({"model": Around(lambda y: y > 0)}, "it needs the scores (N, K) of two classes or more"),
-        ({"model": Around(lambda y: y + torch.rand(3))}, "Around returns other scores when it runs again"),
+        ({"model": Around(lambda y: y + torch.rand(3))}, "Around returns other numbers when it runs on the same"),
         ({"model": Around(lambda y: y / 0 * 0)}, "Around returns scores that are NaN or infinite"),
         ({"model": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())}, "no convolution or linear layer"),
         ({"calibration": torch.zeros(4, 3, 16, 16, dtype=torch.uint8)}, "calibration must be images (N, C, H, W) in"),

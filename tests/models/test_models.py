@@ -71,14 +71,21 @@ def test_networks_are_what_their_tensors_say(name):
         assert not torch.allclose(ungated(x), expected, rtol=1e-2)  # the gates do matter
 
 
-def test_every_attention_in_every_kind_of_network():
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        pytest.param(name, attention, marks=[pytest.mark.slow] * (name != "resnet8" and not quick))
+        for attention in ("none", "eca", "eca-ns", "se", "se-var1", "se-var2", "se-var3", "se-gc")
+        for quick in [attention in ("none", "eca", "se-gc")]
+        for name in ("resnet8", "mobilenet_v2", "resnet18")
+    ],
+)
+def test_every_attention_in_every_kind_of_network(name, attention):
     x = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    for attention in ("none", "eca", "eca-ns", "se", "se-var1", "se-var2", "se-var3", "se-gc"):
-        options = {"groups": 4} if attention == "se-gc" else {}
-        for name in ("resnet8", "mobilenet_v2", "resnet18") if attention in ("none", "eca", "se-gc") else ("resnet8",):
-            model = ecanet.create_model(name, attention=attention, num_classes=3, in_channels=1, **options)
-            model(x).sum().backward()
-            assert all(p.grad is not None for p in model.parameters())
+    options = {"groups": 4} if attention == "se-gc" else {}
+    model = ecanet.create_model(name, attention=attention, num_classes=3, in_channels=1, **options)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_small_image_networks():

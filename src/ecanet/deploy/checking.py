@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ecanet.deploy.about import About
 from ecanet.deploy.preparation import count_attention, prepare, remove_attention
-from ecanet.deploy.programs import Float64, Session, choose_other_size, run_network, widen
+from ecanet.deploy.programs import CHANGES, Float64, Session, choose_other_size, run_network, widen
 from ecanet.deploy.reports import Comparison, ExportReport, Timing
 from ecanet.deploy.targets import Target
 from ecanet.errors import ExportError, summarize
@@ -199,10 +199,7 @@ def run_references(
     if not plain:
         raise ExportError(f"{name} returns no tensors, so that a file of it has no outputs; return the logits")
     if not is_detector(reference) and measure_relative_error(run_network(reference, inputs), plain) > AGAIN:
-        raise ExportError(
-            f"{name} returns other numbers when it runs on the same images again (random numbers, dropout in "
-            f"evaluation, a counter), so that its file cannot be checked; {UNCHECKED}"
-        )
+        raise ExportError(f"{name} {CHANGES}, so that its file cannot be checked; {UNCHECKED}")
     try:
         with Float64():
             return plain, run_network(oracle, [x.double() for x in inputs])

@@ -161,6 +161,17 @@ def run_network(network: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, .
         return flatten(network(list(inputs)) if is_detector(network) else network(*inputs))
 
 
+CHANGES = (
+    "returns other numbers when it runs on the same images again (random numbers, dropout in evaluation, a counter)"
+)
+"""What is said of a network that does not repeat itself."""
+
+
+def repeats(first: Sequence[Tensor], again: Sequence[Tensor]) -> bool:
+    """Return whether the outputs of two runs are the same but for rounding."""
+    return all(torch.allclose(a, b, equal_nan=True) for a, b in zip(first, again, strict=True))
+
+
 def widen(network: nn.Module) -> nn.Module:
     """Return a copy of ``network`` in float64, with the tensors that its modules keep beside their buffers."""
     wide = copy.deepcopy(network).double()

@@ -14,7 +14,7 @@ from ecanet.deploy import quantize_executorch, quantize_onnx, quantize_openvino
 from ecanet.deploy.about import About
 from ecanet.deploy.exporting import check_example, check_place, write_beside
 from ecanet.deploy.preparation import copy_unwrapped, prepare
-from ecanet.deploy.programs import run_network
+from ecanet.deploy.programs import CHANGES, repeats, run_network
 from ecanet.deploy.targets import find_target
 from ecanet.errors import ConfigError, ExportError, show_value
 from ecanet.networks import Preprocessing
@@ -182,9 +182,8 @@ def _check_images(calibration: object, held_out: object) -> tuple[Tensor, Tensor
     for name, value in given.items():
         if not isinstance(value, Tensor) or value.is_meta:
             raise ConfigError(f"{name} must be a tensor with values, got {show_value(value)}")
-    dense = {name: cast(Tensor, value).detach().cpu().contiguous() for name, value in given.items()}
-    ranges, images, labels = dense.values()
-    for name, value in list(dense.items())[:2]:
+    ranges, images, labels = (cast(Tensor, value).detach().cpu().contiguous() for value in given.values())
+    for name, value in (("calibration", ranges), ("held_out", images)):
         if value.dim() != 4 or value.dtype != torch.float32 or not len(value):
             raise ConfigError(
                 f"{name} must be images (N, C, H, W) in float32, got {value.dtype} of shape {tuple(value.shape)}"
@@ -217,8 +216,8 @@ def _check_scores(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         )
     if not scores.isfinite().all():
         raise ConfigError(f"{name} returns scores that are NaN or infinite; look for such numbers in its weights")
-    if not torch.equal(scores, run_network(model, [images])[0]):
-        raise ConfigError(f"{name} returns other scores when it runs again; make it deterministic in evaluation mode")
+    if not repeats([scores], run_network(model, [images])[:1]):
+        raise ConfigError(f"{name} {CHANGES}, so that nothing shows what int8 changes")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= scores.shape[1]:
         raise ConfigError(f"{name} has classes 0 to {scores.shape[1] - 1}, and the labels are {low} to {high}")

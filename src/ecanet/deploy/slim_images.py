@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ecanet.deploy.programs import flatten
+from ecanet.deploy.programs import CHANGES, flatten, repeats
 from ecanet.deploy.slim_judge import count_needed
 from ecanet.errors import ConfigError, show_value, summarize
 
@@ -157,8 +157,5 @@ def check_runs(model: nn.Module, images: Tensor) -> None:
         raise ConfigError(
             f"{type(model).__name__} does not run on images of {what}: {summarize(error)}; give them as in training"
         ) from error
-    if any(not torch.allclose(a, b, equal_nan=True) for a, b in zip(first, again, strict=True)):
-        raise ConfigError(
-            f"{type(model).__name__} returns other numbers when it runs on the same images again (random numbers, "
-            f"dropout in evaluation, a counter), so that nothing shows what a gate changes"
-        )
+    if not repeats(first, again):
+        raise ConfigError(f"{type(model).__name__} {CHANGES}, so that nothing shows what a gate changes")

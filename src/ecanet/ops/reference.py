@@ -71,7 +71,7 @@ def scale(x: Tensor, g: Tensor) -> Tensor:
     """Multiply each channel of ``x`` (N, C, ...) by its weight in ``g`` (N, C); keep ``x``'s dtype and layout."""
     for _ in range(x.dim() - 2):  # N C 1 ...; unlike reshape, this puts no shape into an exported graph
         g = g.unsqueeze(-1)
-    if x.dtype == g.dtype:  # even an idle conversion takes a microsecond
+    if x.dtype == g.dtype:  # a conversion that changes nothing takes time, too
         return x * g
     return (x.to(g.dtype) * g).to(x.dtype)
 
