@@ -5,11 +5,13 @@ places, each exported by `ecanet.export` to ONNX Runtime (targets onnx and onnxr
 and with its input fixed to the batch's shape before it is compiled) and ExecuTorch, beside PyTorch itself (eager, as
 the network is). First every file's outputs are compared with PyTorch's. Then all files of one batch size take turns in
 one process, with one thread; the time is the processor's, so that other programs on the machine count little, and a
-ratio is of two times of one round.
+ratio is of two times of one round. Where a process happens to have its memory moves a ratio by 0.01 for as long as it
+runs, so figures to that digit need several processes.
 
     OMP_NUM_THREADS=1 python benchmarks/deploy.py           # run all; write JSON after each batch size, and the plot
     python benchmarks/deploy.py --variants plain eca        # of these alone; the other rows of the file stay
     python benchmarks/deploy.py --runtimes onnx onnxruntime --rounds 60 20      # likewise, with more rounds
+    python benchmarks/deploy.py --runtimes onnxruntime --variants plain eca --processes 20 --rounds 100 20
     python benchmarks/deploy.py --plot                      # draw from the JSON file, print the table
     python benchmarks/deploy.py --quick --out DIR           # ResNet-8 in two rounds, to see that everything runs
 
@@ -18,10 +20,12 @@ It needs `pip install 'ecanet[export,openvino,executorch]' timm`, and on one idl
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +67,7 @@ def main() -> int:
     )
     parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES)
     parser.add_argument("--rounds", nargs=2, type=int, default=list(ROUNDS.values()), help="at batch 1 and at batch 8")
+    parser.add_argument("--processes", type=int, default=1, help="one after the other, each with --rounds")
     parser.add_argument("--plot", action="store_true", help="draw from the JSON file and print the table")
     parser.add_argument("--quick", action="store_true", help="ResNet-8 at 32 px in two rounds, into the folder --out")
     parser.add_argument("--out", type=Path, help="folder for the JSON file and the plot")
@@ -79,7 +84,7 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as folder:
                 for batch, count in zip(ROUNDS, rounds, strict=True):
                     x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
-                    new = run(name, variants, options.runtimes, x, Path(folder), count)
+                    new = run(name, variants, options.runtimes, x, Path(folder), count, options.processes)
                     found[name] = join(found.get(name), new)
                     write_file(results, json.dumps(found, indent=1))
     draw(found, plot)
@@ -97,16 +102,30 @@ def build(name: str, variant: str) -> nn.Module:
 
 
 def run(
-    name: str, variants: list[str], runtimes: list[str], x: torch.Tensor, folder: Path, rounds: int
+    name: str, variants: list[str], runtimes: list[str], x: torch.Tensor, folder: Path, rounds: int, processes: int
 ) -> dict[str, Any]:
     """Return sizes, errors and times of the ``variants`` of a network in the ``runtimes``, for the batch ``x``."""
-    torch.set_num_threads(1)
-    steps, found = prepare_steps(name, variants, runtimes, x, folder)
+    times: dict[Any, list[float]] = {}
+    found: dict[Any, Any] = {}
+    for _ in range(processes):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            seconds, found = pool.submit(time_files, name, variants, runtimes, x, folder, rounds).result()
+        for key, values in seconds.items():
+            times.setdefault(key, []).extend(values)
     command = f"OMP_NUM_THREADS=1 python benchmarks/deploy.py {' '.join(sys.argv[1:])}".rstrip()
-    how = {"rounds": rounds, "command": command}
-    rows = [row | how for row in list_rows(take_turns(steps, rounds), found, len(x))]
+    how = {"rounds": rounds, "processes": processes, "command": command}
+    rows = [row | how for row in list_rows(times, found, len(x))]
     machine = environment() | {"threads": 1, "time": "processor time", "image size": x.shape[-1]}
     return {"environment": machine, "rows": rows}
+
+
+def time_files(
+    name: str, variants: list[str], runtimes: list[str], x: torch.Tensor, folder: Path, rounds: int
+) -> tuple[dict[Any, list[float]], dict[Any, Any]]:
+    """Return the seconds of each runtime and variant in each round, and what is known of its file."""
+    torch.set_num_threads(1)
+    steps, found = prepare_steps(name, variants, runtimes, x, folder)
+    return take_turns(steps, rounds), found
 
 
 def join(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 import ecanet
 from ecanet import deploy, networks
-from ecanet.deploy import TARGETS, checking, onnx_files, programs
+from ecanet.deploy import TARGETS, checking, exporting, onnx_files, programs
 from ecanet.deploy.checking import count_missing, time_in_turns
 from ecanet.errors import ConfigError, ExportError
 
@@ -69,6 +70,29 @@ def test_a_file_that_fails_its_check_is_not_kept(tmp_path):
     assert path.read_text() == "an older file"
     report = ecanet.export(Stubborn(), path, target="torchscript", example=X, check=False)
     assert (report.checked, report.notes) == (False, ("not checked",))
+
+
+def test_a_process_killed_between_two_files_leaves_no_pair_that_does_not_fit(tmp_path, monkeypatch):
+    place = tmp_path / "model.xml"
+    for name in ("model.xml", "model.bin"):
+        (tmp_path / name).write_text("old")
+
+    def replace_one(part, goal, move=Path.replace):
+        monkeypatch.setattr(Path, "replace", kill)
+        return move(part, goal)
+
+    def kill(part, goal):
+        raise KeyboardInterrupt
+
+    def write():
+        with exporting.write_beside(place) as file:
+            file.write_text("new")
+            file.with_suffix(".bin").write_text("new")
+
+    monkeypatch.setattr(Path, "replace", replace_one)
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert {part.name: part.read_text() for part in tmp_path.iterdir()} == {"model.bin": "new"}
 
 
 class OneSize(nn.Module):

@@ -147,6 +147,8 @@ def write_beside(place: Path) -> Generator[Path]:
             file = Path(folder) / place.name
             yield file
             parts = [part for part in Path(folder).iterdir() if part.is_file()]
+            if len(parts) > 1:  # a process that is killed between two leaves no file, and none beside another's part
+                place.unlink(missing_ok=True)
             for part in sorted(parts, key=lambda part: part == file):  # the file itself comes last
                 part.replace(place.with_name(part.name))
     except OSError as error:
