@@ -14,12 +14,11 @@ The law of total variance is ``var = mean_n v + mean_n (m - mu)^2``. All its ter
 unlike in ``mean z^2 - mu^2``, which loses all digits where the mean is large beside the standard deviation.
 """
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.nn.functional import all_reduce  # pyright: ignore[reportUnknownVariableType]
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from ecanet.errors import ConfigError
@@ -170,6 +169,23 @@ def _compute_synchronised_statistics(
     return mu, var
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over the processes of a group, whose gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the sum in every process."""
+        ctx.group = group
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the sum of the gradients, which can be differentiated again."""
+        return cast(Tensor, _SumOverProcesses.apply(gradient, ctx.group)), None
+
+
 def average_over_processes(
     first: Tensor, second: Tensor, count: int, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +194,7 @@ def average_over_processes(
     ``first`` and ``second`` (C,) are this process's sums of z and z^2 in float64, of ``count`` elements a channel.
     """
     sums = torch.cat((first, second, first.new_full((1,), count)))  # a tensor made from a list would be copied
-    total = cast(Tensor, all_reduce(sums, group=group))
+    total = cast(Tensor, _SumOverProcesses.apply(sums, group))
     elements = total[-1].detach().clamp(min=1)
     mean, square = (total[:-1] / elements).view(2, -1)
     return mean, square - mean.square(), elements
