@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from ecanet import ECA, ops
 from ecanet.models import execution
+from quick_interpreter import run_in_interpreter
+from two_processes import run_in_two
 
 PARTS = (slice(0, 1), slice(1, 4))
 """The samples of each process."""
@@ -34,10 +36,9 @@ def run(modules, tensors, samples, impl, gated, activation="relu"):
     return {"y": y.detach(), "dz": dz, "ds": ds}, dict(zip(parameters, gradients, strict=True))
 
 
-def compare_part(rank, store, impls):
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def compare_part(rank, impls):
+    if rank:
+        run_in_interpreter()
     torch.manual_seed(0)
     tensors = [2 * torch.randn(4, 37, 3, 2).double() + 5 for _ in range(3)]
     modules = make_modules()
@@ -50,11 +51,10 @@ def compare_part(rank, store, impls):
             for name, value in part.items():
                 torch.testing.assert_close(value, everything[name][PARTS[rank]], rtol=1e-11, atol=1e-11)
             for name, term in terms.items():
-                dist.all_reduce(term)
+                distributed.all_reduce(term)
                 torch.testing.assert_close(term, sums[name], rtol=1e-11, atol=1e-11)
             torch.testing.assert_close(dict(mine.named_buffers()), dict(whole.named_buffers()))
     check_second_order(rank, modules, tensors, impls[-1][0])
-    dist.destroy_process_group()
 
 
 def check_second_order(rank, modules, tensors, impl):
@@ -73,13 +73,12 @@ def check_second_order(rank, modules, tensors, impl):
 
 
 @pytest.mark.filterwarnings("ignore:gradients with create_graph")
+@pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_reduce:FutureWarning")
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
-    import torch.multiprocessing as mp
-
     impls = [("lean", "lean")]
     if len(ops.list_implementations()) > 1:  # a process with an empty batch runs lean's algebra
         impls += [("lean", "fused"), ("fused", "fused")]
-    mp.spawn(compare_part, (str(tmp_path / "store"), impls), nprocs=2)  # type: ignore[attr-defined]
+    run_in_two(compare_part, tmp_path, impls)
 
 
 def test_the_norm_of_a_shortcut_stays_in_the_tail():
