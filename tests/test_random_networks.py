@@ -46,19 +46,18 @@ def check_attach(plain: nn.Module, image: Tensor, attention: str) -> None:
     model = ecanet.attach(copy.deepcopy(plain), attention, example=image, **options_for(attention))
     assert ecanet.attached(model), "no gate"
     assert [key for key in model.state_dict() if key in set(keys)] == keys, "attach lost or moved a key"
-    check_same(model, plain, image)
-    plain.load_state_dict(state)  # training has moved the running statistics of both
-    model.load_state_dict(state, strict=False)
+    expected = {training: run(plain, image, training=training) for training in (False, True)}
+    check_same(model, expected, image)
+    model.load_state_dict(state, strict=False)  # training has moved the running statistics
     ecanet.detach(model)
     assert list(model.state_dict()) == keys, "detach left or lost a key"
-    check_same(model, plain, image)
+    check_same(model, expected, image)
 
 
-def check_same(model: nn.Module, plain: nn.Module, image: Tensor) -> None:
-    """Hold outputs and old parameters' gradients of ``model`` to those of ``plain``, bit for bit."""
-    for training in (False, True):
+def check_same(model: nn.Module, found: dict[bool, tuple[list[Tensor], dict[str, Tensor]]], image: Tensor) -> None:
+    """Hold outputs and old parameters' gradients of ``model`` to those that were ``found`` in each mode, bit for bit."""
+    for training, (expected, gradients) in found.items():
         mode = "training" if training else "evaluation"
-        expected, gradients = run(plain, image, training=training)
         actual, attached_gradients = run(model, image, training=training)
         assert len(actual) == len(expected)
         assert all(map(torch.equal, actual, expected)), f"{mode}: an output changed"

@@ -55,7 +55,13 @@ def test_other_exceptions_of_the_imports_keep_their_traceback(tmp_path):
     assert "ZeroDivisionError" in err
 
 
-@pytest.mark.parametrize("line", ["models resnet8 --json", pytest.param("models resnet8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "completion bash",
+        *(pytest.param(line, marks=pytest.mark.slow) for line in ("models resnet8 --json", "models resnet8")),
+    ],
+)
 def test_a_closed_output_is_said(line):
     reader, writer = os.pipe()
     os.close(reader)

@@ -24,6 +24,7 @@ from ecanet.studies.ablate import comparison, grid, pages
 from ecanet.studies.ablate.figures import spread_labels
 from ecanet.studies.ablate.variants import VARIANTS, NeutralECA, Variant, describe_form, plan
 from ecanet.studies.cost import count
+from tiny_runs import TINY, add_tiny
 
 RECIPE = recipes.find("quickstart")
 RECIPE = RECIPE.but(epochs=2, model=RECIPE.model.but(name="resnet8"), schedule=RECIPE.schedule.but(warmup_epochs=0.5))
@@ -208,8 +209,9 @@ def test_ray_gives_the_same_table(tmp_path):
     assert sorted(ran) == sorted(f"{name}-seed{seed}" for name in ("none", *NAMES) for seed in (0, 1))
 
 
-def test_settings_reach_the_cells_and_a_folder_belongs_to_one_recipe(tmp_path):
-    recipe = RECIPE.but(epochs=1, schedule=RECIPE.schedule.but(warmup_epochs=0))
+def test_settings_reach_the_cells_and_a_folder_belongs_to_one_recipe(tmp_path, monkeypatch):
+    add_tiny(monkeypatch)
+    recipe = TINY.but(epochs=1)
     result = ablate.run(recipe, folder=tmp_path, variants=["se"], seeds=2, say=lambda line: None)
     seeds = [json.loads(path.read_text())["recipe"]["seed"] for path in sorted(tmp_path.glob("cells/se-seed*.json"))]
     assert seeds == [0, 1]

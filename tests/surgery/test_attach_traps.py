@@ -22,10 +22,14 @@ TORCHAO = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::Deprecation
 """torch.ao.quantization says in each call that torchao is to take its place."""
 
 
-def small(attached=True, trained=True):
-    """A plain ResNet-18 with attention attached, and gates that do something."""
+COMPILED = (2, 1, 1, 1)
+"""The depths of networks that are compiled, which takes some tenths of a second for each block."""
+
+
+def small(attached=True, trained=True, depths=(2, 2, 2, 2)):
+    """A plain ResNet-18, or one of other depths, with attention attached, and gates that do something."""
     torch.manual_seed(0)
-    model = models.resnet18(num_classes=4)
+    model = models.ResNet(models.resnet.BasicBlock, list(depths), num_classes=4)
     sweep.randomize(model)
     if attached:
         ecanet.attach(model)
@@ -48,7 +52,7 @@ def test_sync_batchnorm_conversion_keeps_the_gates():
 
 
 def test_a_network_compiles_right_after_a_conversion():
-    model = small().train()
+    model = small(depths=COMPILED).train()
     with torch.no_grad():
         expected = model(image())
         fused = torch.ao.quantization.fuse_modules_qat(model, [["layer1.0.conv2", "layer1.0.bn2"]])
@@ -58,7 +62,7 @@ def test_a_network_compiles_right_after_a_conversion():
 
 
 def test_compile_fullgraph_and_export():
-    model = small()
+    model = small(depths=COMPILED)
     with torch.no_grad():
         expected = model(image())
         compiled = torch.compile(model, backend="eager", fullgraph=True)(image())
