@@ -5,6 +5,9 @@ gate's factors (N, C, 1, 1) have another, so that the map is laid out anew befor
 factors are spread over the map by a Resize, which the layout has. Its scales are constants, so the image size is fixed.
 
 Outside of the layout a Resize is slow, so factors are spread only where the map and they have the layout.
+
+A global pooling there adds one pixel after the other to one sum for each block, and waits for every addition. A large
+map is pooled over squares first, whose sums do not wait for each other.
 """
 
 import importlib
@@ -28,6 +31,8 @@ KEEP = {"Relu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu", "Identity
 SIGMOIDS = {"Sigmoid", "HardSigmoid"}
 FUSED = {"Clip", "LeakyRelu"}
 """Operations that do so behind a convolution alone, which takes them over."""
+SQUARE, LARGE = 4, 2048
+"""Side of the squares over which a map is pooled first, and the fewest pixels of such a map."""
 
 Shape = list[int | str]
 
@@ -50,6 +55,7 @@ def spread_factors(model: Any) -> int:
     """Edit the ONNX ``model`` so that products of a map and factors stay in the layout; return how many do."""
     editor = Editor(model)
     for place, node in enumerate(model.graph.node):
+        editor.pool_squares(place, node)
         editor.spread(place, node)
         editor.fuse(place, node)
         editor.layout.follow(node)
@@ -138,6 +144,21 @@ class Editor:
         """Each node, and the place of the one before which it is to stand."""
         self.copies: dict[tuple[object, ...], str] = {}
         """Names of factors in the layout and of spread ones, which several products may read."""
+
+    def pool_squares(self, place: int, node: Any) -> None:
+        """Let ``node`` read means of squares, if it is the global pooling of a large map that they fill."""
+        value = node.input[0] if node.input else ""
+        if node.op_type != "GlobalAveragePool" or value not in self.layout.blocked:
+            return
+        *head, height, width = self.layout.shapes.get(value, [0, 0])
+        if not isinstance(height, int) or not isinstance(width, int):
+            return
+        if height * width < LARGE or height % SQUARE or width % SQUARE:
+            return
+        sides = [SQUARE, SQUARE]
+        shape = [*head, height // SQUARE, width // SQUARE]
+        window = {"kernel_shape": sides, "strides": sides}
+        node.input[0] = self.add(place, "AveragePool", [value], self.name(f"{value}_squares"), shape, window)
 
     def spread(self, place: int, node: Any) -> None:
         """Let ``node`` read factors that are spread over the map, if it is the product of such in the layout."""
