@@ -4,6 +4,8 @@ BIN := .venv/bin
 READY := .venv/.installed
 # Threads that spin while they wait slow down everything many times when other programs run, too.
 export OMP_WAIT_POLICY := passive
+# Without compiled code on disk, each process that the tests start would compile the library again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow test-deploy test-browser sweep fuzz soak mutants docs dist check clean help
 

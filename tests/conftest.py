@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     speed_up_drawing()
     os.fsync = lambda descriptor: None  # no test cuts the power
     gc.disable()  # until the tests are collected: the collector would walk through all modules again and again
+    config.add_cleanup(gc.unfreeze)  # the first to be added is the last to run, after pytest's own five collections
     chosen = config.option.markexpr
     if torch.cuda.is_available() and "gpu" in chosen and "not gpu" not in chosen:
         tensors.DEVICE = "cuda"
@@ -50,10 +51,6 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(10_000)
     gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -40,6 +40,7 @@ SLOW = {
     "training.md": "a run of four epochs",
     "int8.md": "calibrates a network",
     "hub.md": "writes networks",
+    "export.md": "exports a network, by the lines with which onnx.md begins",
     "detection.md": "builds a Mask R-CNN over ResNet-50",
 }
 """Pages whose Python takes more than a second or two."""

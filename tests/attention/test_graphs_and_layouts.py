@@ -45,7 +45,8 @@ def choose_traced():
             mode,
             last,
             id=f"{name}-{mode}-{'channels_last' if last else 'contiguous'}",
-            marks=[pytest.mark.slow] * (name in LATER or at > 3 or (row + at // 2) % 2 > 0),
+            marks=[pytest.mark.slow]
+            * (name in LATER or at > 3 or (row + at // 2) % 2 > 0 or (name, mode) == ("aa", "symbolic")),
         )
         for row, name in enumerate([*GATES, *OTHERS, *LATER])
         for at, (mode, last) in enumerate(MODES)

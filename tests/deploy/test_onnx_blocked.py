@@ -138,7 +138,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["eca", pytest.param("se", marks=pytest.mark.slow), "wide"])
 def test_the_products_of_a_network_stay_in_the_layout(blocked, tmp_path, name):
     build, side, gates = NETWORKS[name]
     torch.manual_seed(0)

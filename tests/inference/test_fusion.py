@@ -8,6 +8,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.resnet import Bottleneck, ResNet
 
 import ecanet
 from ecanet import ops
@@ -23,7 +24,7 @@ def make_timms(name, **options):
 
 NETWORKS = {
     "torchvision resnet18": lambda: torchvision.models.resnet18(num_classes=5),
-    "torchvision resnext": lambda: torchvision.models.resnext50_32x4d(num_classes=5),
+    "torchvision resnext": lambda: ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5, groups=32, width_per_group=4),
     "timm eca": lambda: make_timms("resnet26", block_args={"attn_layer": "eca"}),
     "timm se": lambda: make_timms("resnet18", block_args={"attn_layer": "se"}),
     "timm averaged shortcut": lambda: make_timms("resnet26d"),

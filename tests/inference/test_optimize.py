@@ -52,8 +52,10 @@ def in_place_of_timms(model):
 
 
 SLOW = {param.values[0] for param in mark_slow(ecanet.list_attentions()) if param.marks}
-SLOW |= {"resnet34", "resnet50", "resnet101", "resnet152"}
-WHOLE = {"cbam in mobilenet_v2", "gc in mobilenet_v2"}  # their gates are in smaller networks, too
+SLOW |= {"resnet34", "resnet50", "resnet56", "resnet101", "resnet152", "torchvision mobilenet_v2"}
+WHOLE = {f"{name} in mobilenet_v2" for name in ("se", "cbam", "gc")}  # their gates are in smaller networks, too
+# by default, each attention is in one kind of block: every second one in bottlenecks, and eca in both
+WHOLE |= {f"{a} in {('bottlenecks', 'basic blocks')[at % 2]}" for at, a in enumerate(ecanet.list_attentions()) if at}
 
 NETWORKS = {
     **{f"{a} in basic blocks": lambda a=a: ecanet.create_model("resnet14", attention=a, **options_for(a))

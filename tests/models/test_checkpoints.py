@@ -13,8 +13,8 @@ from ecanet.errors import CheckpointError
 from ecanet.models.checkpoints import load_state_dict
 from published_networks import GATES, authors_file, authors_state, randomize, recompute
 
-# The two deepest networks have the blocks of resnet50, only more of them.
-DEEPEST = ("resnet101", "resnet152")
+# The deeper networks have the blocks of resnet18 or resnet50, only more of them.
+DEEPEST = ("resnet34", "resnet101", "resnet152")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in DEEPEST)) for name in GATES])

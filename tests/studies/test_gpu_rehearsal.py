@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -128,12 +129,27 @@ def test_libraries_that_are_missing_are_named_and_left_out(tmp_path):
     assert set(record["parts"]["training-small-batch"]["figures"]["ms"]) == {"ecanet eca", "ecanet plain"}
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Forget what the script imports from its folders."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(GPU.parent)):
+            del sys.modules[name]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_machine_without_a_gpu_is_refused_in_one_line(tmp_path):
-    done = run(tmp_path / "out.json")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith(
-        "no CUDA device is available; --rehearse runs small forms of all parts on the CPU"
+def test_a_machine_without_a_gpu_is_refused_in_one_line(monkeypatch, capsys, tmp_path, in_this_process):
+    monkeypatch.setattr(sys, "argv", [str(GPU), str(tmp_path / "out.json")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(GPU), run_name="__main__")
+    assert stop.value.code == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("no CUDA device is available; --rehearse runs small forms of all parts on the CPU")
     )
     assert not (tmp_path / "out.json").exists()
 

@@ -85,8 +85,15 @@ def added_operations(model: ModelConfig, detector: DetectorConfig) -> int:
     return count_detector(model, detector).operations - count_detector(plain, detector).operations
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
-@pytest.mark.parametrize(("backbone", "printed"), [("resnet50", "0.11"), ("resnet101", "0.18")])
+@pytest.mark.parametrize(
+    ("backbone", "printed", "detector"),
+    [
+        # the deep backbone is the same in each detector
+        pytest.param(*row, detector, marks=[pytest.mark.slow] * (row[0] == "resnet101" and at > 0))
+        for row in (("resnet50", "0.11"), ("resnet101", "0.18"))
+        for at, detector in enumerate(DETECTORS)
+    ],
+)
 def test_eca_adds_its_pools_and_next_to_nothing(detector, backbone, printed):
     """The expected number, by hand: every element that is pooled, and k products for each channel."""
     eca = ModelConfig(name=detector, attention="eca", kernel_sizes=(3, 5, 5, 7))

@@ -43,7 +43,15 @@ def run(library, name):
     assert row["result"] in ("pass", "refused"), row["cause"]
 
 
-LARGE = {"regnet_x_400mf", "dla34", "nf_resnet26", "swiftformer_xs", "resnetv2_18", "mobilenet_v2"}  # two seconds each
+LARGE = {
+    "convnext_atto",
+    "regnet_x_400mf",
+    "dla34",
+    "nf_resnet26",
+    "swiftformer_xs",
+    "resnetv2_18",
+    "mobilenet_v2",
+}  # two seconds each
 
 
 @pytest.mark.parametrize(

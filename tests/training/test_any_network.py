@@ -62,7 +62,7 @@ def photos(tmp_path, monkeypatch):
 )
 def test_the_same_commands_for_any_network(ecanet, photos, tmp_path, name):
     options = ["--model", name, "--weights", "none", "--device", "cpu", "--batch-size", 6]
-    options += ["--set", "data.image_size=64", "--set", "data.workers=0"]
+    options += ["--set", "data.image_size=32", "--set", "data.workers=0"]
     code, out, err = ecanet("train", "folder:photos", *options, "--epochs", 2, "--out", "run")
     assert (code, err) == (0, "")
     assert "proven: each acts as often as its place" in out

@@ -108,7 +108,7 @@ def check_same(a: Any, b: Any, at: str = "checkpoint") -> None:
 
 EVERYTHING = {"ema_decay": 0.8, "mixup": 0.3, "cutmix": 0.5, "accumulate": 2}
 SHORT = TINY.but(
-    epochs=3,
+    epochs=2,
     data=TINY.data.but(batch_size=8, flip=True, random_augment=3),
     model=ModelConfig(name="resnet8"),
     checkpoint=CheckpointConfig(steps=1),

@@ -383,21 +383,36 @@ def test_resuming_something_else_is_refused(tmp_path):
         run(TINY, tmp_path / "nothing", resume=True)
 
 
+TRAIN = """
+import sys, time
+from pathlib import Path
+import lightning, pytest
+from tiny_runs import TINY, add_tiny, run
+
+class Wait(lightning.Callback):
+    def on_train_batch_start(self, trainer, task, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (1, 1):
+            print("in the second epoch", flush=True)
+            time.sleep(600)
+
+add_tiny(pytest.MonkeyPatch())
+run(TINY.but(epochs=2), Path(sys.argv[1]), callbacks=[Wait()])
+"""
+
+
 def test_a_killed_run_resumes(tmp_path):
     """The run is stopped by SIGKILL in its second epoch."""
-    arguments = ["quickstart", "--model", "resnet8", "--epochs", "2", "--device", "cpu"]
-    command = [sys.executable, "-m", "ecanet", "train", *arguments]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAIN, str(tmp_path / "killed")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     assert process.stdout is not None
     try:
-        for line in process.stdout:
-            if line.startswith("epoch 1/2"):
-                break
-        # the second epoch, which takes some tenths of a second, begins after the checkpoint of the first
-        for _ in range(6000):
-            if (tmp_path / "killed" / "checkpoints" / "last.ckpt").exists():
-                break
-            time.sleep(0.01)
+        assert process.stdout.readline() == "in the second epoch\n"
+        assert (tmp_path / "killed" / "checkpoints" / "last.ckpt").exists()
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait(timeout=60) == -signal.SIGKILL
     finally:
