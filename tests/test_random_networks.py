@@ -55,7 +55,7 @@ def check_attach(plain: nn.Module, image: Tensor, attention: str) -> None:
 
 
 def check_same(model: nn.Module, found: dict[bool, tuple[list[Tensor], dict[str, Tensor]]], image: Tensor) -> None:
-    """Hold outputs and old parameters' gradients of ``model`` to those that were ``found`` in each mode, bit for bit."""
+    """Hold outputs and old parameters' gradients of ``model`` to those ``found`` in each mode, bit for bit."""
     for training, (expected, gradients) in found.items():
         mode = "training" if training else "evaluation"
         actual, attached_gradients = run(model, image, training=training)

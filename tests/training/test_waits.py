@@ -19,7 +19,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", [list(RECIPES)[0], pytest.param(list(RECIPES)[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [next(iter(RECIPES)), pytest.param(list(RECIPES)[1], marks=pytest.mark.slow)])
 def test_no_step_waits_for_the_gpu(name, tmp_path, monkeypatch):
     add_tiny(monkeypatch)
     waits = find_waits(RECIPES[name], tmp_path)
