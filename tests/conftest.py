@@ -32,10 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
     import tensors
     from quick_interpreter import run_in_interpreter
+    from quick_runs import speed_up_runs
     from quick_weights import speed_up_drawing
 
     register_profiles()
     speed_up_drawing()
+    speed_up_runs()
     os.fsync = lambda descriptor: None  # no test cuts the power
     gc.disable()  # until the tests are collected: the collector would walk through all modules again and again
     config.add_cleanup(gc.unfreeze)  # the first to be added is the last to run, after pytest's own five collections
@@ -98,6 +100,12 @@ def figures(leave_figures_out: dict[str, object], monkeypatch: pytest.MonkeyPatc
     """Draw the figures of pages as a user's run does."""
     for name, draw in leave_figures_out.items():
         monkeypatch.setattr(f"ecanet.report.figures.{name}", draw)
+
+
+@pytest.fixture
+def read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read each checkpoint before it has its name, as a user's run does."""
+    monkeypatch.setattr("quick_runs.reads_back", True)
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ class Net(nn.Module):
 
     def __init__(self, attention):
         super().__init__()
-        self.resnet = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=4)
+        self.resnet = torchvision.models.resnet18(num_classes=4)
         ecanet.attach(self.resnet, attention)
         self.gate = ecanet.make_attention(attention, 3)
 
@@ -160,7 +160,7 @@ def test_the_prepared_copy_has_no_attention_module_left(attention, early):
     from ecanet.deploy.preparation import count_attention, prepare, remove_attention
 
     torch.manual_seed(0)
-    networks = [Net(attention), ecanet.create_model("resnet8", attention=attention, num_classes=4)]
+    networks = [Net(attention), ecanet.create_model("resnet14", attention=attention, num_classes=4)]
     for network in networks[:1] if attention == "se" else networks:
         for gate in network.modules():
             if isinstance(gate, ChannelAttention | CBAM):

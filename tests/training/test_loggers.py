@@ -249,7 +249,7 @@ class Stop(L.Callback):
 
 
 @pytest.mark.parametrize("kept", [Path("here"), Counter, lambda: 0, np.float32(1)], ids=lambda kept: str(type(kept)))
-def test_a_checkpoint_that_could_not_be_read_again_is_not_written(tmp_path, kept):
+def test_a_checkpoint_that_could_not_be_read_again_is_not_written(read_back, tmp_path, kept):
     path = tmp_path / "last.ckpt"
     path.write_bytes(b"old")
     with pytest.raises(
