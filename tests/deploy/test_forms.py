@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-import torchvision
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import ecanet
 from ecanet.attention import ASR, CBAM, ECA, ECANS, ESE, SE, SEGC, ChannelAttention, SEVar1, SEVar2, SEVar3
@@ -142,11 +142,11 @@ def test_what_computes_something_else_is_exported_as_it_is(make):
 
 
 class Net(nn.Module):
-    """A bottleneck's end and a gate that nothing precedes."""
+    """The ends of bottlenecks, where gates but CBAM may take their means early, and a gate that nothing precedes."""
 
     def __init__(self, attention):
         super().__init__()
-        self.resnet = torchvision.models.resnet18(num_classes=4)
+        self.resnet = ResNet(BasicBlock if attention == "cbam" else Bottleneck, [1, 1, 1, 1], num_classes=4)
         ecanet.attach(self.resnet, attention)
         self.gate = ecanet.make_attention(attention, 3)
 
@@ -157,7 +157,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("attention", ["eca", "se", "cbam"])
 @pytest.mark.parametrize("early", [False, True])
 def test_the_prepared_copy_has_no_attention_module_left(attention, early):
-    from ecanet.deploy.preparation import count_attention, prepare, remove_attention
+    from ecanet.deploy.preparation import EarlyGate, count_attention, prepare, remove_attention
 
     torch.manual_seed(0)
     networks = [Net(attention), ecanet.create_model("resnet14", attention=attention, num_classes=4)]
@@ -171,6 +171,8 @@ def test_the_prepared_copy_has_no_attention_module_left(attention, early):
         gates = count_attention(network)
         assert prepared.gates == {"conv2d": gates}
         assert count_attention(prepared.network) == 0
+        widens = isinstance(network, Net) and early and attention != "cbam"
+        assert sum(isinstance(module, EarlyGate) for module in prepared.network.modules()) == 4 * widens
         x = torch.randn(2, 3, 32, 32)
         with torch.no_grad():
             oracle = copy.deepcopy(network).double()(x.double())
