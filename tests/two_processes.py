@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def run_in_two(function: Callable[..., None], folder: Path, *arguments: Any) -> 
 
 
 def _call(rank: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     try:
         function(rank, *arguments)
     finally:
