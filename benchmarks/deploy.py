@@ -5,8 +5,8 @@ places, each exported by `ecanet.export` to ONNX Runtime (targets onnx and onnxr
 and with its input fixed to the batch's shape before it is compiled) and ExecuTorch, beside PyTorch itself (eager, as
 the network is). First every file's outputs are compared with PyTorch's. Then all files of one batch size take turns in
 one process, with one thread; the time is the processor's, so that other programs on the machine count little, and a
-ratio is of two times of one round. From process to process a ratio moves by 0.01, so figures to that digit need
-several processes.
+ratio is of two times of one round. Ratios differ a little from process to process, so small differences need
+several.
 
     OMP_NUM_THREADS=1 python benchmarks/deploy.py           # run all; write JSON after each batch size, and the plot
     python benchmarks/deploy.py --variants plain eca        # of these alone; the other rows of the file stay

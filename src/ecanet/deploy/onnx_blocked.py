@@ -6,8 +6,7 @@ factors are spread over the map by a Resize, which the layout has. Its scales ar
 
 Outside of the layout a Resize is slow, so factors are spread only where the map and they have the layout.
 
-A global pooling there adds one pixel after the other to one sum for each block, and waits for every addition. A large
-map is pooled over squares first, whose sums do not wait for each other.
+A large map is pooled over squares first, and their means afterwards: its global pooling there takes longer than both.
 """
 
 import importlib
